@@ -1,0 +1,1 @@
+"""Decoupled training for any PyTorch model."""

@@ -1,0 +1,74 @@
+"""Model inputs: how data of any form becomes the arguments of the user's ``forward``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from sedona_fx.errors import DataError
+
+
+class Args:
+    """Arguments of one call of the model, said explicitly: ``Args(x, mask=m)`` is ``model(x, mask=m)``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    @classmethod
+    def of(cls, inputs: Any) -> Args:
+        """Read inputs as data loaders give them: a tuple is positional, a mapping is keywords, else one argument."""
+        if isinstance(inputs, Args):
+            return inputs
+        if isinstance(inputs, Mapping):
+            return cls(**inputs)
+        if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+            return cls(*inputs)
+        return cls(inputs)
+
+    def bind(self, forward: Callable[..., Any]) -> dict[str, Any]:
+        """Return argument name -> value for those arguments that were given.
+
+        Raises:
+            DataError: the arguments do not fit the signature of ``forward``.
+        """
+        signature = inspect.signature(forward)
+        try:
+            bound = signature.bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            raise DataError(
+                f"the inputs do not fit the model's forward{signature}: {error}. A tuple of inputs is taken as "
+                "positional arguments, a mapping as keywords; sedona_fx.Args(...) says it explicitly."
+            ) from None
+        return dict(bound.arguments)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Args:
+        """Return a copy with a function applied to every tensor."""
+        mapped = pytree.tree_map_only(torch.Tensor, function, (self.args, self.kwargs))
+        return Args(*mapped[0], **mapped[1])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor among the arguments, nested ones too."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def batch_size(self) -> int | None:
+        """Return the length of the first dimension if all tensors with dimensions agree on it, else None."""
+        sizes = {t.shape[0] for t in self.tensors() if t.dim() > 0}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def first(self, count: int) -> Args:
+        """Return the first ``count`` examples of a batch (unchanged if there is no common batch dimension)."""
+        size = self.batch_size()
+        if size is None or size <= count:
+            return self
+        return self.map(lambda t: t[:count] if t.dim() > 0 else t)
+
+    def __repr__(self) -> str:
+        def text(value: Any) -> str:
+            return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+        parts = [text(a) for a in self.args] + [f"{k}={text(v)}" for k, v in self.kwargs.items()]
+        return f"Args({', '.join(parts)})"

@@ -1,0 +1,137 @@
+"""What things cost: FLOPs, parameters and activation bytes, of a node, a block or a head; measured seconds of a step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sedona_fx.graph import TensorSpec, block_of, info
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a part of a net for one batch.
+
+    Attributes:
+        flops: of the forward pass, counted by PyTorch's formulas (two a multiply-add).
+        parameters: number of parameter elements.
+        activation_bytes: bytes that autograd keeps for the backward pass.
+    """
+
+    flops: int = 0
+    parameters: int = 0
+    activation_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.parameters + other.parameters,
+            self.activation_bytes + other.activation_bytes,
+        )
+
+
+class Meter(TorchDispatchMode):
+    """Counts FLOPs of every operator and writes down which storages autograd keeps, on fake or real tensors.
+
+    ``saved`` maps the storages that were kept since it was last emptied to their bytes; storages in `ignore`
+    (parameters, buffers) are left out. Enter :meth:`measuring`.
+    """
+
+    def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.flops = 0
+        self.saved: dict[int, int] = {}
+        self._ignore = {t.untyped_storage()._cdata for t in ignore}
+        self._alive: list[Tensor] = []  # a storage's address names it only while it lives
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._ignore:
+            self.saved[storage._cdata] = storage.nbytes()
+            self._alive.append(tensor.detach())
+        return tensor
+
+    @contextmanager
+    def measuring(self) -> Iterator[Meter]:
+        """Measure what runs in the body."""
+        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t), self:
+            yield self
+
+
+def head_cost(head: nn.Module, activation: TensorSpec) -> Cost:
+    """Return the cost of a head on an activation, from a forward on fake tensors; the activation itself is not counted."""
+    parameters = sum(p.numel() for p in head.parameters())
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode, torch.enable_grad():
+        fake = torch.empty(activation.shape, dtype=activation.dtype, device=activation.device, requires_grad=True)
+        meter = Meter([*head.parameters(), *head.buffers(), fake])
+        with meter.measuring():
+            head(fake)
+    return Cost(meter.flops, parameters, sum(meter.saved.values()))
+
+
+def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cost], list[int]]:
+    """Return the cost of each stretch between consecutive cut points, and the bytes that neighbours share.
+
+    Args:
+        gm: an ANALYSED graph.
+        ends: the n cut points, in order.
+
+    Returns:
+        n+1 costs, and n numbers: bytes that stretch i and stretch i+1 both keep (the boundary activation), which a
+        block holding both counts once.
+    """
+    blocks = block_of(gm.graph, ends)
+    sizes = {name: parameter.numel() for name, parameter in gm.named_parameters()}
+    flops = [0] * (len(ends) + 1)
+    kept: list[dict[int, int]] = [{} for _ in flops]
+    names: list[set[str]] = [set() for _ in flops]
+    for node, block in blocks.items():
+        record = info(node)
+        flops[block] += record.flops
+        kept[block].update(record.saved)
+        names[block].update(record.parameters)
+    costs = [
+        Cost(f, sum(sizes.get(name, 0) for name in used), sum(saved.values()))
+        for f, used, saved in zip(flops, names, kept, strict=True)
+    ]
+    shared = [sum(a[s] for s in a.keys() & b.keys()) for a, b in zip(kept, kept[1:], strict=False)]
+    return costs, shared
+
+
+def block_costs(gm: fx.GraphModule, ends: Sequence[fx.Node], heads: Sequence[Cost | None]) -> list[Cost]:
+    """Return the cost of each block, its head included."""
+    stretches, _ = stretch_costs(gm, ends)
+    return [cost + head if head is not None else cost for cost, head in zip(stretches, [*heads, None], strict=True)]
+
+
+def step_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
+    """Return the median seconds of each function, the runs interleaved so that drift hits all alike.
+
+    Wall time on the host: the functions must wait for their device themselves. Set the number of threads first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}

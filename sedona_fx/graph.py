@@ -1,0 +1,283 @@
+"""The graph dialect: phases, what a node knows about itself, and the specification of each phase.
+
+Every pass takes a ``torch.fx.GraphModule`` and returns one; :func:`verify` checks the result against the specification
+of its phase, always, in production too. What passes learn about a node is kept in one typed record, :class:`NodeInfo`,
+under ``node.meta["sedona"]``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from sedona_fx.errors import GraphSpecError
+
+INFO = "sedona"
+"""Key of :class:`NodeInfo` in ``node.meta``."""
+SPLIT_POINTS = "sedona_split_points"
+"""Module path below which a relaxed or pruned graph keeps its split points."""
+HEADS = "sedona_heads"
+"""Module path below which a lowered graph keeps its auxiliary heads."""
+
+
+class Phase(StrEnum):
+    """The stages of the pipeline, in order; a block is one part of a partitioned LOWERED graph."""
+
+    TRACED = "traced"
+    ANALYSED = "analysed"
+    RELAXED = "relaxed"
+    PRUNED = "pruned"
+    LOWERED = "lowered"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape, dtype and device of a tensor that was never computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Size of a contiguous tensor of this shape, in bytes."""
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass
+class NodeInfo:
+    """What the passes know about a node. Fields are filled by the pass named in the comment."""
+
+    path: str = ""  # trace: module path of the code that made the node ("" is the model itself)
+    site: str = ""  # trace: a name that is the same in the train graph and in the eval graph
+    returned_by: tuple[str, ...] = ()  # trace: modules whose output this node is, innermost first
+    order: int = 0  # trace: position in the program
+    value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
+    parameters: tuple[str, ...] = ()  # annotate: parameters read by this very node
+    weighty: bool = False  # annotate: reads a parameter of two or more dimensions
+    depends: bool = False  # annotate: the value depends on parameters
+    from_input: bool = False  # annotate: the value depends on the inputs
+    flops: int = 0  # annotate: of the forward pass
+    saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storages kept for backward -> bytes
+    storages: frozenset[int] = frozenset()  # annotate: storages behind the value
+    mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
+    channel_dim: int | None = None  # annotate: which dimension holds channels; None where nothing says so
+    training_only: bool = False  # cuts: feeds only outputs that exist in training
+    cut: str | None = None  # cuts: name of the legal cut point behind this node
+    base_layer: bool = False  # cuts: this cut point ends a base layer
+    block: int | None = None  # lower: the block that runs this node
+    boundary: bool = False  # lower: belongs to a block boundary (detach, clone, device move, head)
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether the value is one tensor."""
+        return isinstance(self.value, TensorSpec)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the value must be isolated when it crosses a boundary: a float that depends on parameters."""
+        return self.depends and any(
+            isinstance(leaf, TensorSpec) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
+            for leaf in pytree.tree_leaves(self.value, is_leaf=lambda v: isinstance(v, TensorSpec))
+        )
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """Return the record of a node, making an empty one if it has none."""
+    record = node.meta.get(INFO)
+    if record is None:
+        record = node.meta[INFO] = NodeInfo()
+    return record
+
+
+def copy_info(source: fx.Node, target: fx.Node, **changes: Any) -> None:
+    """Give ``target`` a copy of the record of ``source``, with some fields changed."""
+    target.meta[INFO] = dataclasses.replace(info(source), **changes)
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Copy a graph, records included, and say which node became which."""
+    copied = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = copied.node_copy(node, env.__getitem__)
+        copy_info(node, env[node])
+    return copied, env
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """Return the one output node of a graph."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that the roots are computed from, the roots included."""
+    seen: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def describe(node: fx.Node) -> str:
+    """Return the place of a node in the user's own words: ``layer1.0 (add)``."""
+    record = info(node)
+    if node.op == "call_module":
+        return str(node.target)
+    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return f"{record.path or 'the model itself'} ({what})"
+
+
+def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Return the block of every node: the first one whose end needs it; what no end needs belongs to the last block.
+
+    So a value that only a later block consumes sinks into that block, and no parameter is left without a gradient.
+    What nothing needs (assertions, in-place writes) stays with what it reads.
+    """
+    blocks: dict[fx.Node, int] = {}
+    for block, end in enumerate(ends):
+        stack = [end]
+        while stack:
+            node = stack.pop()
+            if node not in blocks:
+                blocks[node] = block
+                stack.extend(node.all_input_nodes)
+    needed = ancestors([output_node(graph)])
+    for node in graph.nodes:
+        if node not in blocks:
+            sources = [blocks[a] for a in node.all_input_nodes if a.op != "placeholder"]
+            blocks[node] = len(ends) if node in needed or node.op == "output" else max(sources, default=0)
+    return blocks
+
+
+def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Yield the nodes behind which a block may end, in the order of the program."""
+    return (node for node in graph.nodes if info(node).cut is not None)
+
+
+def split_point_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the ``split_point`` nodes of a RELAXED or PRUNED graph, in order."""
+    return [n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(SPLIT_POINTS + ".")]
+
+
+def head_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the auxiliary head calls of a LOWERED graph or of a block, in order."""
+    return [n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(HEADS + ".")]
+
+
+def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
+    """Check a graph against the specification of its phase and return it.
+
+    ======== ==============================================================================================
+    TRACED   placeholders first, one output, every target exists, every node has a site; nothing of ours
+    ANALYSED as TRACED; every node but the output has a value; every cut point is one live tensor
+    RELAXED  each split point reads one cut point; nothing behind a cut reads around its split point
+    PRUNED   as RELAXED; each split point holds one head
+    LOWERED  every node has a block; nothing reads a later block; every live value crosses through a detach
+    BLOCK    no split point, no detach of ours; the output is ``(exports, local output)``
+    ======== ==============================================================================================
+
+    Raises:
+        GraphSpecError: naming the phase, the node and the rule. It means a bug in a pass.
+    """
+    nodes = list(gm.graph.nodes)
+
+    def require(rule: bool, node: fx.Node | None, text: str) -> None:
+        if not rule:
+            where = "" if node is None else f" at node {node.name!r} ({describe(node)})"
+            raise GraphSpecError(f"{phase} graph{where}: {text}. This is a bug in a pass of sedona_fx.")
+
+    try:
+        gm.graph.lint()
+    except (RuntimeError, ValueError) as error:
+        raise GraphSpecError(f"{phase} graph: {error}. This is a bug in a pass of sedona_fx.") from error
+    require(sum(n.op == "output" for n in nodes) == 1 and nodes[-1].op == "output", None, "one output, at the end")
+    started = False
+    for node in nodes:
+        started = started or node.op != "placeholder"
+        require(not (started and node.op == "placeholder"), node, "placeholders come first")
+    checks: dict[Phase, Callable[[list[fx.Node], Callable[..., None]], None]] = {
+        Phase.TRACED: _verify_traced,
+        Phase.ANALYSED: _verify_analysed,
+        Phase.RELAXED: _verify_relaxed,
+        Phase.PRUNED: _verify_relaxed,
+        Phase.LOWERED: _verify_lowered,
+        Phase.BLOCK: _verify_block,
+    }
+    checks[phase](nodes, require)
+    if phase is Phase.PRUNED:
+        for node in split_point_nodes(gm.graph):
+            heads = getattr(gm.get_submodule(str(node.target)), "heads", ())
+            require(len(heads) <= 1, node, "a pruned split point has one head, or none")
+    return gm
+
+
+def _verify_traced(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    for node in nodes:
+        target = str(node.target)
+        require(node.op == "output" or INFO in node.meta, node, "every node carries its record")
+        require(not target.startswith((SPLIT_POINTS, HEADS)), node, f"the names {SPLIT_POINTS}, {HEADS} are reserved")
+
+
+def _verify_analysed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    _verify_traced(nodes, require)
+    for node in nodes:
+        record = info(node)
+        if record.cut is not None:
+            require(record.is_tensor and record.is_live, node, "a cut point is one float tensor with parameters in it")
+            require(not record.training_only, node, "a cut point lies on the way to the primary output")
+        require(not record.base_layer or record.cut is not None, node, "a base layer ends at a cut point")
+
+
+def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    positions = {node: k for k, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op != "call_module" or not str(node.target).startswith(SPLIT_POINTS + "."):
+            continue
+        (source,) = node.all_input_nodes
+        require(info(source).cut is not None, node, "a split point reads a cut point")
+        for user in source.users:
+            training_only = info(user).training_only
+            require(
+                user is node or positions[user] < positions[node] or training_only,
+                user,
+                "nothing reads around a split point",
+            )
+
+
+def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    for node in nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        block = info(node).block
+        require(block is not None, node, "every node belongs to a block")
+        for source in node.all_input_nodes:
+            if source.op == "placeholder":
+                continue
+            source_block = info(source).block
+            require(source_block is not None and source_block <= (block or 0), node, "no node reads a later block")
+            isolated = info(node).boundary or info(source).boundary or not info(source).is_live
+            require(
+                source_block == block or isolated, node, f"reads {source.name!r} of block {source_block} undetached"
+            )
+
+
+def _verify_block(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    for node in nodes:
+        require(not str(node.target).startswith(SPLIT_POINTS + ".") or ".mixture" in str(node.target), node, "no gate")
+    (result,) = nodes[-1].args
+    require(isinstance(result, tuple) and len(result) == 2, nodes[-1], "the output is (exports, local output)")

@@ -1,0 +1,171 @@
+"""TRACED -> what every node costs and touches, found without computing: a forward on fake tensors.
+
+Fake tensors run the real operators' shape and aliasing rules, so shapes, in-place writes, views, the tensors that
+autograd keeps for backward, and FLOPs come from PyTorch itself and not from tables of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from sedona_fx.cost import Meter
+from sedona_fx.errors import TraceError
+from sedona_fx.graph import Phase, TensorSpec, describe, info
+from sedona_fx.passes.base import graph_pass
+from sedona_fx.passes.check import keep_modes
+
+_CHANNELS_SECOND = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
+
+
+@graph_pass(Phase.TRACED)
+def annotate(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool) -> fx.GraphModule:
+    """Fill in every node's value, parameters, FLOPs, bytes kept for backward, storages, writes and channel dimension.
+
+    Args:
+        gm: a TRACED graph. Only the records of its nodes change.
+        inputs: placeholder name -> example value; shapes, dtypes and devices are used, numbers never.
+        training: the mode the graph belongs to.
+
+    Raises:
+        TraceError: a node cannot run on these shapes.
+    """
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = {
+        name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
+        for name, value in inputs.items()
+    }
+    with keep_modes(gm), fake_mode, torch.enable_grad():
+        gm.train(training)
+        runner = _Annotator(gm)
+        runner.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    _spread(gm)
+    return gm
+
+
+class _Annotator(fx.Interpreter):
+    """Runs the graph on fake tensors and writes down what each node did."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.parameters = {id(p): name for name, p in gm.named_parameters(remove_duplicate=False)}
+        self.meter = Meter([*gm.parameters(), *gm.buffers()])
+
+    def run(self, *args: Any) -> Any:  # type: ignore[override]
+        with self.meter.measuring():
+            return super().run(*args, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        record = info(n)
+        if n.op == "output":
+            return super().run_node(n)
+        before = [(t, t._version) for t in _tensors([self.env[a] for a in n.all_input_nodes])]
+        self.meter.saved, flops = {}, self.meter.flops
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            shapes = [_spec_tree(self.env[a]) for a in n.all_input_nodes]
+            raise TraceError(
+                f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in shapes]}: {error}"
+            ) from error
+        record.value = _spec_tree(result)
+        record.flops = self.meter.flops - flops
+        record.saved = self.meter.saved
+        record.storages = frozenset(t.untyped_storage()._cdata for t in _tensors(result))
+        record.mutates = frozenset(t.untyped_storage()._cdata for t, version in before if t._version != version)
+        read = list(self._parameters(n))
+        record.parameters = tuple(name for name, _ in read)
+        record.weighty = any(parameter.dim() >= 2 for _, parameter in read)
+        return result
+
+    def _parameters(self, n: fx.Node) -> Iterator[tuple[str, Tensor]]:
+        if n.op == "call_module":
+            module = self.module.get_submodule(str(n.target))
+            for name, parameter in module.named_parameters():
+                yield f"{n.target}.{name}", parameter
+        elif n.op == "get_attr":
+            value = self.fetch_attr(str(n.target))
+            if isinstance(value, nn.Parameter):
+                yield str(n.target), value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _spec_tree(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: TensorSpec(tuple(t.shape), t.dtype, t.device), value)
+
+
+def _spread(gm: fx.GraphModule) -> None:
+    """Let `depends`, `from_input` and the channel dimension follow the data flow."""
+    for node in gm.graph.nodes:
+        record, sources = info(node), [info(a) for a in node.all_input_nodes]
+        record.depends = bool(record.parameters) or any(s.depends for s in sources)
+        record.from_input = node.op == "placeholder" or any(s.from_input for s in sources)
+        if record.is_tensor and len(record.value.shape) > 1:
+            record.channel_dim = _channel_dim(gm, node)
+
+
+def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Say which dimension holds the channels: as the last layer that has an opinion left it, permutations followed."""
+    record = info(node)
+    rank = len(record.value.shape)
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if isinstance(module, _CHANNELS_SECOND):
+            return 1
+        if isinstance(module, _CHANNELS_LAST):
+            return rank - 1
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in ("layer_norm", "linear", "rms_norm"):
+        return rank - 1
+    sources = [a for a in node.all_input_nodes if info(a).is_tensor and len(info(a).value.shape) > 1]
+    if not sources:
+        return None
+    source = info(sources[0])
+    if source.channel_dim is None:
+        return None
+    moved = _permutation(gm, node, rank)
+    if moved is not None:
+        return moved.index(source.channel_dim)
+    return _same_place(source.value.shape, source.channel_dim, record.value.shape)
+
+
+def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
+    """Return which source dimension each dimension of the result is, if the node permutes dimensions."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        dims = getattr(gm.get_submodule(str(node.target)), "dims", None)
+        return [d % rank for d in dims] if isinstance(dims, (list, tuple)) and len(dims) == rank else None
+    numbers = [a for a in pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(a, int)]
+    if name == "permute" and len(numbers) == rank:
+        return [d % rank for d in numbers]
+    if name == "transpose" and len(numbers) == 2:
+        order = list(range(rank))
+        first, second = numbers[0] % rank, numbers[1] % rank
+        order[first], order[second] = order[second], order[first]
+        return order
+    return None
+
+
+def _same_place(source: tuple[int, ...], channel_dim: int, result: tuple[int, ...]) -> int | None:
+    """Find the channels again after an operation that keeps, pools, flattens or joins dimensions."""
+    if len(source) == len(result):
+        return channel_dim
+    if len(result) == 2:  # flattened or pooled: what is not the batch is features
+        return 1
+    channels = source[channel_dim]
+    if channel_dim == len(source) - 1:
+        return len(result) - 1 if result[-1] == channels else None
+    return 1 if len(result) > 1 and result[1] == channels else None

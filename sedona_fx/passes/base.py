@@ -1,0 +1,55 @@
+"""What every pass gets for nothing: its result is verified, and logged if ``SEDONA_FX_DEBUG`` asks for it.
+
+``SEDONA_FX_DEBUG=1`` logs each pass that changed something, with the nodes it added and removed; ``=2`` also writes the
+graph after each pass to ``SEDONA_FX_DEBUG_DIR`` (default ``runs/debug``).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Concatenate, ParamSpec
+
+from torch import fx
+
+from sedona_fx.graph import Phase, info, verify
+
+P = ParamSpec("P")
+Pass = Callable[Concatenate[fx.GraphModule, P], fx.GraphModule]
+_log = logging.getLogger("sedona_fx.passes")
+_count = itertools.count()
+
+
+def graph_pass(phase: Phase) -> Callable[[Pass[P]], Pass[P]]:
+    """Decorate a pass: its result must satisfy the specification of `phase`, always, in production too."""
+
+    def decorate(function: Pass[P]) -> Pass[P]:
+        @functools.wraps(function)
+        def run(gm: fx.GraphModule, /, *args: P.args, **kwargs: P.kwargs) -> fx.GraphModule:
+            level = os.environ.get("SEDONA_FX_DEBUG", "0")
+            before = {node.name for node in gm.graph.nodes} if level > "0" else set()
+            result = verify(function(gm, *args, **kwargs), phase)
+            if level > "0":
+                _report(function.__name__, before, result, phase, write=level > "1")
+            return result
+
+        return run
+
+    return decorate
+
+
+def _report(name: str, before: set[str], result: fx.GraphModule, phase: Phase, *, write: bool) -> None:
+    after = {node.name for node in result.graph.nodes}
+    added, removed = sorted(after - before), sorted(before - after)
+    if added or removed:
+        logging.basicConfig(level=logging.INFO)
+        _log.info("%s -> %s: %d nodes; added %s; removed %s", name, phase, len(after), added, removed)
+    if write:
+        folder = Path(os.environ.get("SEDONA_FX_DEBUG_DIR", "runs/debug"))
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"{node.format_node()}    # {info(node).site}" for node in result.graph.nodes if node.op != "output"]
+        (folder / f"{next(_count):03d}_{name}.txt").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,103 @@
+"""ANALYSED -> RELAXED: put a split point with candidate heads at each chosen cut point."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx, nn
+
+from sedona_fx.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
+from sedona_fx.passes.base import graph_pass
+from sedona_fx.split import SplitPoint
+
+
+@graph_pass(Phase.RELAXED)
+def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.GraphModule:
+    """Insert split points.
+
+    Before: an ANALYSED graph. After: RELAXED; behind each named cut point ``h`` stands
+    ``h, local = split_point(h)``, all later readers take that ``h``, and the graph returns ``(local, ..., output)``.
+    Where a later node overwrites ``h`` in place, the way forward is a clone: the heads read ``h`` in their backward.
+    Branches that feed only training outputs read detached values.
+
+    Args:
+        gm: the ANALYSED graph; it is not changed. Modules are shared.
+        heads: cut name -> candidate heads (none: a split point without heads).
+    """
+    graph, _ = copy_graph(gm.graph)
+    gm = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    chosen = [node for node in cut_points(graph) if info(node).cut in heads]
+    _detach_training_only(graph)
+    locals_: list[fx.Node] = []
+    for index, node in enumerate(chosen):
+        name = f"{SPLIT_POINTS}.{index}"
+        gm.add_submodule(name, SplitPoint(heads[str(info(node).cut)]))
+        record = info(node)
+        overwritten = any(info(other).mutates & record.storages for other in _after(node))
+        users = [user for user in node.users if user.op != "output" or user.args[0] is not node]
+        with graph.inserting_after(node):
+            split = graph.call_module(name, (node,))
+        with graph.inserting_after(split):
+            local = graph.call_function(operator.getitem, (split, 1))
+            through = forward = graph.call_function(operator.getitem, (split, 0))
+        if overwritten:
+            with graph.inserting_after(through):
+                forward = graph.call_function(torch.clone, (through,))
+        for made in (split, local, through, forward):
+            made.meta["sedona"] = _boundary(record)
+        for user in users:
+            if not info(user).training_only:
+                user.replace_input_with(node, forward)
+        locals_.append(local)
+    result = output_node(graph)
+    result.args = ((*locals_, result.args[0]),)
+    gm.recompile()
+    return gm
+
+
+def _boundary(record: NodeInfo) -> NodeInfo:
+    """Return a record for a node of ours behind a node with `record`."""
+    return NodeInfo(
+        path=record.path,
+        site=record.site,
+        order=record.order,
+        value=record.value,
+        depends=True,
+        from_input=True,
+        channel_dim=record.channel_dim,
+        boundary=True,
+    )
+
+
+def _after(node: fx.Node) -> list[fx.Node]:
+    nodes = []
+    following = node.next
+    while following.op != "root":
+        nodes.append(following)
+        following = following.next
+    return nodes
+
+
+def _detach_training_only(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if info(node).training_only or node.op == "output":
+            continue
+        readers = [user for user in node.users if info(user).training_only and user.target is not torch.detach]
+        if not readers or not info(node).is_tensor or not info(node).is_live:
+            continue
+        if all(_only_builds_output(user) for user in readers):
+            continue
+        with graph.inserting_before(readers[0]):
+            detached = graph.call_function(torch.detach, (node,))
+        detached.meta["sedona"] = _boundary(info(node))
+        info(detached).training_only = True
+        for user in readers:
+            if not _only_builds_output(user):
+                user.replace_input_with(node, detached)
+
+
+def _only_builds_output(node: fx.Node) -> bool:
+    """Whether a node is the constructor of the model's output type: it reads the primary output as it is."""
+    return all(user.op == "output" for user in node.users)

@@ -1,0 +1,120 @@
+"""Everything that was decided about a net: cuts, heads, devices, and where the decision came from. JSON on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sedona_fx.errors import PlanError, did_you_mean
+from sedona_fx.files import replacing
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision that can be saved, read, compared and applied again.
+
+    Attributes:
+        cuts: names of the K-1 cut points, in order: a module path (the cut stands behind it) or an operation's site.
+        heads: for each cut, the registered name of its head, or None for no head.
+        devices: one device a block, or None.
+        output: key of the primary output (attribute, key or index), or None for a bare tensor.
+        model: name of the model's class, for messages.
+        base_layers: the cut points among which was chosen.
+        inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` of the example batch.
+        provenance: how the decision was made: search, seed, settings, trajectory, costs, front end.
+    """
+
+    cuts: tuple[str, ...] = ()
+    heads: tuple[str | None, ...] = ()
+    devices: tuple[str, ...] | None = None
+    output: str | int | None = None
+    model: str = ""
+    base_layers: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.heads) != len(self.cuts):
+            raise PlanError(f"a plan needs one head (or null) a cut: {len(self.cuts)} cuts, {len(self.heads)} heads.")
+        if len(set(self.cuts)) != len(self.cuts):
+            raise PlanError(f"a plan names a cut twice: {list(self.cuts)}.")
+        if self.devices is not None and len(self.devices) != self.blocks:
+            raise PlanError(f"a plan needs one device a block: {self.blocks} blocks, {len(self.devices)} devices.")
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, K."""
+        return len(self.cuts) + 1
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the plan") -> Plan:
+        """Read a plan from JSON text.
+
+        Raises:
+            PlanError: not JSON (truncated, say), unknown or missing fields, wrong types, another format.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(
+                f"{source} is not JSON: {error}. The file may be truncated; make the plan again with decouple(...) "
+                "and plan.save(path)."
+            ) from None
+        if not isinstance(data, dict):
+            raise PlanError(f"{source} holds {type(data).__name__}, not an object with the fields of a plan.")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if data.pop("format", None) != FORMAT:
+            raise PlanError(f'{source} has no "format": {FORMAT}; it was not written by this version of sedona_fx.')
+        for name in data:
+            if name not in known:
+                raise PlanError(f"{source} has the unknown field {name!r}{did_you_mean(name, known)}.")
+        for name in ("cuts", "heads"):
+            if name not in data:
+                raise PlanError(f"{source} lacks the field {name!r}.")
+        return cls(**{name: _checked(name, value, source) for name, value in data.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error}.") from None
+        return cls.from_json(text, f"the plan {str(path)!r}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file, replacing it whole."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+
+def _checked(name: str, value: Any, source: str) -> Any:
+    def wrong(expected: str) -> PlanError:
+        return PlanError(f"{source}: the field {name!r} should be {expected}, not {type(value).__name__}.")
+
+    if name in ("cuts", "heads", "base_layers", "devices"):
+        if name == "devices" and value is None:
+            return None
+        allowed = (str, type(None)) if name == "heads" else (str,)
+        if not isinstance(value, list) or not all(isinstance(item, allowed) for item in value):
+            raise wrong("a list of names")
+        return tuple(value)
+    if name == "output":
+        if not isinstance(value, (str, int, type(None))):
+            raise wrong("a name, an index or null")
+    elif name == "model":
+        if not isinstance(value, str):
+            raise wrong("a name")
+    elif not isinstance(value, dict):
+        raise wrong("an object")
+    return value

@@ -1,0 +1,72 @@
+"""The split point: what stands at a cut while it is not yet decided whether the cut is made, and with which head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity whose gradient is scaled.
+
+    First derivatives only: differentiating twice would walk back through the scaled edges of the *forward* graph and be
+    wrong by percents after a few unrolled steps. The search takes vector-Jacobian products layer by layer instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient * scale, None
+
+
+class MixedHead(nn.Module):
+    """A mixture of candidate heads: ``sum_m softmax(beta)_m head_m(h)``, of logits (SEDONA, section 3.2)."""
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.zeros(len(heads)))
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """Return the mixed logits for an activation ``h_i``."""
+        weights = torch.softmax(self.beta, 0)
+        mixed = weights[0] * self.heads[0](activation)
+        for weight, head in zip(weights[1:], list(self.heads)[1:], strict=True):
+            mixed = mixed + weight * head(activation)
+        return mixed
+
+
+class SplitPoint(nn.Module):
+    """A relaxed cut: ``(h, local output)``, gradients weighted by ``softmax(alpha) = (p_isolate, p_through)``.
+
+    With the sum of all local losses and the final loss, one ordinary backward gives every base layer the gradient of
+    ``Lt_i = p_isolate l_i + p_through Lt_(i+1)`` and every head the gradient of its own loss at full rate. The relaxed
+    cut lies between an ordinary edge (through = 1) and a detach (through = 0).
+    """
+
+    def __init__(self, heads: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.zeros(2))
+        self.mixture = MixedHead(heads) if heads else None
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The candidate heads, in the order of beta."""
+        return list(self.mixture.heads) if self.mixture is not None else []
+
+    def forward(self, activation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the way forward and the local output (None without heads)."""
+        isolate, through = torch.softmax(self.alpha.detach(), 0)
+        local = None
+        if self.mixture is not None:
+            local = self.mixture(_ScaledGradient.apply(activation, isolate))
+        return _ScaledGradient.apply(activation, through), local
