@@ -1,1 +1,28 @@
-"""Decoupled training for any PyTorch model."""
+"""Decoupled training for any PyTorch model: search where to cut, train the blocks by local losses."""
+
+from sedona_fx import models, search, train
+from sedona_fx.args import Args
+from sedona_fx.decouple import decouple, load
+from sedona_fx.errors import SedonaError
+from sedona_fx.heads import HeadContext, register_head
+from sedona_fx.net import Net
+from sedona_fx.plan import Plan
+from sedona_fx.train import fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Args",
+    "HeadContext",
+    "Net",
+    "Plan",
+    "SedonaError",
+    "__version__",
+    "decouple",
+    "fit",
+    "load",
+    "models",
+    "register_head",
+    "search",
+    "train",
+]

@@ -1,7 +1,8 @@
-"""What things cost: FLOPs, parameters and activation bytes, of a node, a block or a head; measured seconds of a step."""
+"""What things cost: FLOPs, parameters and activation bytes of a node, a block or a head; seconds of a step."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -75,16 +75,15 @@ class Meter(TorchDispatchMode):
             yield self
 
 
-def head_cost(head: nn.Module, activation: TensorSpec) -> Cost:
-    """Return the cost of a head on an activation, from a forward on fake tensors; the activation itself is not counted."""
-    parameters = sum(p.numel() for p in head.parameters())
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode, torch.enable_grad():
-        fake = torch.empty(activation.shape, dtype=activation.dtype, device=activation.device, requires_grad=True)
-        meter = Meter([*head.parameters(), *head.buffers(), fake])
-        with meter.measuring():
-            head(fake)
-    return Cost(meter.flops, parameters, sum(meter.saved.values()))
+def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
+    """Return the cost of a head on an activation without allocating it; the activation itself is not counted."""
+    with torch.device("meta"):
+        head = make()
+    sample = torch.empty(activation.shape, dtype=activation.dtype, device="meta", requires_grad=True)
+    meter = Meter([*head.parameters(), *head.buffers(), sample])
+    with torch.enable_grad(), meter.measuring():
+        head.to(activation.dtype)(sample)
+    return Cost(meter.flops, sum(p.numel() for p in head.parameters()), sum(meter.saved.values()))
 
 
 def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cost], list[int]]:
@@ -112,7 +111,7 @@ def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cos
         Cost(f, sum(sizes.get(name, 0) for name in used), sum(saved.values()))
         for f, used, saved in zip(flops, names, kept, strict=True)
     ]
-    shared = [sum(a[s] for s in a.keys() & b.keys()) for a, b in zip(kept, kept[1:], strict=False)]
+    shared = [sum(a[s] for s in a.keys() & b.keys()) for a, b in itertools.pairwise(kept)]
     return costs, shared
 
 

@@ -1,1 +1,1 @@
-"""export"""
+"""What leaves the project: ONNX."""

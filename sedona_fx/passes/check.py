@@ -150,8 +150,11 @@ def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:
     return found[0] if found else ""
 
 
-def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool) -> None:
+def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool) -> Any:
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
+
+    Returns:
+        What the model returned.
 
     Raises:
         TraceError: they are not; with the first module whose output differs.
@@ -177,15 +180,13 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
                 f"{type(model).__name__} in {mode} mode cannot run the first batch {example!r}: "
                 f"{type(error).__name__}: {error}. Check the shapes and dtypes of the data."
             ) from error
-        gm.train(training) if gm is not model else None
-        model.train(training)
         inputs = [clone.kwargs[name] for name in order]
         try:
             actual, graph_buffers = run(lambda: gm(*inputs))
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
         if same_bits(expected, actual) and same_bits(buffers, graph_buffers):
-            return
+            return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, expected)
         place = _first_difference(model, gm, Args(**given), inputs, run)
     raise TraceError(
         f"the {mode} graph of {type(model).__name__} does not compute what the model computes{place}: its forward "

@@ -46,6 +46,8 @@ def cuts(gm: fx.GraphModule, *, output: Key = None, keep: Collection[str] | None
     for node in ancestors([output_node(gm.graph)]) - behind:
         info(node).training_only = node.op not in ("placeholder", "output")
     positions = _single_live(gm.graph, behind, primary)
+    for node in gm.graph.nodes:
+        info(node).cut, info(node).base_layer = None, False
     taken: dict[str, fx.Node] = {}
     for node in positions:
         name = cut_name(info(node))
@@ -190,10 +192,10 @@ def mark_base_layers(gm: fx.GraphModule) -> None:
     activation, pool or dropout (one reader among several, as in a pre-norm residual block, begins something new); and
     more than one weight is left behind it (a head there would only repeat the classifier that follows).
     """
-    declared = getattr(gm, "base_layers", None) or gm.meta.get("base_layers")
+    declared = gm.meta.get("base_layers")
     if declared:
         names = resolve(gm.graph)
-        for path in declared:
+        for path in declared[:-1]:  # the last base layer ends where the model does
             if path in names:
                 info(names[path]).base_layer = True
         return

@@ -90,13 +90,9 @@ def _replace_split(gm: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | 
             gm.graph.erase_node(clone)
         if item.args[1] == 0:
             item.replace_all_uses_with(source)
-        elif head is not None:
-            item.replace_all_uses_with(head)
         else:
-            outputs = output_node(gm.graph)
-            values = outputs.args[0]
-            assert isinstance(values, tuple)
-            outputs.args = (tuple(value for value in values if value is not item),)
+            assert head is not None
+            item.replace_all_uses_with(head)
         gm.graph.erase_node(item)
     gm.graph.erase_node(split)
     return head

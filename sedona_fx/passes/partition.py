@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,8 @@ from sedona_fx.passes.lower import assign_blocks, sort_by_block
 class BlockGraph:
     """One block. ``module(*inputs)`` returns ``(exports, local output)``.
 
-    ``inputs`` and ``exports`` name values: inputs of the net, or exports of earlier blocks. Exports are *not* detached;
+    ``inputs`` and ``exports`` name values (by site, so that the names of a train and an eval graph agree): inputs of
+    the net, or exports of earlier blocks. Exports are *not* detached;
     who runs the blocks detaches them (or does not: backprop through blocks). ``boundary`` is the export that the head
     reads; None for the last block, whose local output is the model's own output.
     """
@@ -51,6 +51,9 @@ def partition(gm: fx.GraphModule) -> list[BlockGraph]:
     splits = split_point_nodes(graph)
     if splits:
         assign_blocks(graph, [split.all_input_nodes[0] for split in splits])
+        for node in graph.nodes:  # a training-only branch reads what its source's block has detached
+            if node.target is torch.detach and info(node).boundary:
+                info(node).block = info(node.all_input_nodes[0]).block
         for index, split in enumerate(splits):
             _ungate(graph, split, index)
         sort_by_block(graph)
@@ -58,7 +61,6 @@ def partition(gm: fx.GraphModule) -> list[BlockGraph]:
     outputs = result.args[0]
     assert isinstance(outputs, tuple)
     count = 1 + max((info(n).block or 0 for n in graph.nodes if n.op not in ("placeholder", "output")), default=0)
-    count = max(count, len(outputs))
     local_nodes = dict(enumerate(outputs[:-1]))
     return [_block(gm, graph, index, count, local_nodes.get(index), outputs[-1]) for index in range(count)]
 
@@ -69,7 +71,7 @@ def _ungate(graph: fx.Graph, split: fx.Node, index: int) -> None:
     for item in list(split.users):
         with graph.inserting_after(split):
             if item.args[1] == 0:
-                new = graph.call_function(torch.detach, (source,))
+                new = graph.call_function(torch.detach, (source,))  # a mark; nothing is detached here
             else:
                 new = graph.call_module(f"{split.target}.mixture", (source,))
         copy_info(item, new, block=index, boundary=True)
@@ -82,7 +84,8 @@ def _ungate(graph: fx.Graph, split: fx.Node, index: int) -> None:
 
 def _crossing(node: fx.Node) -> bool:
     """Whether a node only marks that a value leaves its block."""
-    return info(node).boundary and node.op == "call_function" and node.target in (torch.detach, operator.getitem)
+    record = info(node)
+    return record.boundary and record.depends and node.op == "call_function" and node.target is torch.detach
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -107,10 +110,9 @@ def _block(
         fx.map_arg(output, lambda n: wanted.setdefault(_source(n)))
     for source in wanted:
         if source.op == "placeholder" or info(source).block != index:
-            name = str(source.target) if source.op == "placeholder" else source.name
-            env[source] = new.placeholder(name)
+            env[source] = new.placeholder(str(source.target) if source.op == "placeholder" else source.name)
             copy_info(source, env[source])
-            inputs.append(name)
+            inputs.append(info(source).site)
     for node in body:
         env[node] = new.node_copy(node, lambda n: env[_source(n)])
         copy_info(node, env[node])
@@ -128,9 +130,9 @@ def _block(
         index=index,
         module=verify(module, Phase.BLOCK),
         inputs=tuple(inputs),
-        exports=tuple(n.name for n in exported),
-        boundary=end.name if end is not None else None,
-        live_exports=tuple(n.name for n in exported if info(n).is_live),
+        exports=tuple(info(n).site for n in exported),
+        boundary=info(end).site if end is not None else None,
+        live_exports=tuple(info(n).site for n in exported if info(n).is_live),
     )
 
 

@@ -40,17 +40,17 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
         with graph.inserting_after(node):
             split = graph.call_module(name, (node,))
         with graph.inserting_after(split):
-            local = graph.call_function(operator.getitem, (split, 1))
+            if heads[str(record.cut)]:
+                locals_.append(graph.call_function(operator.getitem, (split, 1)))
             through = forward = graph.call_function(operator.getitem, (split, 0))
         if overwritten:
             with graph.inserting_after(through):
                 forward = graph.call_function(torch.clone, (through,))
-        for made in (split, local, through, forward):
+        for made in (split, through, forward, *split.users):
             made.meta["sedona"] = _boundary(record)
         for user in users:
             if not info(user).training_only:
                 user.replace_input_with(node, forward)
-        locals_.append(local)
     result = output_node(graph)
     result.args = ((*locals_, result.args[0]),)
     gm.recompile()
@@ -92,7 +92,7 @@ def _detach_training_only(graph: fx.Graph) -> None:
         with graph.inserting_before(readers[0]):
             detached = graph.call_function(torch.detach, (node,))
         detached.meta["sedona"] = _boundary(info(node))
-        info(detached).training_only = True
+        info(detached).training_only, info(detached).depends = True, False  # no gradient leaves through it
         for user in readers:
             if not _only_builds_output(user):
                 user.replace_input_with(node, detached)

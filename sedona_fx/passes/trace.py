@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.args import Args
-from sedona_fx.errors import TraceError
-from sedona_fx.graph import INFO, NodeInfo, Phase, info, verify
+from sedona_fx.errors import TraceError, did_you_mean
+from sedona_fx.graph import INFO, NodeInfo, Phase, describe, info, verify
 from sedona_fx.passes.check import (
     StateWatch,
     check_equal_forward,
@@ -38,12 +38,14 @@ class Traced:
     """The train graph and the eval graph of a model; one object where the two do not differ.
 
     ``mode_paths`` are the modules whose code runs differently in the two modes outside of leaf modules: their
-    ``training`` flag must be that of the whole net, since a graph is chosen for the net at once.
+    ``training`` flag must be that of the whole net, since a graph is chosen for the net at once. ``output`` is what the
+    model returned in train mode for the first two examples.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
     mode_paths: tuple[str, ...]
+    output: Any
 
 
 def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()) -> Traced:
@@ -64,8 +66,6 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     names = dict(model.named_modules())
     for path in leaf_modules:
         if path not in names:
-            from sedona_fx.errors import did_you_mean
-
             raise TraceError(f"leaf_modules names {path!r}, which the model does not have{did_you_mean(path, names)}.")
     given = example.bind(model.forward)
     with keep_modes(model):
@@ -77,9 +77,9 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     if differing is None:
         evaluation = train
     few = example.first(2)
-    check_equal_forward(model, train, few, training=True)
+    output = check_equal_forward(model, train, few, training=True)
     check_equal_forward(model, evaluation, few, training=False)
-    return Traced(train, evaluation, differing or ())
+    return Traced(train, evaluation, differing or (), output)
 
 
 def _trace_one(model: nn.Module, given: dict[str, Any], leaf_modules: Collection[str]) -> fx.GraphModule:
@@ -106,6 +106,7 @@ def _trace_one(model: nn.Module, given: dict[str, Any], leaf_modules: Collection
     _name_sites(graph)
     graph.eliminate_dead_code(_is_impure)
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
+    gm.meta["base_layers"] = tuple(getattr(model, "base_layers", ()))
     return verify(gm, Phase.TRACED)
 
 
@@ -157,8 +158,6 @@ def _explain(error: Exception, tracer: _Tracer) -> str:
     where = tracer.failed_in or "the model's own forward"
     value = ""
     if tracer.asked_value is not None:
-        from sedona_fx.graph import describe
-
         value = f" It asks for the value of {tracer.asked_value.name!r}, made in {describe(tracer.asked_value)}."
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"cannot record the forward of {where}{user_frame(error)}: {reason}.{value} {WAYS_OUT}"

@@ -1,0 +1,117 @@
+"""ONNX: the inference graph as a file, checked against ONNX Runtime before it takes its name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sedona_fx.args import Args
+from sedona_fx.errors import ExportError
+from sedona_fx.files import replacing
+
+if TYPE_CHECKING:
+    from sedona_fx.net import Net
+
+TOLERANCE = 1e-5
+"""Largest difference from PyTorch, as a fraction of the largest output, that a float32 file may show."""
+
+
+def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
+    """Export the inference graph of a net (heads and boundaries stripped) with a dynamic batch.
+
+    The file is run by ONNX Runtime on the example and on batches of other sizes and compared with PyTorch; only then
+    does it replace what was at `path`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: the graph cannot be exported, or the file computes something else.
+    """
+    import onnxruntime
+
+    module = net.inference_module().cpu()
+    inputs = {name: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for name, value in example.kwargs.items()}
+    batch = torch.export.Dim("batch", min=1)
+    size = Args(**inputs).batch_size()
+    shapes = {
+        name: pytree.tree_map(
+            lambda t: {0: batch} if size is not None and isinstance(t, Tensor) and t.dim() > 0 else None, value
+        )
+        for name, value in inputs.items()
+    }
+    order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+    with replacing(path) as temporary:
+        with _quiet():
+            try:
+                torch.onnx.export(
+                    module,
+                    tuple(_resized(inputs[name], size, 2) for name in order),
+                    str(temporary),
+                    dynamo=True,
+                    dynamic_shapes=tuple(shapes[name] for name in order),
+                    external_data=False,
+                    verbose=False,
+                )
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+                raise ExportError(
+                    f"{net.plan.model} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
+                    "torch.onnx.export on net.inference_module() shows the whole story."
+                ) from error
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        for count in (1, 2, 5) if size is not None else (None,):
+            _compare(module, session, [_resized(inputs[name], size, count) for name in order], str(path))
+    return Path(path)
+
+
+def _resized(value: Any, size: int | None, count: int | None) -> Any:
+    """Return inputs with `count` examples, repeating those there are."""
+    if size is None or count is None:
+        return value
+    return pytree.tree_map_only(
+        Tensor, lambda t: t[torch.arange(count) % size].contiguous() if t.dim() > 0 else t, value
+    )
+
+
+def _compare(module: fx.GraphModule, session: Any, inputs: list[Any], path: str) -> None:
+    with torch.no_grad():
+        expected = [t for t in pytree.tree_leaves(module(*inputs)) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    names = [i.name for i in session.get_inputs()]
+    actual = session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+    for want, got in zip(expected, actual, strict=True):
+        got = torch.from_numpy(got)
+        if want.shape != got.shape:
+            raise ExportError(f"{path!r} gives the shape {tuple(got.shape)} where the net gives {tuple(want.shape)}.")
+        if want.dtype.is_floating_point and want.numel():
+            scale = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+            difference = ((want - got).abs().max() / scale).item()
+            if not difference <= TOLERANCE:
+                raise ExportError(
+                    f"{path!r} differs from the net by {difference:.1e} of its largest output (allowed: "
+                    f"{TOLERANCE:.0e}) on {tuple(tensors[0].shape)}. It was not kept."
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress report and its warnings about its own internals away from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

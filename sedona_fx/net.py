@@ -1,0 +1,263 @@
+"""What ``decouple`` returns: the user's model as K blocks that train without waiting for each other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from sedona_fx.args import Args
+from sedona_fx.cost import Cost
+from sedona_fx.errors import CheckpointError, DataError, ScheduleError
+from sedona_fx.export.onnx import to_onnx
+from sedona_fx.files import replacing
+from sedona_fx.outputs import OutputFormat
+from sedona_fx.passes import BlockGraph, strip
+from sedona_fx.plan import Plan
+from sedona_fx.report.text import net_report
+from sedona_fx.train.engine import Block, Engine, Loss, OnBlock, StepResult
+
+
+class Net(nn.Module):
+    """A decoupled net. Made by :func:`sedona_fx.decouple` or :func:`sedona_fx.load`.
+
+    ``net(x)`` has the model's own signature and gives the model's own result; it runs no head. The net owns the one
+    copy of the model's parameters (``net.model``) and the heads (``net.heads``); ``net.parameters()`` gives both.
+
+    Attributes:
+        plan: everything that was decided.
+        blocks: the K blocks.
+        graph_module: the LOWERED train graph; it returns ``(local output, ..., output)``.
+        steps: training steps taken; with the seed it decides the draws of every block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graphs: Mapping[bool, fx.GraphModule],
+        partitions: Mapping[bool, Sequence[BlockGraph]],
+        heads: Sequence[nn.Module | None],
+        *,
+        plan: Plan,
+        output: OutputFormat,
+        loss: Loss | None,
+        example: Args,
+        costs: Sequence[Cost],
+        mode_paths: Sequence[str],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(heads) if head is not None})
+        self.training = model.training
+        self.steps = 0
+        self.plan, self.costs = plan, list(costs)
+        self._graphs, self._example, self._modal = (
+            dict(graphs),
+            example,
+            [(p, model.get_submodule(p)) for p in mode_paths],
+        )
+        # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
+        where = _devices(plan, model)
+        self._blocks = tuple(
+            Block(train, evaluation, head, device)
+            for train, evaluation, head, device in zip(
+                partitions[True], partitions[False], [*heads, None], where, strict=True
+            )
+        )
+        self.engine = Engine(self._blocks, output, loss, seed)
+        self._plain = {mode: strip(graph, keep_moves=plan.devices is not None) for mode, graph in graphs.items()}
+        self.train(self.training)
+
+    # ---- the model's own face -------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the model returns for these arguments, in the net's mode."""
+        return self._run(Args(*args, **kwargs))
+
+    def call(self, inputs: Any) -> Any:
+        """Like ``net(...)``, for inputs as data loaders give them (a tuple, a mapping, or one argument)."""
+        return self._run(Args.of(inputs))
+
+    def _run(self, args: Args) -> Any:
+        self._check_modes()
+        values = self._named(args)
+        graph = self._plain[self.training]
+        return graph(*[values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"])
+
+    def train(self, mode: bool = True) -> Net:
+        """Set the mode as the user's own ``model.train(mode)`` does, overrides included; heads follow."""
+        self.training = mode
+        self.model.train(mode)
+        self.heads.train(mode)
+        return self
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The K blocks, nearest the input first."""
+        return self._blocks
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The LOWERED train graph."""
+        return self._graphs[True]
+
+    def losses(self, x: Any, y: Any) -> list[Tensor]:
+        """Return the K local losses of a batch, graphs kept; gradients do not cross between blocks."""
+        self._check_modes()
+        return self.engine.local_losses(self._named(Args.of(x)), y, training=self.training, step=self.steps)
+
+    def backward(
+        self, x: Any, y: Any, scaler: Any = None, weight: float = 1.0, *, on_block: OnBlock | None = None
+    ) -> StepResult:
+        """Fill ``.grad`` block by block: forward, local loss, backward, free. The drop-in for ``loss.backward()``.
+
+        Args:
+            x: inputs (a tuple is positional, a mapping is keywords, anything else is one argument).
+            y: target, handed to the loss.
+            scaler: a ``torch.amp.GradScaler``; the losses are scaled, ``scaler.step(optimizer)`` stays with the caller.
+            weight: factor of the losses, for accumulation: ``1 / number of micro-batches``.
+            on_block: called with a block's index as soon as its gradients are complete.
+
+        Returns:
+            The K local losses and the output, detached. Inside ``torch.autocast``, forward runs under it and backward
+            outside of it.
+
+        Raises:
+            NonFiniteLossError: naming block and step; at the latest at the next call.
+        """
+        self._check_modes()
+        result = self.engine.backward(
+            self._named(Args.of(x)),
+            y,
+            step=self.steps,
+            training=self.training,
+            scaler=scaler,
+            weight=weight,
+            on_block=on_block,
+        )
+        self.steps += 1
+        return result
+
+    # ---- getting things out -----------------------------------------------------------------------------------------
+
+    def inference_module(self) -> fx.GraphModule:
+        """Return the eval graph without heads and boundaries, in eval mode; it shares this net's tensors."""
+        return share_copy(strip(self._graphs[False])).eval()
+
+    def original_state_dict(self) -> dict[str, Any]:
+        """Return the state of the user's model; loads with ``strict=True`` into a fresh copy of it."""
+        return self.model.state_dict()
+
+    def to_onnx(self, path: str | Path) -> Path:
+        """Write the inference graph with a dynamic batch and check it against ONNX Runtime."""
+        return to_onnx(self, self._example, path)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``plan.json`` and ``weights.pt`` (model and heads) into a folder; files are replaced whole."""
+        folder = Path(folder)
+        self.plan.save(folder / "plan.json")
+        with replacing(folder / "weights.pt") as temporary:
+            torch.save(
+                {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "steps": self.steps}, temporary
+            )
+
+    def load_weights(self, path: str | Path) -> None:
+        """Read ``weights.pt`` as :meth:`save` wrote it.
+
+        Raises:
+            CheckpointError: unreadable, or of another net; nothing is loaded then.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"cannot read the weights {str(path)!r}: {type(error).__name__}: {error}.") from error
+        for part, module in (("model", self.model), ("heads", self.heads)):
+            if not isinstance(state, dict) or part not in state:
+                raise CheckpointError(f"{str(path)!r} holds no {part!r}: it was not written by net.save(folder).")
+            theirs = {name: tuple(t.shape) for name, t in state[part].items() if isinstance(t, Tensor)}
+            ours = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+            if theirs != ours:
+                name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
+                raise CheckpointError(
+                    f"{str(path)!r} belongs to another net: {part} {name!r} is {theirs.get(name, 'missing')} in the "
+                    f"file and {ours.get(name, 'missing')} here."
+                )
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.steps = int(state["steps"])
+
+    def __repr__(self) -> str:
+        return net_report(self)
+
+    # ---- below the surface ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Net:
+        """Move or convert all tensors, as ``net.to(...)`` does, and show every graph the tensors that were replaced."""
+        super()._apply(fn, recurse)
+        blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
+        for gm in {id(g): g for g in (*blocks, *self._plain.values(), *self._graphs.values())}.values():
+            for node in gm.graph.nodes:
+                if node.op == "get_attr":
+                    path, _, name = str(node.target).rpartition(".")
+                    ours, theirs = gm.get_submodule(path), self.model.get_submodule(path)
+                    for registry in ("_parameters", "_buffers"):
+                        if name in getattr(theirs, registry):
+                            getattr(ours, registry)[name] = getattr(theirs, registry)[name]
+        return self
+
+    def _named(self, args: Args) -> dict[str, Any]:
+        given = args.bind(self.model.forward)
+        wanted = self.plan.inputs
+        for name in given.keys() - wanted.keys():
+            raise DataError(
+                f"the net was traced without the argument {name!r}; give it in the first batch handed to decouple."
+            )
+        for name in wanted.keys() - given.keys():
+            raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
+        return given
+
+    def _check_modes(self) -> None:
+        for path, module in self._modal:
+            if module.training != self.training:
+                raise ScheduleError(
+                    f"{path or type(self.model).__name__} computes differently in train and in eval mode in its own "
+                    f"code, and is in {'eval' if self.training else 'train'} mode while the net is in "
+                    f"{'train' if self.training else 'eval'} mode. A graph is chosen for the net at once: name this "
+                    "module in leaf_modules=[...] to give it a mode of its own."
+                )
+
+
+def share_copy(module: nn.Module) -> Any:
+    """Copy the structure of a module; parameters and buffers are the same objects."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
+def _devices(plan: Plan, model: nn.Module) -> list[torch.device]:
+    if plan.devices is not None:
+        return [torch.device(name) for name in plan.devices]
+    first = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return [first] * plan.blocks
+
+
+def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
+    """Make an example batch from a plan's description of the inputs: zeros for integers, seeded noise for floats."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(spec: Any) -> Any:
+        dtype = getattr(torch, spec["dtype"])
+        if dtype.is_floating_point:
+            return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)
+        return torch.zeros(spec["shape"], dtype=dtype, device=device)
+
+    def is_spec(value: Any) -> bool:
+        return isinstance(value, Mapping) and set(value) == {"shape", "dtype"}
+
+    return Args(**{name: pytree.tree_map(make, value, is_leaf=is_spec) for name, value in inputs.items()})

@@ -1,0 +1,56 @@
+"""The report that ``print(net)`` shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sedona_fx.net import Net
+
+
+def human(count: float, unit: str = "") -> str:
+    """Return a number with a metric prefix: ``1.7 M``, ``33.6 MB``."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {prefix}{unit}".strip()
+        count /= 1000
+    return f"{count:.3g} T{unit}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a plain text table, the first column left-aligned, the others right-aligned."""
+    widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
+
+    def line(row: list[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def net_report(net: Net) -> str:
+    """Return what a net consists of: a line a block with its cut, head, parameters, FLOPs, activation bytes, device.
+
+    FLOPs are of one forward pass of the example batch; activation bytes are what autograd keeps of it for backward,
+    the head included.
+    """
+    batch = next(iter(net.plan.inputs.values()), None)
+    shape = tuple(batch["shape"]) if isinstance(batch, dict) and "shape" in batch else "?"
+    source = net.plan.provenance.get("search", "plan")
+    rows = []
+    for block, cost in zip(net.blocks, net.costs, strict=True):
+        last = block.index == len(net.blocks) - 1
+        rows.append(
+            [
+                str(block.index),
+                "the model's output" if last else f"behind {net.plan.cuts[block.index]}",
+                "-" if last else (net.plan.heads[block.index] or "none"),
+                human(cost.parameters),
+                human(cost.flops),
+                human(cost.activation_bytes, "B"),
+                str(block.device),
+            ]
+        )
+    head = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
+    title = f"{net.plan.model}: {len(net.blocks)} blocks, cut by {source}, inputs {shape}"
+    return f"{title}\n{table(head, rows)}"

@@ -1,0 +1,84 @@
+"""Balanced cuts: the largest block is as small as it can be, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sedona_fx.cost import stretch_costs
+from sedona_fx.search.problem import Decision, Problem, candidate_cost, first_heads
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Minimise the largest cost of a block, its head included, over all choices of cuts; each cut gets the first head.
+
+    Args:
+        by: ``"flops"`` balances time on many devices, ``"activation_bytes"`` memory on one.
+    """
+
+    by: Literal["flops", "activation_bytes"] = "flops"
+    needs_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.by not in ("flops", "activation_bytes"):
+            raise ValueError(f"Balanced(by={self.by!r}): either 'flops' or 'activation_bytes'")
+
+    def decide(self, problem: Problem) -> Decision:
+        """Choose cuts and heads."""
+        places = problem.places()
+        nodes = [problem.node(name) for name in places]
+        stretches, shared = stretch_costs(problem.train, nodes)
+        heads = []
+        for name, node in zip(places, nodes, strict=True):
+            heads.append(getattr(candidate_cost(problem, name, node), self.by))
+        costs = [getattr(cost, self.by) for cost in stretches]
+        overlap = shared if self.by == "activation_bytes" else [0] * len(shared)
+        chosen, largest = balance(costs, overlap, heads, problem.blocks)
+        cuts = [places[k] for k in chosen]
+        provenance = {"search": "balanced", "by": self.by, "largest_block": largest}
+        return Decision(cuts, first_heads(problem, cuts), provenance)
+
+
+def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], blocks: int) -> tuple[list[int], int]:
+    """Cut a chain of n+1 stretches into `blocks` runs so that the largest cost of a run is least.
+
+    A run from stretch a to stretch b costs ``sum(costs[a..b]) - sum(shared[a..b-1]) + heads[b]`` (no head behind the
+    last). Exact dynamic programme, O(n^2 blocks); of equal solutions the one whose earlier blocks are smaller.
+
+    Args:
+        costs: of the n+1 stretches.
+        shared: counted twice by neighbouring stretches, n numbers.
+        heads: cost of a head at each of the n cut points.
+        blocks: number of runs, at most n+1.
+
+    Returns:
+        The stretches behind which to cut, and the largest cost.
+    """
+    n = len(costs) - 1
+    sums, overlaps = [0], [0]
+    for k, cost in enumerate(costs):
+        sums.append(sums[-1] + cost)
+        overlaps.append(overlaps[-1] + (shared[k] if k < n else 0))
+
+    def run(a: int, b: int) -> int:
+        return sums[b + 1] - sums[a] - (overlaps[b] - overlaps[a]) + (heads[b] if b < n else 0)
+
+    # best[j][b]: least largest cost of j runs that end behind stretch b.
+    best: list[list[float]] = [[run(0, b) for b in range(n + 1)]]
+    came: list[list[int]] = [[-1] * (n + 1)]
+    for j in range(1, blocks):
+        row, source = [float("inf")] * (n + 1), [-1] * (n + 1)
+        for b in range(j, n + 1):
+            for a in range(j - 1, b):
+                value = max(best[j - 1][a], run(a + 1, b))
+                if value < row[b]:
+                    row[b], source[b] = value, a
+        best.append(row)
+        came.append(source)
+    chosen, at = [], n
+    for j in range(blocks - 1, 0, -1):
+        at = came[j][at]
+        chosen.append(at)
+    return chosen[::-1], int(best[blocks - 1][n])

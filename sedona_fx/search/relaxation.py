@@ -1,0 +1,183 @@
+"""From a problem to SEDONA's relaxed blocks, and from what it learned to a decision."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sedona_fx.data import Source, to_device
+from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.graph import SPLIT_POINTS, copy_info, info, output_node
+from sedona_fx.heads import build_head, head_name
+from sedona_fx.passes import BlockGraph, partition, relax
+from sedona_fx.plan import Plan
+from sedona_fx.search.budget import RelaxedFlops
+from sedona_fx.search.decode import decode
+from sedona_fx.search.problem import Decision, Problem, candidate_cost
+from sedona_fx.search.relaxed import Batch, LocalLoss
+
+if TYPE_CHECKING:
+    from sedona_fx.search.sedona import Sedona, SedonaResult
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RelaxedGraphBlock:
+    """A base layer of the relaxed net, as :class:`~sedona_fx.search.relaxed.RelaxedBlock` describes it."""
+
+    module: nn.Module
+    eval_module: nn.Module
+    inputs: tuple[str, ...]
+    exports: tuple[str, ...]
+    boundary: str | None
+    beta: str | None
+
+
+def search_sedona(settings: Sedona, problem: Problem) -> Decision:
+    """Run SEDONA on a problem.
+
+    Raises:
+        SearchDivergedError: a loss was not finite; with the plan decoded from what was learned until then.
+    """
+    from sedona_fx.search.sedona import NonFiniteSearch
+
+    places = problem.places()
+    if problem.blocks == 1:
+        return Decision([], [], {"search": "sedona"})
+    if problem.data is None:
+        raise DataError("search='sedona' needs data to search on.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(problem.seed)
+        blocks = relaxed_blocks(problem, places)
+    train, val, _ = problem.data
+    device = next(blocks[0].module.parameters()).device
+    try:
+        result = settings.run(
+            blocks,
+            _local_loss(problem, len(blocks)),
+            lambda: _named_batches(train, problem.train, device),
+            lambda: _named_batches(val, problem.train, device),
+            _flops(problem, places),
+            problem.seed,
+            problem.progress,
+        )
+    except NonFiniteSearch as error:
+        raise SearchDivergedError(error.where, _plan(_decision(settings, problem, places, error.result))) from error
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return _decision(settings, problem, places, result)
+
+
+def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraphBlock]:
+    """Relax the train graph with every candidate head at every place, and pair its blocks with the eval graph's."""
+    heads = {
+        name: [build_head(spec, problem.contexts[name]).to(_like(problem)) for spec in problem.candidates[name]]
+        for name in places
+    }
+    if not all(heads.values()):
+        raise CutError("search='sedona' chooses heads by local losses and cannot run with heads=False.")
+    train = partition(relax(problem.train, heads))
+    evaluation = partition(relax(problem.eval, {name: [] for name in places}))
+    return [_pair(a, b) for a, b in zip(train, evaluation, strict=True)]
+
+
+def _like(problem: Problem) -> Tensor:
+    return next(p for p in problem.train.parameters() if p.dtype.is_floating_point)
+
+
+def _pair(train: BlockGraph, evaluation: BlockGraph) -> RelaxedGraphBlock:
+    """Give the two graphs of a block one signature: what only one of them reads or gives is unused or None."""
+    inputs = tuple(dict.fromkeys((*train.inputs, *evaluation.inputs)))
+    exports = tuple(dict.fromkeys((*train.exports, *evaluation.exports)))
+    beta = f"{SPLIT_POINTS}.{train.index}.mixture.beta" if train.boundary is not None else None
+    return RelaxedGraphBlock(
+        _with_signature(train, inputs, exports),
+        _with_signature(evaluation, inputs, exports),
+        inputs,
+        exports,
+        train.boundary,
+        beta,
+    )
+
+
+def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[str]) -> fx.GraphModule:
+    if (block.inputs, block.exports) == (tuple(inputs), tuple(exports)):
+        return block.module
+    graph, env = fx.Graph(), {}
+    old = block.module.graph
+    given = {info(n).site: n for n in old.nodes if n.op == "placeholder"}
+    for k, name in enumerate(inputs):
+        made = graph.placeholder(f"input_{k}")
+        if name in given:
+            env[given[name]] = made
+            copy_info(given[name], made)
+    for node in old.nodes:
+        if node.op not in ("placeholder", "output"):
+            env[node] = graph.node_copy(node, env.__getitem__)
+            copy_info(node, env[node])
+    (result,) = output_node(old).args
+    assert isinstance(result, tuple)
+    exported, local = result
+    assert isinstance(exported, tuple)
+    values = dict(zip(block.exports, exported, strict=True))
+    given_or_none = tuple(env[values[n]] if n in values else None for n in exports)
+    graph.output((given_or_none, fx.map_arg(local, env.__getitem__)))
+    return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
+
+
+def _local_loss(problem: Problem, count: int) -> LocalLoss:
+    loss, output = problem.loss, problem.output
+    assert loss is not None
+
+    def local_loss(index: int, local: Any, target: Any) -> Tensor:
+        if index == count - 1:
+            return output.final_loss(loss, local, target)
+        return output.head_loss(loss, local, target)
+
+    return local_loss
+
+
+def _named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    for args, target in source():
+        values = {**dict(zip(names, args.args, strict=False)), **args.kwargs}
+        yield to_device(values, device), to_device(target, device)
+
+
+def _flops(problem: Problem, places: Sequence[str]) -> RelaxedFlops:
+    net = sum(info(node).flops for node in problem.train.graph.nodes)
+    heads = sum(
+        candidate_cost(problem, name, problem.node(name), k).flops
+        for name in places
+        for k in range(len(problem.candidates[name]))
+    )
+    return RelaxedFlops(net=float(max(net, 1)), heads=float(heads))
+
+
+def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:
+    cuts, heads = decode(result.alpha, result.beta, problem.blocks)
+    names = [places[k] for k in cuts]
+    provenance = {
+        "search": "sedona",
+        "interrupted": result.interrupted,
+        "unroll": settings.unroll,
+        "cost": result.cost,
+        "places": list(places),
+        "candidates": {name: [head_name(spec) for spec in problem.candidates[name]] for name in places},
+        "alpha": result.alpha.tolist(),
+        "beta": [logits.tolist() for logits in result.beta],
+        "trajectory": result.trajectory,
+    }
+    chosen = [problem.candidates[name][k] for name, k in zip(names, heads, strict=True)]
+    return Decision(names, list(chosen), provenance)
+
+
+def _plan(decision: Decision) -> Plan:
+    heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
+    return Plan(cuts=tuple(decision.cuts), heads=heads, provenance=decision.provenance)
