@@ -1,4 +1,4 @@
-"""What a search costs, from FLOPs alone, and how many steps of each kind a given cost buys.
+"""What a search costs, from counts alone, and how many steps of each kind a given cost buys.
 
 No clock is read: a search does the same on a busy machine as on an idle one.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# An unrolled step in relaxed steps: its own cost, and twice that to differentiate through it (measured on convolutional
-# nets: 3.0 to 3.7, memory traffic included).
-_UNROLLED_COST = 3.0
+# An unrolled step in relaxed steps: its own cost, and what it takes to differentiate through it (measured on
+# convolutional nets on a CPU: 2.6 to 5 for each unrolled step).
+_UNROLLED_COST = 4.0
 _MOST_SNAPSHOTS = 10  # each is a copy of weights, momentum and buffers, all heads included
 _VISITS = 5  # meta-iterations a snapshot, at least
 
 
 @dataclass(frozen=True)
-class RelaxedFlops:
-    """Forward FLOPs: of the net and of all heads on a training batch, of the net on a validation batch (None: same)."""
+class RelaxedWork:
+    """Work of one step, in any unit: of the net and of all heads on a training batch, of the net on a validation batch
+    (None: as on a training batch).
+    """
 
     net: float
     heads: float
@@ -48,7 +50,7 @@ class Budget:
 
 def share(
     training_steps: int | None,
-    flops: RelaxedFlops,
+    work: RelaxedWork,
     unroll: int,
     warmup_steps: int | None,
     meta_steps: int | None,
@@ -61,8 +63,8 @@ def share(
     Raises:
         ValueError: it does not pay for a single step of each kind.
     """
-    relaxed = 1 + flops.heads / flops.net
-    validation = 1.0 if flops.validation is None else flops.validation / flops.net
+    relaxed = 1 + work.heads / work.net
+    validation = 1.0 if work.validation is None else work.validation / work.net
     meta = (unroll * _UNROLLED_COST + 1) * relaxed + validation
     total = training_steps or 0
     need = max(2 * relaxed, 2 * meta)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sedona_fx.search.budget import Budget, RelaxedFlops, share
+from sedona_fx.search.budget import Budget, RelaxedWork, share
 from sedona_fx.search.hypergradient import hypergradient
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.relaxation import search_sedona
@@ -62,7 +62,7 @@ class Sedona:
     """Settings of the search. What is `None` is derived, so that the cost stays within `training_steps`.
 
     Args:
-        training_steps: SGD steps of the training run this search serves. None: 10 epochs of the weights' data.
+        training_steps: SGD steps of the training run this search serves. None: 100 epochs of the weights' data.
         warmup_steps: relaxed training steps before the search proper. None: half of the cost.
         meta_steps: updates of alpha and beta. None: what the rest of the cost allows.
         snapshots: states of the relaxed net to search at, spread over the warm-up. None: at most 10.
@@ -112,7 +112,7 @@ class Sedona:
         local_loss: LocalLoss,
         train_batches: Batches,
         val_batches: Batches,
-        flops: RelaxedFlops,
+        work: RelaxedWork,
         seed: int,
         progress: bool,
     ) -> SedonaResult:
@@ -123,7 +123,7 @@ class Sedona:
             local_loss: `local_loss(block, local, target)`, a scalar.
             train_batches: one epoch of the weights' data at a call: (inputs by name, target).
             val_batches: the same for the validation data.
-            flops: for the cost; no clock is read, so the search does not depend on the machine's load.
+            work: for the cost; no clock is read, so the search does not depend on the machine's load.
             seed: of snapshots, dropout, and whatever the data draws from the global stream (which is given back).
             progress: show a bar.
 
@@ -139,8 +139,8 @@ class Sedona:
             try:
                 steps = self.training_steps
                 if steps is None and None in (self.warmup_steps, self.meta_steps):
-                    steps = 10 * sum(1 for _ in train_batches())
-                budget = share(steps, flops, self.unroll, self.warmup_steps, self.meta_steps, self.snapshots)
+                    steps = 100 * sum(1 for _ in train_batches())
+                budget = share(steps, work, self.unroll, self.warmup_steps, self.meta_steps, self.snapshots)
                 search.run(budget, train_batches, val_batches, seed, progress)
             except KeyboardInterrupt:
                 interrupted = True
