@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sedona_fx.pointwise_pool import PointwisePool
+
 
 def sedona_head(
     channels: int,
@@ -28,7 +30,8 @@ def sedona_head(
     1x1 convolution to C/expansion, 3x3 depthwise with stride 2, ``depth - 1`` inverted residuals, 1x1 convolution to
     `features`, global average pool, linear. Every second inverted residual strides and widens while the map is at
     least 2 wide: by C/8, or by C with expansion 1 (the ResNet-18 and -34 form), as in the authors' released
-    settings. Divisions round down, to no less than 1.
+    settings. Divisions round down, to no less than 1. The last convolution, its BatchNorm and ReLU and the pool are one
+    :class:`~sedona_fx.pointwise_pool.PointwisePool`: the same numbers in a fraction of the memory.
     """
     planes = max(1, channels // expansion)
     growth = max(1, planes // 2) if expansion > 1 else planes
@@ -40,7 +43,7 @@ def sedona_head(
         outgoing = planes + growth if stride == 2 else planes
         layers.append(InvertedResidual(planes, outgoing, stride, expansion))
         planes, side = outgoing, math.ceil(side / stride)
-    layers += [*_conv_bn_relu(planes, features), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, classes)]
+    layers += [PointwisePool(planes, features, HeadBatchNorm(features)), nn.Linear(features, classes)]
     return _initialised(layers)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from sedona_fx.head_layers import HeadBatchNorm, InvertedResidual, Mean, ResidualMLP
 from sedona_fx.heads import HeadContext, build_head
+from sedona_fx.pointwise_pool import PointwisePool
 
 
 def image(channels: int, height: int, width: int | None = None, classes: int = 10) -> HeadContext:
@@ -32,6 +33,8 @@ def facts(head: nn.Module) -> list[str]:
                 out.append(f"bn {module.num_features}")
             case nn.ReLU():
                 out.append("relu")
+            case PointwisePool():  # its convolution and norm follow
+                out.append("pointwise pool")
             case nn.AdaptiveAvgPool2d():
                 out.append(f"pool {module.output_size}")
             case nn.LayerNorm():
@@ -60,8 +63,7 @@ def test_sedona_3_on_64_channels_of_8x8():
         *conv("dw3 16>16 /2"),
         *inverted_residual("16>16", 1),
         *inverted_residual("16>24", 2),
-        *conv("conv1 24>512 /1"),
-        "pool 1",
+        *["pointwise pool", "conv1 24>512 /1", "bn 512"],
         "linear 512>10",
     ]
 
@@ -105,8 +107,7 @@ def test_the_basic_form_keeps_the_channels_and_does_not_expand():
         *conv("dw3 32>32 /2"),
         "conv1 32>64 /1",
         "bn 64",
-        *conv("conv1 64>512 /1"),
-        "pool 1",
+        *["pointwise pool", "conv1 64>512 /1", "bn 512"],
         "linear 512>10",
     ]
 
