@@ -20,20 +20,29 @@ class Args:
 
     @classmethod
     def of(cls, inputs: Any) -> Args:
-        """Read inputs as data loaders give them: a tuple is positional, a mapping is keywords, else one argument."""
+        """Read inputs as data loaders give them: a tuple is positional, a mapping is keywords, else one argument.
+
+        Raises:
+            DataError: a mapping whose keys are no names.
+        """
         if isinstance(inputs, Args):
             return inputs
         if isinstance(inputs, Mapping):
+            if not all(isinstance(name, str) for name in inputs):
+                raise DataError(
+                    f"a mapping of inputs is taken as keywords, and {list(inputs)[:3]} are no names of arguments. For "
+                    "a model that takes a mapping as its one argument, write sedona_fx.Args(mapping)."
+                )
             return cls(**inputs)
         if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
             return cls(*inputs)
         return cls(inputs)
 
     def bind(self, forward: Callable[..., Any]) -> dict[str, Any]:
-        """Return argument name -> value for those arguments that were given.
+        """Return argument name -> value for those arguments that were given, and not with just their default.
 
         Raises:
-            DataError: the arguments do not fit the signature of ``forward``.
+            DataError: the arguments do not fit the signature of ``forward``, or cannot be told by name.
         """
         signature = inspect.signature(forward)
         try:
@@ -43,7 +52,19 @@ class Args:
                 f"the inputs do not fit the model's forward{signature}: {error}. A tuple of inputs is taken as "
                 "positional arguments, a mapping as keywords; sedona_fx.Args(...) says it explicitly."
             ) from None
-        return dict(bound.arguments)
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            parameter = signature.parameters[name]
+            if parameter.kind is parameter.VAR_KEYWORD:
+                named.update(value)
+            elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+                raise DataError(
+                    f"the model's forward{signature} takes {str(parameter)!r} without a name to call it by. Wrap the "
+                    "model in a module whose forward names every input."
+                )
+            elif not same_plain(value, parameter.default):
+                named[name] = value
+        return named
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Args:
         """Return a copy with a function applied to every tensor."""
@@ -72,3 +93,15 @@ class Args:
 
         parts = [text(a) for a in self.args] + [f"{k}={text(v)}" for k, v in self.kwargs.items()]
         return f"Args({', '.join(parts)})"
+
+
+def same_plain(first: Any, second: Any) -> bool:
+    """Whether two values that hold no tensor are equal; lists and tuples are taken for one another, as JSON does."""
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(same_plain, first, second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same_plain(first[key], second[key]) for key in first)
+    if first is second:
+        return True
+    plain = (bool, int, float, str, bytes, torch.dtype, torch.device)
+    return type(first) is type(second) and isinstance(first, plain) and bool(first == second)

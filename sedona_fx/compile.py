@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Analysed:
 
     train: fx.GraphModule
     eval: fx.GraphModule
-    mode_paths: tuple[str, ...]
+    mode_paths: Mapping[str, tuple[bool, bool]]
     output: OutputFormat
     contexts: dict[str, HeadContext]
     few: Any
@@ -92,7 +92,8 @@ def analyse(model: nn.Module, example: Args, output: Key, leaf_modules: Collecti
             channel_dim=record.channel_dim if record.channel_dim is not None else (2 if rank == 3 else 1),
             place=str(record.cut),
         )
-    output_format = OutputFormat.of(values, key, auxiliary)
+    # Of what the model itself returned: the graph's dicts and lists are fx's own immutable ones.
+    output_format = OutputFormat.of(traced.output, key, auxiliary)
     return Analysed(train, evaluation, traced.mode_paths, output_format, contexts, traced.output)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sedona_fx.graph import TensorSpec, block_of, info
+from sedona_fx.flow import block_of
+from sedona_fx.graph import TensorSpec, info
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,14 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
         self.saved: dict[int, int] = {}
-        self._ignore = {t.untyped_storage()._cdata for t in ignore}
+        self._ignore: set[int] = set()
         self._alive: list[Tensor] = []  # a storage's address names it only while it lives
+        self.ignore(ignore)
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """Leave the storages of these tensors out from now on."""
+        self._ignore.update(t.untyped_storage()._cdata for t in tensors)
+        self._alive.extend(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

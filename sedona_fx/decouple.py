@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.compile import Analysed, analyse, check_target, compile_net, device_of, own
-from sedona_fx.data import first_pair, search_sources, to_device
-from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
+from sedona_fx.data import Source, first_pair, search_sources, to_device
+from sedona_fx.errors import CutError, DataError, HeadError, PlanError, did_you_mean
 from sedona_fx.graph import describe, info
 from sedona_fx.heads import default_candidates, default_head, head_name, head_names
 from sedona_fx.net import Net, example_like
@@ -61,7 +61,7 @@ def decouple(
             first is taken; with `cuts`, one a cut or one for all); None: by the shapes; False: no heads, for schedules
             that need none.
         plan: a plan or its path: nothing is searched.
-        devices: one device a block; None: where the model is.
+        devices: one device a block; None: as `plan` says, else where the model is.
         output: key, attribute or index of the primary output; None: ``logits``, else the only or first float tensor.
         leaf_modules: module paths that are kept whole while tracing.
         seed: of the search, of the heads' initial weights, and of the blocks' random draws in training.
@@ -75,9 +75,14 @@ def decouple(
         SedonaError: every kind of bad input, with the place in the model and what to do.
     """
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        raise CutError(f"blocks={blocks!r}: a net has at least 1 block (1 is backpropagation).")
+        raise CutError(f"blocks={blocks!r}: give a whole number, at least 1 (1 is backpropagation).")
+    if loss is not None and not callable(loss):
+        raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
     chosen = _search_of(search)
-    given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    given = _plan_given(plan)
+    named_cuts = [cuts] if isinstance(cuts, str) else cuts
+    count = given.blocks if given is not None else blocks if named_cuts is None else len(named_cuts) + 1
+    places = _devices(devices if devices is not None or given is None else given.devices, count)
     owned = own(model, inplace=inplace)
     inputs, target = first_pair(data)
     example = Args(**to_device(inputs.bind(owned.forward), device_of(owned)))
@@ -88,10 +93,11 @@ def decouple(
     decision: Decision
     if given is not None:
         decision = _from_plan(given, traced, _by_name(heads))
-    elif cuts is not None:
-        decision = _from_names(list(cuts), heads, traced)
+    elif named_cuts is not None:
+        decision = _from_names(list(named_cuts), heads, traced)
     else:
         searching = chosen.needs_data and blocks > 1
+        sources = search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None
         problem = Problem(
             traced.train,
             traced.eval,
@@ -100,13 +106,13 @@ def decouple(
             _candidates(heads, traced, searching=searching),
             traced.output,
             loss,
-            search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None,
+            (_named(sources[0], owned), _named(sources[1], owned), sources[2]) if sources is not None else None,
             seed,
             progress,
         )
         decision = chosen.decide(problem)
-    named = _plan_of(decision, traced, owned, example, wanted, devices, seed)
-    return compile_net(owned, traced, example, decision.heads, named, loss, seed)
+    made = _plan_of(decision, traced, owned, example, wanted, places, seed)
+    return compile_net(owned, traced, example, decision.heads, made, loss, seed)
 
 
 def load(
@@ -143,6 +149,35 @@ def load(
     return net
 
 
+def _plan_given(plan: Any) -> Plan | None:
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    raise PlanError(f"plan={plan!r} is neither a Plan nor the path of one.")
+
+
+def _devices(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
+    """Return the devices as a plan names them, each of which has been tried."""
+    if devices is None:
+        return None
+    if isinstance(devices, (str, torch.device)) or len(devices) != blocks:
+        count = "one device" if isinstance(devices, (str, torch.device)) else f"{len(devices)} devices"
+        raise PlanError(f"devices={devices!r} names {count} for {blocks} blocks: give a list with one a block.")
+    for device in devices:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"devices names {str(device)!r}, which cannot be used here: {reason}") from None
+    return tuple(str(device) for device in devices)
+
+
+def _named(source: Source, model: nn.Module) -> Source:
+    """Return an epoch of data with every input by its argument name."""
+    return lambda: ((Args(**args.bind(model.forward)), target) for args, target in source())
+
+
 def _search_of(search: str | Search) -> Search:
     if isinstance(search, str):
         if search not in SEARCHES:
@@ -150,8 +185,8 @@ def _search_of(search: str | Search) -> Search:
                 f"search={search!r} is not known{did_you_mean(search, SEARCHES)}; one of {sorted(SEARCHES)}."
             )
         return SEARCHES[search]()
-    if not hasattr(search, "decide"):
-        raise CutError(f"search={search!r} is no search: it needs a method decide(problem).")
+    if isinstance(search, type) or not hasattr(search, "decide"):
+        raise CutError(f"search={search!r} is no search: one of {sorted(SEARCHES)}, or an object with decide(problem).")
     return search
 
 
@@ -217,6 +252,8 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
     for name in names:
         if name in known:
             continue
+        if not isinstance(name, str):
+            raise error(f"{who} names {name!r}, which is no name: a cut is a module path such as 'layer1.0'.")
         elsewhere = [n for n in traced.train.graph.nodes if name in (info(n).site, *info(n).returned_by)]
         if elsewhere:
             raise error(
@@ -238,7 +275,7 @@ def _plan_of(
     model: nn.Module,
     example: Args,
     output: Key,
-    devices: Sequence[str | torch.device] | None,
+    devices: tuple[str, ...] | None,
     seed: int,
 ) -> Plan:
     def spec(value: Any) -> Any:
@@ -246,8 +283,6 @@ def _plan_of(
             return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         return value
 
-    if devices is not None and len(devices) != len(decision.cuts) + 1:
-        raise PlanError(f"devices names {len(devices)} devices for {len(decision.cuts) + 1} blocks: one a block.")
     about = {
         "seed": seed,
         "front_end": "symbolic",
@@ -257,7 +292,7 @@ def _plan_of(
     return Plan(
         cuts=tuple(decision.cuts),
         heads=tuple(head_name(s) if s is not None else None for s in decision.heads),
-        devices=tuple(str(d) for d in devices) if devices is not None else None,
+        devices=devices,
         output=output,
         model=type(model).__name__,
         base_layers=tuple(base_layers(traced.train)),

@@ -8,7 +8,7 @@ under ``node.meta["sedona"]``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -63,6 +63,7 @@ class NodeInfo:
     site: str = ""  # trace: a name that is the same in the train graph and in the eval graph
     returned_by: tuple[str, ...] = ()  # trace: modules whose output this node is, innermost first
     order: int = 0  # trace: position in the program
+    without_grad: str = ""  # trace: the line, if it ran under torch.no_grad(), which a graph forgets
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: parameters read by this very node
     weighty: bool = False  # annotate: reads a parameter of two or more dimensions
@@ -121,18 +122,6 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
-def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that the roots are computed from, the roots included."""
-    seen: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
-
-
 def describe(node: fx.Node) -> str:
     """Return the place of a node in the user's own words: ``layer1.0 (add)``."""
     record = info(node)
@@ -140,28 +129,6 @@ def describe(node: fx.Node) -> str:
         return str(node.target)
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return f"{record.path or 'the model itself'} ({what})"
-
-
-def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """Return the block of every node: the first one whose end needs it; what no end needs belongs to the last block.
-
-    So a value that only a later block consumes sinks into that block, and no parameter is left without a gradient.
-    What nothing needs (assertions, in-place writes) stays with what it reads.
-    """
-    blocks: dict[fx.Node, int] = {}
-    for block, end in enumerate(ends):
-        stack = [end]
-        while stack:
-            node = stack.pop()
-            if node not in blocks:
-                blocks[node] = block
-                stack.extend(node.all_input_nodes)
-    needed = ancestors([output_node(graph)])
-    for node in graph.nodes:
-        if node not in blocks:
-            sources = [blocks[a] for a in node.all_input_nodes if a.op != "placeholder"]
-            blocks[node] = len(ends) if node in needed or node.op == "output" else max(sources, default=0)
-    return blocks
 
 
 def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -183,8 +150,8 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     """Check a graph against the specification of its phase and return it.
 
     ======== ==============================================================================================
-    TRACED   placeholders first, one output, every target exists, every node has a site; nothing of ours
-    ANALYSED as TRACED; every node but the output has a value; every cut point is one live tensor
+    TRACED   placeholders first, one output, every target exists, every node has a site of its own; nothing of ours
+    ANALYSED as TRACED; every cut point is one live tensor, on the way to the primary output, with a name of its own
     RELAXED  each split point reads one cut point; nothing behind a cut reads around its split point
     PRUNED   as RELAXED; each split point holds one head
     LOWERED  every node has a block; nothing reads a later block; every live value crosses through a detach
@@ -227,17 +194,22 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
 
 
 def _verify_traced(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+    sites: set[str] = set()
     for node in nodes:
-        target = str(node.target)
-        require(node.op == "output" or INFO in node.meta, node, "every node carries its record")
+        target, site = str(node.target), info(node).site
+        require(bool(site) and site not in sites, node, "every node has a site of its own")
+        sites.add(site)
         require(not target.startswith((SPLIT_POINTS, HEADS)), node, f"the names {SPLIT_POINTS}, {HEADS} are reserved")
 
 
 def _verify_analysed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
     _verify_traced(nodes, require)
+    names: set[str] = set()
     for node in nodes:
         record = info(node)
         if record.cut is not None:
+            require(record.cut not in names, node, "every cut point has a name of its own")
+            names.add(record.cut)
             require(record.is_tensor and record.is_live, node, "a cut point is one float tensor with parameters in it")
             require(not record.training_only, node, "a cut point lies on the way to the primary output")
         require(not record.base_layer or record.cut is not None, node, "a base layer ends at a cut point")
@@ -248,8 +220,9 @@ def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
     for node in nodes:
         if node.op != "call_module" or not str(node.target).startswith(SPLIT_POINTS + "."):
             continue
-        (source,) = node.all_input_nodes
-        require(info(source).cut is not None, node, "a split point reads a cut point")
+        sources = node.all_input_nodes
+        require(len(sources) == 1 and info(sources[0]).cut is not None, node, "a split point reads one cut point")
+        (source,) = sources
         for user in source.users:
             training_only = info(user).training_only
             require(

@@ -17,39 +17,43 @@ class PeakBytes(TorchDispatchMode):
 
     Activations, gradients on their way and work space that PyTorch's operators return are counted; what existed before
     (parameters, their gradients, inputs) is not. ``peak`` and ``current`` are in bytes. Work space inside one operator
-    is not seen.
+    is not seen, nor are tensors that are not strided.
     """
 
     def __init__(self, ignore: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.peak = self.current = 0
-        self._known = {t.untyped_storage()._cdata for t in ignore}
+        self._sizes: dict[int, int | None] = {}  # by the storage's address, which names it while it lives
+        for tensor in ignore:
+            self._follow(tensor, count=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):  # an input not seen before existed before
-                self._follow(tensor, count=False)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in given:  # an input not seen before existed before
+            self._follow(tensor, count=False)
         result = func(*args, **kwargs)
-        for tensor in pytree.tree_leaves(result):
+        for tensor in [*given, *pytree.tree_leaves(result)]:  # an input may have been resized
             if isinstance(tensor, Tensor):
                 self._follow(tensor, count=True)
         return result
 
     def _follow(self, tensor: Tensor, *, count: bool) -> None:
+        if tensor.layout is not torch.strided:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes() if count else 0
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._forget, key, size).atexit = False
+        if key not in self._sizes:
+            self._sizes[key] = 0 if count else None
+            weakref.finalize(storage, self._forget, key).atexit = False
+        old = self._sizes[key]
+        if old is not None:
+            self._sizes[key] = storage.nbytes()
+            self.current += storage.nbytes() - old
+            self.peak = max(self.peak, self.current)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current -= size
+    def _forget(self, key: int) -> None:
+        self.current -= self._sizes.pop(key) or 0
 
 
 def peak_bytes(function: Any, *args: Any, **kwargs: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.args import Args
+from sedona_fx.args import Args, same_plain
 from sedona_fx.cost import Cost
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
 from sedona_fx.export.onnx import to_onnx
@@ -20,6 +20,7 @@ from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
+from sedona_fx.train.checkpoint import mismatch
 from sedona_fx.train.engine import Block, Engine, Loss, OnBlock, StepResult
 
 
@@ -48,20 +49,22 @@ class Net(nn.Module):
         loss: Loss | None,
         example: Args,
         costs: Sequence[Cost],
-        mode_paths: Sequence[str],
+        mode_paths: Mapping[str, tuple[bool, bool]],
         seed: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(heads) if head is not None})
-        self.training = model.training
+        self.training = self.heads.training = model.training
         self.steps = 0
         self.plan, self.costs = plan, list(costs)
         self._graphs, self._example, self._modal = (
             dict(graphs),
             example,
-            [(p, model.get_submodule(p)) for p in mode_paths],
+            [(path, model.get_submodule(path), flags) for path, flags in mode_paths.items()],
         )
+        placeholders = {str(node.target) for node in graphs[True].graph.nodes if node.op == "placeholder"}
+        self._fixed = [name for name in plan.inputs if name not in placeholders]
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
         where = _devices(plan, model)
         self._blocks = tuple(
@@ -72,7 +75,6 @@ class Net(nn.Module):
         )
         self.engine = Engine(self._blocks, output, loss, seed)
         self._plain = {mode: strip(graph, keep_moves=plan.devices is not None) for mode, graph in graphs.items()}
-        self.train(self.training)
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -124,14 +126,33 @@ class Net(nn.Module):
             y: target, handed to the loss.
             scaler: a ``torch.amp.GradScaler``; the losses are scaled, ``scaler.step(optimizer)`` stays with the caller.
             weight: factor of the losses, for accumulation: ``1 / number of micro-batches``.
-            on_block: called with a block's index as soon as its gradients are complete.
+            on_block: called with a block's index as soon as its gradients are complete and its loss is known to be
+                finite.
 
         Returns:
-            The K local losses and the output, detached. Inside ``torch.autocast``, forward runs under it and backward
-            outside of it.
+            The K local losses (without `weight`) and the output, detached. Inside ``torch.autocast``, forward runs
+            under it and backward outside of it.
 
         Raises:
-            NonFiniteLossError: naming block and step; at the latest at the next call.
+            NonFiniteLossError: naming block and step, before it returns: no optimizer has stepped then, and the
+                buffers of all blocks (with `on_block`, of the failing one) are as before. Gradients may be half there:
+                ``zero_grad`` before the next batch.
+        """
+        return self.run_blocks(x, y, scaler=scaler, weight=weight, on_block=on_block)
+
+    def run_blocks(
+        self,
+        x: Any,
+        y: Any,
+        *,
+        scaler: Any = None,
+        weight: float = 1.0,
+        on_block: OnBlock | None = None,
+        defer: bool = False,
+    ) -> StepResult:
+        """Do what :meth:`backward` does, for schedules: with `defer`, `on_block` steps through ``net.engine.guard``.
+
+        On an accelerator the host then waits for no loss before the next step.
         """
         self._check_modes()
         result = self.engine.backward(
@@ -142,6 +163,7 @@ class Net(nn.Module):
             scaler=scaler,
             weight=weight,
             on_block=on_block,
+            defer=defer,
         )
         self.steps += 1
         return result
@@ -180,16 +202,10 @@ class Net(nn.Module):
         except Exception as error:
             raise CheckpointError(f"cannot read the weights {str(path)!r}: {type(error).__name__}: {error}.") from error
         for part, module in (("model", self.model), ("heads", self.heads)):
-            if not isinstance(state, dict) or part not in state:
+            if not isinstance(state, dict) or not isinstance(state.get(part), dict) or "steps" not in state:
                 raise CheckpointError(f"{str(path)!r} holds no {part!r}: it was not written by net.save(folder).")
-            theirs = {name: tuple(t.shape) for name, t in state[part].items() if isinstance(t, Tensor)}
-            ours = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
-            if theirs != ours:
-                name = next(iter(sorted(theirs.items() ^ ours.items())))[0]
-                raise CheckpointError(
-                    f"{str(path)!r} belongs to another net: {part} {name!r} is {theirs.get(name, 'missing')} in the "
-                    f"file and {ours.get(name, 'missing')} here."
-                )
+            if difference := mismatch(module, state[part]):
+                raise CheckpointError(f"{str(path)!r} belongs to another net: {part} {difference}.")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.steps = int(state["steps"])
@@ -202,6 +218,8 @@ class Net(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Net:
         """Move or convert all tensors, as ``net.to(...)`` does, and show every graph the tensors that were replaced."""
         super()._apply(fn, recurse)
+        for block, device in zip(self._blocks, _devices(self.plan, self.model), strict=True):
+            block.device = device
         blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
         for gm in {id(g): g for g in (*blocks, *self._plain.values(), *self._graphs.values())}.values():
             for node in gm.graph.nodes:
@@ -222,14 +240,20 @@ class Net(nn.Module):
             )
         for name in wanted.keys() - given.keys():
             raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
+        for name in self._fixed:
+            if not same_plain(given[name], wanted[name]):
+                raise DataError(
+                    f"the argument {name!r} is {given[name]!r}, the net was traced with {wanted[name]!r}: arguments "
+                    "without tensors are part of the graph. Hand what changes from batch to batch as a tensor."
+                )
         return given
 
     def _check_modes(self) -> None:
-        for path, module in self._modal:
-            if module.training != self.training:
+        for path, module, (in_train, in_eval) in self._modal:
+            if module.training != (in_train if self.training else in_eval):
                 raise ScheduleError(
                     f"{path or type(self.model).__name__} computes differently in train and in eval mode in its own "
-                    f"code, and is in {'eval' if self.training else 'train'} mode while the net is in "
+                    f"code, and is in {'train' if module.training else 'eval'} mode while the net is in "
                     f"{'train' if self.training else 'eval'} mode. A graph is chosen for the net at once: name this "
                     "module in leaf_modules=[...] to give it a mode of its own."
                 )
@@ -252,6 +276,8 @@ def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
     generator = torch.Generator().manual_seed(0)
 
     def make(spec: Any) -> Any:
+        if not is_spec(spec):
+            return spec  # an argument without tensors
         dtype = getattr(torch, spec["dtype"])
         if dtype.is_floating_point:
             return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)

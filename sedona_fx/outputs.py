@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
 from sedona_fx.graph import TensorSpec
@@ -31,6 +33,31 @@ def fields(output: Any) -> list[tuple[Key, Any]]:
 def pick(output: Any, key: Key) -> Any:
     """Return the field of an output that a key names."""
     return output if key is None else dict(fields(output))[key]
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """Return a copy of a nested value with a function applied to every tensor.
+
+    As ``pytree.tree_map_only``, which does not look into dataclasses and mappings that are not registered with it.
+    """
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return function(item)
+        same: Any
+        if isinstance(item, MutableMapping):
+            same = copy.copy(item)
+            for key, inner in item.items():
+                same[key] = map_tensors(function, inner)
+            return same
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            same = copy.copy(item)
+            for field in dataclasses.fields(item):
+                object.__setattr__(same, field.name, map_tensors(function, getattr(item, field.name)))
+            return same
+        return item
+
+    return pytree.tree_map(leaf, value)
 
 
 def _is_float(value: Any) -> bool:
@@ -95,13 +122,20 @@ class OutputFormat:
         """Put a head's output into the model's own output type, the other fields None."""
         if self.bare:
             return primary
-        values = {name: primary if name == self.key else None for name in self.names}
-        if self.kind is not None and issubclass(self.kind, (list, tuple)):
-            return self.kind(values.values())
-        try:
-            return self.kind(**values)  # type: ignore[misc, arg-type]
-        except TypeError:
-            return self.kind(values)  # type: ignore[misc, call-arg]
+        values: dict[Any, Any] = {name: primary if name == self.key else None for name in self.names}
+        kind: Any = self.kind
+        is_dataclass = dataclasses.is_dataclass(kind)
+        if issubclass(kind, (list, tuple)):
+            return kind(values.values())
+        if is_dataclass:
+            try:
+                return kind(**values)
+            except Exception:  # its __init__ demands what a head does not have, or does not take every field
+                made: Any = object.__new__(kind)
+                for name, value in values.items():
+                    object.__setattr__(made, name, value)
+                return made
+        return kind(**values) if all(isinstance(name, str) for name in values) else kind(values)
 
     def head_loss(self, loss: Callable[[Any, Any], Tensor], head_output: Tensor, target: Any) -> Tensor:
         """Return the local loss of a head."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import replacing
 
@@ -110,11 +112,33 @@ def _checked(name: str, value: Any, source: str) -> Any:
             raise wrong("a list of names")
         return tuple(value)
     if name == "output":
-        if not isinstance(value, (str, int, type(None))):
+        if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
             raise wrong("a name, an index or null")
     elif name == "model":
         if not isinstance(value, str):
             raise wrong("a name")
     elif not isinstance(value, dict):
         raise wrong("an object")
+    elif name == "provenance":
+        if isinstance(value.get("seed", 0), bool) or not isinstance(value.get("seed", 0), int):
+            raise PlanError(f"{source}: the seed in the field 'provenance' should be a whole number.")
+    else:
+        for argument, spec in value.items():
+            _check_spec(f"{source}: the input {argument!r}", spec)
     return value
+
+
+def _check_spec(where: str, spec: Any) -> None:
+    """Check the description of an input: a tensor's shape and dtype, or plain values, nested as the input was."""
+    if isinstance(spec, list):
+        for item in spec:
+            _check_spec(where, item)
+    elif isinstance(spec, dict) and spec.keys() == {"shape", "dtype"}:
+        shape, dtype = spec["shape"], spec["dtype"]
+        if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
+            raise PlanError(f"{where} has the shape {shape!r}, which should be a list of whole numbers.")
+        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise PlanError(f"{where} has the dtype {dtype!r}, which torch does not know.")
+    elif isinstance(spec, dict):
+        for item in spec.values():
+            _check_spec(where, item)

@@ -70,8 +70,8 @@ def reference_gradients(
         owned = {name: model.get_parameter(name) for name in _names_of_the_model(net, block)}
         if block.head is not None:
             owned |= {f"head.{name}": p for name, p in heads[str(block.index)].named_parameters()}
-        found = torch.autograd.grad(loss, list(owned.values()), retain_graph=True)
-        gradients.append(dict(zip(owned, found, strict=True)))
+        found = torch.autograd.grad(loss, list(owned.values()), retain_graph=True, allow_unused=True)
+        gradients.append({name: grad for name, grad in zip(owned, found, strict=True) if grad is not None})
     return [loss.detach() for loss in losses], gradients
 
 
@@ -82,7 +82,7 @@ def net_gradients(net: Net) -> list[dict[str, Tensor]]:
         found = {name: net.model.get_parameter(name).grad for name in _names_of_the_model(net, block)}
         if block.head is not None:
             found |= {f"head.{name}": p.grad for name, p in block.head.named_parameters()}
-        gradients.append(found)
+        gradients.append({name: grad for name, grad in found.items() if grad is not None})
     return gradients
 
 

@@ -41,7 +41,10 @@ def made(entry):
     model = entry.make()
     original = copy.deepcopy(model)
     x, y = entry.pair()
+    state = torch.get_rng_state()
     net = sedona_fx.decouple(model, (x, y), blocks=4, search="balanced")
+    assert torch.equal(state, torch.get_rng_state())
+    assert same_state(net.model, original)  # analysis left no trace in the buffers
     return Case(entry, model, original, net, copy.deepcopy(net.heads), x, y)
 
 
@@ -56,10 +59,12 @@ def case(made):
 
 
 @pytest.fixture(scope="module")
-def made_whole(entry):
+def made_whole(made):
     """A net of one block that shares the parameters of a user's model."""
-    model = entry.make()
-    return model, sedona_fx.decouple(model, entry.pair(), blocks=1, search="balanced", inplace=True)
+    model = made.fresh()
+    net = sedona_fx.decouple(model, (made.x, made.y), blocks=1, search="balanced", inplace=True)
+    assert same_state(model, made.original)
+    return model, net
 
 
 @pytest.fixture

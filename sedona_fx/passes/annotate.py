@@ -6,19 +6,26 @@ autograd keeps for backward, and FLOPs come from PyTorch itself and not from tab
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils import _pytree as pytree
 
 from sedona_fx.cost import Meter
 from sedona_fx.errors import TraceError
 from sedona_fx.graph import Phase, TensorSpec, describe, info
 from sedona_fx.passes.base import graph_pass
-from sedona_fx.passes.check import keep_modes
+from sedona_fx.passes.watch import keep_modes, keep_state
 
 _CHANNELS_SECOND = (
     nn.modules.conv._ConvNd,
@@ -45,21 +52,25 @@ def annotate(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool) -
         name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
         for name, value in inputs.items()
     }
-    with keep_modes(gm), fake_mode, torch.enable_grad():
+    with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
         gm.train(training)
-        runner = _Annotator(gm)
+        runner = _Annotator(gm, fake_mode)
         runner.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
     _spread(gm)
+    _refuse_forgotten_no_grad(gm)
     return gm
 
 
 class _Annotator(fx.Interpreter):
     """Runs the graph on fake tensors and writes down what each node did."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
         super().__init__(gm, garbage_collect_values=False)
-        self.parameters = {id(p): name for name, p in gm.named_parameters(remove_duplicate=False)}
-        self.meter = Meter([*gm.parameters(), *gm.buffers()])
+        self.names = {p: name for name, p in gm.named_parameters()}  # tied parameters have one name
+        own = [*gm.parameters(), *gm.buffers()]
+        # Operators made of others (linear) keep a view of the parameter's fake, which is the same one every time.
+        self.meter = Meter([*own, *map(fake_mode.from_tensor, own)])
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]
         with self.meter.measuring():
@@ -73,6 +84,9 @@ class _Annotator(fx.Interpreter):
         self.meter.saved, flops = {}, self.meter.flops
         try:
             result = super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self.meter.saved, self.meter.flops = {}, flops
+            result = self._run_on_noise(n)
         except Exception as error:
             shapes = [_spec_tree(self.env[a]) for a in n.all_input_nodes]
             raise TraceError(
@@ -84,19 +98,47 @@ class _Annotator(fx.Interpreter):
         record.storages = frozenset(t.untyped_storage()._cdata for t in _tensors(result))
         record.mutates = frozenset(t.untyped_storage()._cdata for t, version in before if t._version != version)
         read = list(self._parameters(n))
-        record.parameters = tuple(name for name, _ in read)
-        record.weighty = any(parameter.dim() >= 2 for _, parameter in read)
+        record.parameters = tuple(self.names[parameter] for parameter in read)
+        record.weighty = any(parameter.dim() >= 2 for parameter in read)
         return result
 
-    def _parameters(self, n: fx.Node) -> Iterator[tuple[str, Tensor]]:
+    def _parameters(self, n: fx.Node) -> Iterator[nn.Parameter]:
         if n.op == "call_module":
-            module = self.module.get_submodule(str(n.target))
-            for name, parameter in module.named_parameters():
-                yield f"{n.target}.{name}", parameter
+            yield from self.module.get_submodule(str(n.target)).parameters()
         elif n.op == "get_attr":
             value = self.fetch_attr(str(n.target))
             if isinstance(value, nn.Parameter):
-                yield str(n.target), value
+                yield value
+
+    def _run_on_noise(self, n: fx.Node) -> Any:
+        """Run one module whose result depends on numbers for real, on made-up numbers, a copy of it, and for its shape.
+
+        Only a module kept whole can be such a one: tracing refuses all others.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with unset_fake_temporarily():
+            noise = torch.Generator().manual_seed(0)
+            args, kwargs = pytree.tree_map_only(FakeTensor, lambda t: _made_up(t, noise), (args, kwargs))
+            if n.op == "call_module":
+                module = copy.deepcopy(self.module.get_submodule(str(n.target)))
+                self.meter.ignore([*module.parameters(), *module.buffers()])
+                result = module(*args, **kwargs)
+            else:
+                result = getattr(self, n.op)(n.target, args, kwargs)
+            leaves, spec = pytree.tree_flatten(result)
+            detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        fakes = [
+            self.fake_mode.from_tensor(bare).requires_grad_(leaf.requires_grad) if isinstance(bare, Tensor) else bare
+            for bare, leaf in zip(detached, leaves, strict=True)
+        ]
+        return pytree.tree_unflatten(fakes, spec)
+
+
+def _made_up(fake: Tensor, noise: torch.Generator) -> Tensor:
+    if fake.dtype.is_floating_point:
+        made = torch.randn(fake.shape, generator=noise).to(fake.dtype).to(fake.device)
+        return made.requires_grad_(fake.requires_grad).clone()  # no leaf: the module may write to it
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -107,11 +149,25 @@ def _spec_tree(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: TensorSpec(tuple(t.shape), t.dtype, t.device), value)
 
 
+def _refuse_forgotten_no_grad(gm: fx.GraphModule) -> None:
+    """Raise where the model would have stopped a gradient by ``torch.no_grad()``, which no graph remembers."""
+    for node in gm.graph.nodes:
+        record = info(node)
+        leaves = any(not info(user).without_grad for user in node.users)
+        if record.without_grad and record.depends and (record.mutates or (record.is_live and leaves)):
+            raise TraceError(
+                f"{describe(node)} runs under torch.no_grad(){record.without_grad.rstrip()}: a graph does not remember "
+                "that, and gradients would flow. Use .detach() on what should pass none, or name the module in "
+                "leaf_modules=[...] to keep it whole."
+            )
+
+
 def _spread(gm: fx.GraphModule) -> None:
     """Let `depends`, `from_input` and the channel dimension follow the data flow."""
     for node in gm.graph.nodes:
         record, sources = info(node), [info(a) for a in node.all_input_nodes]
-        record.depends = bool(record.parameters) or any(s.depends for s in sources)
+        stops = node.op != "call_module" and node.target in ("detach", torch.detach)
+        record.depends = not stops and (bool(record.parameters) or any(s.depends for s in sources))
         record.from_input = node.op == "placeholder" or any(s.from_input for s in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = _channel_dim(gm, node)
@@ -130,12 +186,11 @@ def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name in ("layer_norm", "linear", "rms_norm"):
         return rank - 1
-    sources = [a for a in node.all_input_nodes if info(a).is_tensor and len(info(a).value.shape) > 1]
+    sources = [info(a) for a in node.all_input_nodes if info(a).channel_dim is not None]
     if not sources:
         return None
-    source = info(sources[0])
-    if source.channel_dim is None:
-        return None
+    source = next((s for s in sources if len(s.value.shape) == rank), sources[0])
+    assert source.channel_dim is not None
     moved = _permutation(gm, node, rank)
     if moved is not None:
         return moved.index(source.channel_dim)

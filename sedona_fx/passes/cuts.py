@@ -1,23 +1,26 @@
 """annotated -> ANALYSED: where a block may legally end.
 
-A cut point is one float tensor that depends on parameters and is the only such tensor crossing from what lies before to
-what lies behind it. Integers, shapes, masks and floats without parameters in them cross for free. Branches that feed
-only training outputs (GoogLeNet's classifiers) move to the last block and do not count.
+A cut point is one float tensor that depends on parameters and is the only such tensor crossing from what it needs to
+everything else. Integers, shapes, masks and floats without parameters in them cross for free. Branches that feed only
+training outputs (GoogLeNet's classifiers) move to the last block and do not count; other branches that are not needed
+yet (a position embedding, a second look at the input) sink into the block that reads them.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.graph import NodeInfo, Phase, ancestors, info, output_node
+from sedona_fx.flow import ancestors, dependencies
+from sedona_fx.graph import NodeInfo, Phase, info, output_node
 from sedona_fx.outputs import Key, fields, find_primary
 from sedona_fx.passes.alias import opaque_writes
 from sedona_fx.passes.base import graph_pass
 
+Needs = Mapping[fx.Node, Sequence[fx.Node]]
 _FOLLOWERS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -42,14 +45,15 @@ def cuts(gm: fx.GraphModule, *, output: Key = None, keep: Collection[str] | None
         keep: names of cut points that are legal in the other mode's graph too; others are dropped.
     """
     primary = primary_node(gm.graph, output)
-    behind = ancestors([primary])
-    for node in ancestors([output_node(gm.graph)]) - behind:
-        info(node).training_only = node.op not in ("placeholder", "output")
-    positions = _single_live(gm.graph, behind, primary)
+    needs = dependencies(gm.graph)
+    behind = ancestors([primary], needs)
+    needed = ancestors([output_node(gm.graph)], needs)
+    for node in gm.graph.nodes:
+        info(node).training_only = node in needed - behind and node.op not in ("placeholder", "output")
     for node in gm.graph.nodes:
         info(node).cut, info(node).base_layer = None, False
     taken: dict[str, fx.Node] = {}
-    for node in positions:
+    for node in _legal(gm.graph, behind, primary, needs):
         name = cut_name(info(node))
         if name not in taken and (keep is None or name in keep):
             taken[name] = node
@@ -101,88 +105,79 @@ def base_layers(gm: fx.GraphModule) -> list[str]:
     return [str(info(node).cut) for node in gm.graph.nodes if info(node).base_layer]
 
 
-def _schedule(graph: fx.Graph, behind: set[fx.Node]) -> list[fx.Node]:
-    """Order nodes as the program does, but put what needs no input right before its first reader."""
-    order: list[fx.Node] = []
-    placed: set[fx.Node] = set()
+def _legal(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs) -> list[fx.Node]:
+    """Return the nodes with the property that nothing live leaves the set of what they need, except themselves.
 
-    def place(node: fx.Node) -> None:
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            waiting = [a for a in top.all_input_nodes if a not in placed and not info(a).from_input]
-            if waiting:
-                stack.extend(waiting)
-                continue
-            stack.pop()
-            if top not in placed:
-                placed.add(top)
-                order.append(top)
-
-    for node in graph.nodes:
-        if node in behind and info(node).from_input:
-            place(node)
-    return order
-
-
-def _single_live(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node) -> list[fx.Node]:
-    """Return the nodes that are the only live value right behind themselves or, later, behind some other node."""
-    order = _schedule(graph, behind)
-    index = {node: k for k, node in enumerate(order)}
-    last_use = {node: max((index[u] for u in node.users if u in index), default=-1) for node in order}
-    blocked = _blocked(graph, order, index)
-    ending: dict[int, list[fx.Node]] = {}
-    live: dict[fx.Node, None] = {}
-    found: dict[fx.Node, None] = {}
-    for position, node in enumerate(order):
-        for ended in ending.pop(position, ()):
-            live.pop(ended, None)
-        if info(node).is_live and last_use[node] > position:
-            live[node] = None
-            ending.setdefault(last_use[node], []).append(node)
-        if len(live) == 1 and not blocked[position]:
-            (only,) = live
-            record = info(only)
-            if only is not primary and record.is_tensor and record.from_input and not _output_is_view(only, primary):
-                found[only] = None
-    return list(found)
-
-
-def _output_is_view(node: fx.Node, primary: fx.Node) -> bool:
-    """Whether nothing but views lies between a node and the output: a block behind it would have nothing to do."""
-    return bool(info(node).storages & info(primary).storages)
-
-
-def _blocked(graph: fx.Graph, order: list[fx.Node], index: dict[fx.Node, int]) -> list[bool]:
-    """Mark positions inside the life of an opaquely written storage, or between two users of one parameter."""
-    spans: list[tuple[int, int]] = []
-    nodes = list(graph.nodes)
-    for first, last in opaque_writes(graph):
-        inside = [index[n] for n in nodes[first : last + 1] if n in index]
-        if inside:
-            spans.append((min(inside), max(inside)))
-    users: dict[str, list[int]] = {}
+    That set is what :func:`~sedona_fx.flow.block_of` puts before the cut; everything else sinks behind it. Sets of
+    nodes are bit sets: a net has thousands of nodes.
+    """
+    order = [node for node in graph.nodes if node in behind]
+    bit = {node: 1 << k for k, node in enumerate(order)}
+    readers = dict.fromkeys(order, 0)
     for node in order:
-        for name in _state_of(node):
-            readers = [index[u] for u in node.users if u in index] if node.op == "get_attr" else [index[node]]
-            users.setdefault(name, []).extend(readers)
-    spans.extend((min(at), max(at)) for at in users.values() if at)
-    depth = [0] * (len(order) + 1)
-    for first, last in spans:
-        depth[first] += 1
-        depth[last] -= 1
-    total, blocked = 0, []
-    for change in depth[:-1]:
-        total += change
-        blocked.append(total > 0)
-    return blocked
+        for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
+            readers[source] |= bit[node]
+    inseparable = _inseparable(graph, bit, needs)
+    written = {write.storage for write in opaque_writes(graph)}
+    before: dict[fx.Node, int] = {}  # what a node needs, itself included
+    read: dict[fx.Node, int] = {}  # who reads the live values among these, itself excluded
+    found: list[fx.Node] = []
+    for node in order:
+        before[node], read[node] = bit[node], 0
+        for source in needs[node]:
+            before[node] |= before[source]
+            # What depends on no input (a position embedding) sinks to its readers.
+            crosses = info(source).is_live and info(source).from_input
+            read[node] |= read[source] | (readers[source] if crosses else 0)
+        record = info(node)
+        # Nothing but views between a node and the output: a block behind it would have nothing to do.
+        last = node is primary or bool(record.storages & info(primary).storages)
+        if not (record.is_tensor and record.is_live and record.from_input) or last or record.storages & written:
+            continue
+        if not read[node] & ~before[node] and all(group & before[node] in (0, group) for group in inseparable):
+            found.append(node)
+    return _longest_chain(found, before, bit)
 
 
-def _state_of(node: fx.Node) -> Collection[str]:
-    """Return the names of the state a node reads; a module called twice shares its buffers as well."""
-    if node.op == "get_attr":
-        return (str(node.target),)
-    return info(node).parameters
+def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
+    """Return sets of nodes that must stay in one block: users of one parameter, and of what is written opaquely."""
+    groups: dict[object, int] = {}
+    nodes = list(graph.nodes)
+    for write in opaque_writes(graph):
+        for node in nodes[write.first : write.last + 1]:
+            storages = set(info(node).storages).union(*(info(a).storages for a in node.all_input_nodes))
+            if write.storage in storages:
+                groups[write] = groups.get(write, 0) | bit.get(node, 0)
+    written = {storage for node in nodes for storage in info(node).mutates}
+    # What a value that depends on no input was made from, parameters above all, is used where that value is used.
+    made_from: dict[fx.Node, set[str]] = {}
+    for node in nodes:
+        names = set(info(node).parameters)
+        if node.op == "get_attr" and info(node).storages & written:
+            names.add(str(node.target))  # a buffer that forward writes to
+        names.update(*(made_from.get(source, ()) for source in needs[node]))
+        if not info(node).from_input:
+            made_from[node] = names
+            continue
+        for name in names:
+            groups[name] = groups.get(name, 0) | bit.get(node, 0)
+    return [group for group in groups.values() if group & (group - 1)]
+
+
+def _longest_chain(nodes: list[fx.Node], before: Mapping[fx.Node, int], bit: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """Return the longest series of cut points each of which needs all earlier ones: two towers are not cut both."""
+    best: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+    for k, node in enumerate(nodes):
+        best[node] = (1, None)
+        for other in reversed(nodes[:k]):
+            if before[node] & bit[other] and best[other][0] + 1 > best[node][0]:
+                best[node] = (best[other][0] + 1, other)
+    chain: list[fx.Node] = []
+    at = max(nodes, key=lambda n: best[n][0], default=None)
+    while at is not None:
+        chain.append(at)
+        at = best[at][1]
+    return chain[::-1]
 
 
 def mark_base_layers(gm: fx.GraphModule) -> None:

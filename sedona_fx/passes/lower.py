@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from sedona_fx.flow import block_of
 from sedona_fx.graph import (
     HEADS,
     SPLIT_POINTS,
     NodeInfo,
     Phase,
-    block_of,
     copy_graph,
     info,
     output_node,
@@ -60,7 +60,7 @@ def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> 
 
 
 def assign_blocks(graph: fx.Graph, ends: Sequence[fx.Node]) -> None:
-    """Write the block of every node, as :func:`~sedona_fx.graph.block_of` finds it, into its record."""
+    """Write the block of every node, as :func:`~sedona_fx.flow.block_of` finds it, into its record."""
     for node, block in block_of(graph, ends).items():
         info(node).block = block
 
@@ -114,15 +114,14 @@ def _cross(
         return
     carried = node
     if home is not None:
-        # Read by a later block, but overwritten in its own block after the place of the reader: keep the old numbers.
-        if record.is_tensor and any(
-            info(other).block == home and info(other).mutates & record.storages and position[other] > position[node]
-            for other in graph.nodes
-            if other in position
-        ):
-            carried = _insert_after(graph, node, torch.clone, (node,), home)
+        # A reader that the program has before a write of the home block sinks behind it: keep the old numbers for it.
+        writes = [n for n in position if info(n).block == home and info(n).mutates & record.storages]
+        soonest = min(info(user).order for users in readers.values() for user in users)
+        if record.is_tensor and any(info(write).order > soonest for write in writes):
+            seen = [write for write in writes if info(write).order < soonest]
+            carried = _insert_after(graph, seen[-1] if seen else node, torch.clone, (node,), home, record)
         if record.is_live:
-            carried = _insert_after(graph, carried, torch.detach, (carried,), home)
+            carried = _insert_after(graph, carried, torch.detach, (carried,), home, record)
     for block, users in readers.items():
         entered = carried
         first = min(users, key=position.__getitem__)
@@ -142,7 +141,8 @@ def _cross(
 def _undo_detach(graph: fx.Graph, node: fx.Node) -> None:
     """Drop the detach of a training-only branch: :func:`_cross` puts one where the value really crosses."""
     for user in list(node.users):
-        if user.target is torch.detach and info(user).boundary:
+        if info(user).boundary and info(user).training_only and user.target in (torch.detach, torch.clone):
+            _undo_detach(graph, user)
             user.replace_all_uses_with(node)
             graph.erase_node(user)
 
@@ -150,7 +150,7 @@ def _undo_detach(graph: fx.Graph, node: fx.Node) -> None:
 def _made(node: fx.Node, block: int, record: NodeInfo) -> fx.Node:
     node.meta["sedona"] = NodeInfo(
         path=record.path,
-        site=record.site,
+        site=f"{record.site}@{getattr(node.target, '__name__', node.target)}{block}",
         order=record.order,
         value=record.value,
         depends=record.depends,
@@ -161,9 +161,11 @@ def _made(node: fx.Node, block: int, record: NodeInfo) -> fx.Node:
     return node
 
 
-def _insert_after(graph: fx.Graph, node: fx.Node, target: object, args: tuple[object, ...], block: int) -> fx.Node:
+def _insert_after(
+    graph: fx.Graph, node: fx.Node, target: object, args: tuple[object, ...], block: int, record: NodeInfo
+) -> fx.Node:
     with graph.inserting_after(node):
-        return _made(graph.create_node("call_function", target, args), block, info(node))  # type: ignore[arg-type]
+        return _made(graph.create_node("call_function", target, args), block, record)  # type: ignore[arg-type]
 
 
 def _insert_before(

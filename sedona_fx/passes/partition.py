@@ -51,8 +51,8 @@ def partition(gm: fx.GraphModule) -> list[BlockGraph]:
     splits = split_point_nodes(graph)
     if splits:
         assign_blocks(graph, [split.all_input_nodes[0] for split in splits])
-        for node in graph.nodes:  # a training-only branch reads what its source's block has detached
-            if node.target is torch.detach and info(node).boundary:
+        for node in graph.nodes:  # a training-only branch reads what its source's block has detached (and cloned)
+            if node.target in (torch.detach, torch.clone) and info(node).boundary and info(node).training_only:
                 info(node).block = info(node.all_input_nodes[0]).block
         for index, split in enumerate(splits):
             _ungate(graph, split, index)

@@ -20,7 +20,7 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
     Before: an ANALYSED graph. After: RELAXED; behind each named cut point ``h`` stands
     ``h, local = split_point(h)``, all later readers take that ``h``, and the graph returns ``(local, ..., output)``.
     Where a later node overwrites ``h`` in place, the way forward is a clone: the heads read ``h`` in their backward.
-    Branches that feed only training outputs read detached values.
+    Branches that feed only training outputs read detached values (a copy, where these are overwritten later).
 
     Args:
         gm: the ANALYSED graph; it is not changed. Modules are shared.
@@ -89,13 +89,17 @@ def _detach_training_only(graph: fx.Graph) -> None:
             continue
         if all(_only_builds_output(user) for user in readers):
             continue
+        overwritten = any(info(o).mutates & info(node).storages and not info(o).training_only for o in _after(node))
         with graph.inserting_before(readers[0]):
             detached = graph.call_function(torch.detach, (node,))
-        detached.meta["sedona"] = _boundary(info(node))
-        info(detached).training_only, info(detached).depends = True, False  # no gradient leaves through it
+            kept = graph.call_function(torch.clone, (detached,)) if overwritten else detached
+        for made, name in ((detached, "detach"), (kept, "clone" if overwritten else "detach")):
+            made.meta["sedona"] = _boundary(info(node))
+            info(made).site += f"@{name}"
+            info(made).training_only, info(made).depends = True, False  # no gradient leaves through it
         for user in readers:
             if not _only_builds_output(user):
-                user.replace_input_with(node, detached)
+                user.replace_input_with(node, kept)
 
 
 def _only_builds_output(node: fx.Node) -> bool:

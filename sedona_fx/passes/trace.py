@@ -7,10 +7,10 @@ gives exactly what the model gives, buffers included (:mod:`sedona_fx.passes.che
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -18,14 +18,11 @@ from torch import fx, nn
 
 from sedona_fx.args import Args
 from sedona_fx.errors import TraceError, did_you_mean
-from sedona_fx.graph import INFO, NodeInfo, Phase, describe, info, verify
-from sedona_fx.passes.check import (
-    StateWatch,
-    check_equal_forward,
-    keep_modes,
-    locate_side_effect,
-    user_frame,
-)
+from sedona_fx.graph import Phase, info, verify
+from sedona_fx.passes.check import check_equal_forward
+from sedona_fx.passes.inplace import WRITES
+from sedona_fx.passes.tracer import Tracer
+from sedona_fx.passes.watch import StateWatch, keep_modes, locate_side_effect
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then), or move the decision "
@@ -37,14 +34,14 @@ WAYS_OUT = (
 class Traced:
     """The train graph and the eval graph of a model; one object where the two do not differ.
 
-    ``mode_paths`` are the modules whose code runs differently in the two modes outside of leaf modules: their
-    ``training`` flag must be that of the whole net, since a graph is chosen for the net at once. ``output`` is what the
-    model returned in train mode for the first two examples.
+    ``mode_paths`` maps the modules that look at their own ``training`` flag while the graph is made to what that flag
+    was in train mode and in eval mode: a graph is chosen for the net at once, so they must keep these flags. It is
+    empty where the modes do not differ. ``output`` is what the model returned in train mode for the first two examples.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
-    mode_paths: tuple[str, ...]
+    mode_paths: Mapping[str, tuple[bool, bool]]
     output: Any
 
 
@@ -53,7 +50,8 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
 
     Args:
         model: the copy that the net will own. Its parameters, buffers and modes are as before afterwards.
-        example: one batch; a few of its examples are run through the model and through both graphs.
+        example: one batch; a few of its examples are run through the model and through both graphs. Arguments that
+            hold no tensor are part of the graph.
         leaf_modules: module paths that stay whole.
 
     Returns:
@@ -63,104 +61,59 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     Raises:
         TraceError: the forward cannot be recorded, or the recording does not do what the model does; with the line.
     """
-    names = dict(model.named_modules())
-    for path in leaf_modules:
-        if path not in names:
-            raise TraceError(f"leaf_modules names {path!r}, which the model does not have{did_you_mean(path, names)}.")
+    leaves = _leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
     given = example.bind(model.forward)
     with keep_modes(model):
         model.train()
-        train = _trace_one(model, given, leaf_modules)
+        train, reads = _trace_one(model, given, leaves)
+        flags = {module: module.training for module in reads}
         model.eval()
-        evaluation = _trace_one(model, given, leaf_modules)
-    differing = _differing_paths(train.graph, evaluation.graph)
-    if differing is None:
-        evaluation = train
+        evaluation, reads = _trace_one(model, given, leaves)
+        _name_sites(train.graph)
+        _match_sites(train.graph, evaluation.graph)
+        same = _same_graphs(train, evaluation)
+        evaluation = train if same else evaluation
+        paths = {} if same else {m: path for path, m in model.named_modules() if m in flags or m in reads}
+        mode_paths = {path: (flags.get(m, True), m.training) for m, path in paths.items()}
     few = example.first(2)
-    output = check_equal_forward(model, train, few, training=True)
-    check_equal_forward(model, evaluation, few, training=False)
-    return Traced(train, evaluation, differing or (), output)
+    output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
+    check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
+    return Traced(train, evaluation, mode_paths, output)
 
 
-def _trace_one(model: nn.Module, given: dict[str, Any], leaf_modules: Collection[str]) -> fx.GraphModule:
-    concrete = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if name not in given and parameter.default is not inspect.Parameter.empty
-    }
-    tracer = _Tracer(frozenset(leaf_modules))
+def _leaves(model: nn.Module, paths: Collection[str]) -> frozenset[nn.Module]:
+    names = dict(model.named_modules(remove_duplicate=False))
+    for path in paths:
+        if not isinstance(path, str) or path not in names or not path:
+            raise TraceError(
+                f"leaf_modules names {path!r}, which the model does not have{did_you_mean(str(path), names)}."
+            )
+    return frozenset(names[path] for path in paths)
+
+
+def _trace_one(
+    model: nn.Module, given: Mapping[str, Any], leaves: frozenset[nn.Module]
+) -> tuple[fx.GraphModule, list[nn.Module]]:
+    """Return the graph of the model in its present mode, and the modules that looked at their mode."""
+    tracer = Tracer(leaves, given)
     watch = StateWatch(model)
     try:
-        graph = tracer.trace(model, concrete_args=concrete)
+        graph = tracer.trace(model)
+        changed = watch.changed()
+        graph.eliminate_dead_code(_is_impure)
+        gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     except Exception as error:
-        raise TraceError(_explain(error, tracer)) from error
+        raise TraceError(f"cannot record the forward of {tracer.explain(error)} {WAYS_OUT}") from error
     finally:
-        changed = watch.restore()
+        watch.restore()
     if changed:
-        line = locate_side_effect(model, lambda: _Tracer(frozenset(leaf_modules)).trace(model, concrete_args=concrete))
+        line = locate_side_effect(model, lambda: Tracer(leaves, given).trace(model))
         raise TraceError(
             f"tracing {type(model).__name__} in {'train' if model.training else 'eval'} mode {changed}: this would "
             f"happen once, now, and never again in training{line}. {WAYS_OUT}"
         )
-    _drop_concrete_inputs(graph, concrete)
-    _name_sites(graph)
-    graph.eliminate_dead_code(_is_impure)
-    gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm.meta["base_layers"] = tuple(getattr(model, "base_layers", ()))
-    return verify(gm, Phase.TRACED)
-
-
-class _Tracer(fx.Tracer):
-    """fx's tracer, keeping buffers by name, leaf modules of the user's choice, and the module path of every node."""
-
-    proxy_buffer_attributes = True  # otherwise buffers read in forward become nameless constants
-
-    def __init__(self, leaf_modules: frozenset[str]) -> None:
-        super().__init__()
-        self.leaf_modules = leaf_modules
-        self.stack: list[str] = [""]
-        self.failed_in: str | None = None
-        self.asked_value: fx.Node | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.leaf_modules or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        path = self.path_of_module(m)
-        self.stack.append(path)
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed_in = path if self.failed_in is None else self.failed_in
-            raise
-        finally:
-            self.stack.pop()
-        if isinstance(result, fx.Proxy) and path:
-            record = info(result.node)
-            record.returned_by = (*record.returned_by, path)
-        return result
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
-        node.meta[INFO] = NodeInfo(path=self.stack[-1])
-        return node
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        self.asked_value = obj.node
-        return super().to_bool(obj)
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        self.asked_value = obj.node
-        return super().iter(obj)
-
-
-def _explain(error: Exception, tracer: _Tracer) -> str:
-    where = tracer.failed_in or "the model's own forward"
-    value = ""
-    if tracer.asked_value is not None:
-        value = f" It asks for the value of {tracer.asked_value.name!r}, made in {describe(tracer.asked_value)}."
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"cannot record the forward of {where}{user_frame(error)}: {reason}.{value} {WAYS_OUT}"
+    return gm, list(tracer.mode_reads)
 
 
 def _is_impure(node: fx.Node) -> bool:
@@ -172,61 +125,75 @@ def _is_impure(node: fx.Node) -> bool:
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         inplace = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
-        return inplace or name in ("setitem", "_assert") or name.endswith("_") or node.is_impure()
+        return inplace or node.target in WRITES or name == "_assert" or name.endswith("_") or node.is_impure()
     return False
 
 
-def _drop_concrete_inputs(graph: fx.Graph, concrete: Iterable[str]) -> None:
-    """Remove the placeholders of arguments left at their defaults, and the checks that fx adds for them."""
-    fixed = set(concrete)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and str(node.target).removesuffix("_1") in fixed | {str(node.target)} & fixed:
-            for user in list(node.users):
-                for second in list(user.users):
-                    if second.op == "call_function" and second.target is torch._assert:
-                        graph.erase_node(second)
-                if not user.users:
-                    graph.erase_node(user)
-            if not node.users:
-                graph.erase_node(node)
+def _base_name(node: fx.Node) -> str:
+    """Name a node by module path and operation, without the occurrence."""
+    if node.op in ("call_module", "get_attr", "placeholder"):
+        return str(node.target)
+    operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+    return f"{info(node).path}:{operation}"
 
 
-def _name_sites(graph: fx.Graph) -> None:
-    """Name every node by module path, operation and occurrence, so that train and eval graphs can be matched."""
+def _name_sites(graph: fx.Graph, taken: Collection[str] = ()) -> None:
+    """Name every node that has no site yet by module path, operation and occurrence."""
     seen: Counter[str] = Counter()
     returned: Counter[str] = Counter()
+    used = {info(node).site for node in graph.nodes} | set(taken)
     for order, node in enumerate(graph.nodes):
-        record = info(node)
+        record, base = info(node), _base_name(node)
         record.order = order
-        if node.op in ("call_module", "get_attr", "placeholder"):
-            base = str(node.target)
-        else:
-            operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
-            base = f"{record.path}:{operation}"
-        seen[base] += 1
-        record.site = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        while not record.site:
+            seen[base] += 1
+            site = base if seen[base] == 1 else f"{base}#{seen[base]}"
+            record.site = site if site not in used else ""
+        used.add(record.site)
         paths = [path for path in record.returned_by if not (node.op == "call_module" and path == node.target)]
         returned.update(paths)
         record.returned_by = tuple(path if returned[path] == 1 else f"{path}#{returned[path]}" for path in paths)
 
 
-def _differing_paths(train: fx.Graph, evaluation: fx.Graph) -> tuple[str, ...] | None:
-    """Return the module paths whose nodes differ between the two graphs, or None if the graphs are the same."""
+def _match_sites(train: fx.Graph, evaluation: fx.Graph) -> None:
+    """Give nodes of the eval graph the sites of the train nodes that they are; names of their own to the others.
 
-    def facts(graph: fx.Graph) -> dict[str, tuple[str, str]]:
+    Counting occurrences would not do: an ``add`` that stands only in the train graph would shift the names of all later
+    ones. The two graphs are aligned as texts are.
+    """
+    first, second = list(train.nodes), list(evaluation.nodes)
+    _align(first, second, lambda n: f"{_base_name(n)} {[a for a in n.args if not isinstance(a, fx.Node)]}")
+    _name_sites(evaluation, taken=[info(node).site for node in first])
+
+
+def _align(train: list[fx.Node], evaluation: list[fx.Node], key: Callable[[fx.Node], str]) -> None:
+    """Match nodes with the same key in the same order; between them, nodes that have at least the same name."""
+    matcher = SequenceMatcher(None, [key(n) for n in train], [key(n) for n in evaluation], autojunk=False)
+    for tag, a, b, c, d in matcher.get_opcodes():
+        if tag == "equal":
+            for one, other in zip(train[a:b], evaluation[c:d], strict=True):
+                info(other).site = info(one).site
+        elif tag == "replace" and key is not _base_name:
+            _align(train[a:b], evaluation[c:d], _base_name)
+
+
+def _same_graphs(train: fx.GraphModule, evaluation: fx.GraphModule) -> bool:
+    """Whether two graphs do the same, constants that the forward made included."""
+
+    def facts(gm: fx.GraphModule) -> list[tuple[str, str]]:
         def site(node: fx.Node) -> str:
             return info(node).site
 
-        return {
-            info(node).site: (
-                info(node).path,
-                repr((node.op, node.target, fx.map_arg(node.args, site), fx.map_arg(node.kwargs, site))),
-            )
-            for node in graph.nodes
-        }
+        return [
+            (site(n), repr((n.op, n.target, fx.map_arg(n.args, site), fx.map_arg(n.kwargs, site))))
+            for n in gm.graph.nodes
+        ]
 
-    first, second = facts(train), facts(evaluation)
-    if list(first.items()) == list(second.items()):
-        return None
-    differing = {k for k in first.keys() | second.keys() if first.get(k) != second.get(k)}
-    return tuple(sorted({(first.get(k) or second[k])[0] for k in differing}))
+    if facts(train) != facts(evaluation):
+        return False
+    for node in train.graph.nodes:
+        if node.op == "get_attr" and "." not in str(node.target):
+            a, b = getattr(train, str(node.target)), getattr(evaluation, str(node.target))
+            if a is not b and not (isinstance(a, torch.Tensor) and torch.equal(a, b)):
+                return False
+    return True

@@ -45,7 +45,7 @@ def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], b
     """Cut a chain of n+1 stretches into `blocks` runs so that the largest cost of a run is least.
 
     A run from stretch a to stretch b costs ``sum(costs[a..b]) - sum(shared[a..b-1]) + heads[b]`` (no head behind the
-    last). Exact dynamic programme, O(n^2 blocks); of equal solutions the one whose earlier blocks are smaller.
+    last). Exact dynamic programme, O(n^2 blocks); ties go to the earlier cut.
 
     Args:
         costs: of the n+1 stretches.

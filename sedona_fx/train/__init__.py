@@ -2,7 +2,8 @@
 
 from sedona_fx.train.backprop import Backprop
 from sedona_fx.train.engine import Block, StepResult
-from sedona_fx.train.fit import History, evaluate, fit
+from sedona_fx.train.evaluate import evaluate
+from sedona_fx.train.fit import History, fit
 from sedona_fx.train.greedy import Greedy
 from sedona_fx.train.random import block_seed
 from sedona_fx.train.schedule import Schedule

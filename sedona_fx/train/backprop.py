@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from sedona_fx.outputs import map_tensors
 from sedona_fx.train.engine import Block, StepResult, no_autocast
 from sedona_fx.train.schedule import Schedule
 
@@ -25,21 +25,17 @@ class Backprop(Schedule):
 
     def step(self, inputs: Any, target: Any) -> StepResult:
         """Train on one batch; return the final loss, alone in the list, and the output."""
-        for optimizer in self.optimizers:
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-        engine, last = self.net.engine, self.net.blocks[-1]
+        self._zero_grad()
+        net, engine, last = self.net, self.net.engine, self.net.blocks[-1]
         engine.guard.raise_pending()
-        buffers = [buffer for block in engine.blocks for buffer in block.buffers()]
-        before = engine.guard.remember(buffers)
-        output = self.net.call(inputs)
-        loss = engine.local_loss(last, output, target)
-        engine.guard.check(last.index, self.net.steps, loss, buffers, before)
-        self.net.steps += 1
-        with no_autocast(last.device):
-            loss.backward()
-        for block, optimizer in zip(engine.blocks, self.optimizers, strict=True):
-            if optimizer is not None:
-                self._clip(block)
-                engine.guard.step_optimizer(optimizer, last.index)
-        return StepResult([loss.detach()], pytree.tree_map_only(Tensor, Tensor.detach, output))
+        with engine.guard.protecting(list(net.model.buffers())) as snapshot:
+            output = net.call(inputs)
+            loss = engine.local_loss(last, output, target)
+            engine.guard.check(last.index, net.steps, loss)
+            with no_autocast(last.device):
+                loss.backward()
+            engine.guard.settle(last.index, snapshot)
+        net.steps += 1
+        for block in net.blocks:
+            self._update(block.index, {last.index})
+        return StepResult([loss.detach()], map_tensors(Tensor.detach, output))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.outputs import OutputFormat
+from sedona_fx.outputs import OutputFormat, map_tensors
 from sedona_fx.passes.partition import BlockGraph
 from sedona_fx.train.guard import FiniteGuard
 from sedona_fx.train.random import block_random
@@ -85,11 +85,10 @@ class Engine:
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
         self.guard = FiniteGuard()
-
-    @property
-    def has_heads(self) -> bool:
-        """Whether every block but the last has a head."""
-        return all(block.head is not None for block in self.blocks[:-1])
+        self._last_reader = {
+            mode: {name: block.index for block in self.blocks for name in block.graph(mode).inputs}
+            for mode in (True, False)
+        }
 
     def local_losses(self, inputs: Mapping[str, Any], target: Any, *, training: bool, step: int) -> list[Tensor]:
         """Return the K local losses with their graphs, block by block; nothing flows between blocks."""
@@ -99,7 +98,7 @@ class Engine:
             with self._random(block, step):
                 exports, local = block(values, training)
             losses.append(self.local_loss(block, local, target))
-            values.update(detached(exports))
+            self._hand_on(block, values, exports, training)
         return losses
 
     def backward(
@@ -112,32 +111,39 @@ class Engine:
         scaler: Any = None,
         weight: float = 1.0,
         on_block: OnBlock | None = None,
+        defer: bool = False,
     ) -> StepResult:
         """Forward, local loss, backward and free, one block after the other; gradients go to ``.grad``.
 
         `on_block` is called when a block's gradients are complete: the next block has not run yet, and reads the
-        activation from before whatever `on_block` does to the parameters.
+        activation from before whatever `on_block` does to the parameters. Without `on_block` it is all or nothing: the
+        buffers of every block are put back if any loss is not finite, and the host waits for the losses once, at the
+        end. With it, a block stands for itself; the host waits for each loss, or with `defer` not at all: `on_block`
+        then steps through the guard.
         """
         self.require_heads("net.backward")
+        if not torch.is_grad_enabled():
+            raise ScheduleError("net.backward inside torch.no_grad() (or inference mode) has no graph to walk back.")
         self.guard.raise_pending()
+        whole = on_block is None
         values, losses, local = dict(inputs), [], None
-        for block in self.blocks:
-            buffers = block.buffers() if training else []
-            before = self.guard.remember(buffers)
-            with self._random(block, step):
-                exports, local = block(values, training)
-            loss = self.local_loss(block, local, target)
-            self.guard.check(block.index, step, loss, buffers, before)
-            scaled = loss * weight if weight != 1.0 else loss
-            if scaled.requires_grad:  # a frozen block has nothing to walk back through
-                with no_autocast(block.device):
-                    (scaler.scale(scaled) if scaler is not None else scaled).backward()
-            losses.append(loss.detach())
-            values.update(detached(exports))
-            local = pytree.tree_map_only(Tensor, Tensor.detach, local)
-            del exports, loss, scaled  # the graph of this block dies here, before the next block runs
-            if on_block is not None:
-                on_block(block.index)
+        with self.guard.protecting(self._buffers()) if whole else nullcontext():
+            for block in self.blocks:
+                with self.guard.protecting([] if whole else block.buffers()) as snapshot:
+                    with self._random(block, step):
+                        exports, local = block(values, training)
+                    loss = self.local_loss(block, local, target)
+                    self.guard.check(block.index, step, loss, defer=defer or whole)
+                    self._walk_back(block, loss, scaler, weight)
+                    self.guard.settle(block.index, snapshot)
+                losses.append(loss.detach())
+                self._hand_on(block, values, exports, training)
+                local = map_tensors(Tensor.detach, local)
+                del exports, loss  # the graph of this block dies here, before the next block runs
+                if on_block is not None:
+                    on_block(block.index)
+            if whole:
+                self.guard.raise_pending()
         return StepResult(losses, local)
 
     def local_loss(self, block: Block, local: Any, target: Any) -> Tensor:
@@ -155,7 +161,9 @@ class Engine:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
                 loss = self.output.head_loss(self.loss, local, target)
-        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, but the target is not to blame
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the loss cannot take the output of block {block.index}, {_shapes(local)}, with the target, "
                 f"{_shapes(target)}: {type(error).__name__}: {error}. The loss is called as loss(output, target)."
@@ -173,6 +181,28 @@ class Engine:
                 "heads (leave out heads=False), or train it with a schedule that needs none (sedona_fx.train.Backprop)."
             )
 
+    def _walk_back(self, block: Block, loss: Tensor, scaler: Any, weight: float) -> None:
+        if not loss.requires_grad:
+            if any(p.requires_grad for p in block.parameters()):
+                raise DataError(
+                    f"the loss of block {block.index} has no gradient. It is computed as loss(output, target) and must "
+                    "stay a tensor with a graph: no .item(), .detach() or numpy on the way."
+                )
+            return  # a frozen block
+        scaled = loss * weight if weight != 1.0 else loss
+        with no_autocast(block.device):
+            (scaler.scale(scaled) if scaler is not None else scaled).backward()
+
+    def _hand_on(self, block: Block, values: dict[str, Any], exports: dict[str, Any], training: bool) -> None:
+        """Pass a block's exports on, cut off from its graph, and drop what no later block reads."""
+        values.update({name: map_tensors(Tensor.detach, value) for name, value in exports.items()})
+        last_reader = self._last_reader[training]
+        for name in [name for name in values if last_reader.get(name, -1) <= block.index]:
+            del values[name]
+
+    def _buffers(self) -> list[Tensor]:
+        return list({id(buffer): buffer for block in self.blocks for buffer in block.buffers()}.values())
+
     def _random(self, block: Block, step: int) -> AbstractContextManager[None]:
         # One block is backprop, which draws from the global stream as the plain model does.
         if len(self.blocks) == 1:
@@ -180,17 +210,17 @@ class Engine:
         return block_random(self.seed, block.index, step, block.device)
 
 
-def detached(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return named values with every tensor cut off from its graph (no copy)."""
-    return {name: pytree.tree_map_only(Tensor, Tensor.detach, value) for name, value in values.items()}
-
-
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
-    """Leave the user's autocast region: backward runs in the dtypes that forward chose."""
+    """Leave the user's autocast region: backward runs in the dtypes that forward chose.
+
+    The weights that autocast has cast and cached are dropped at the end: a region may span several steps, and what is
+    cached is from before the update.
+    """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
+        torch.clear_autocast_cache()
     else:
         yield
 

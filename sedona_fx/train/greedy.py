@@ -17,7 +17,7 @@ class Greedy(Schedule):
 
     For each batch, for each block in order: forward on the detached input, local loss through the head, backward inside
     the block, optimizer step; the activation handed on is the one from before the step. At most one block's graph is
-    alive at a time.
+    alive at a time. A parameter shared by several blocks gets the sum of their gradients, in the last one's step.
 
     Args:
         net: a net with heads.
@@ -25,7 +25,7 @@ class Greedy(Schedule):
         clip: largest gradient norm of each block (L2), or None.
         check: ``"async"``: each block steps as soon as its gradients are there; a loss that is not finite leaves its
             own block unharmed and is reported at the latest one step later. ``"sync"``: no block steps before all K
-            losses are known to be finite.
+            losses are known to be finite; else the BatchNorm buffers of all blocks are as before, too.
     """
 
     def __init__(
@@ -44,22 +44,14 @@ class Greedy(Schedule):
 
     def step(self, inputs: Any, target: Any) -> StepResult:
         """Train every block on one batch; return the local losses and the output, both from before the update."""
-        for optimizer in self.optimizers:
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-        engine = self.net.engine
-        result = self.net.backward(inputs, target, on_block=self._update if self.check == "async" else None)
-        if self.check == "sync":
-            engine.guard.raise_pending()
-            for block in engine.blocks:
-                self._update(block.index)
+        self._zero_grad()
+        if self.check == "async":
+            return self.net.run_blocks(inputs, target, on_block=self._step_block, defer=True)
+        result = self.net.run_blocks(inputs, target)
+        for block in self.net.blocks:
+            self._step_block(block.index)
         return result
 
-    def _update(self, index: int) -> None:
-        optimizer = self.optimizers[index]
-        if optimizer is None:
-            return
-        self._clip(self.net.blocks[index])
-        self.net.engine.guard.step_optimizer(optimizer, index)
-        if self.check == "async":
-            optimizer.zero_grad(set_to_none=True)  # gradients of a block need not outlive its step
+    def _step_block(self, index: int) -> None:
+        self._update(index, self.contributors[index])
+        self._zero_grad(index)  # gradients of a block need not outlive its step

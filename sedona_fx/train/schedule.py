@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,33 @@ OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class Schedule:
     """Base of all schedules.
 
+    A parameter used in several blocks belongs to the last of them: only its optimizer steps it, and only it clips it.
+
     Args:
         net: the net to train.
         optimizer: called once a block with that block's parameters; must optimize exactly those.
         clip: largest gradient norm of each block (L2), or None.
+
+    Attributes:
+        optimizers: one a block, or None where nothing is to be trained.
+        parameters: for each block, the parameters that its optimizer steps.
+        contributors: for each block, the blocks whose losses have a part in the gradients of `parameters`.
     """
 
     def __init__(self, net: Net, optimizer: OptimizerFactory, *, clip: float | None = None) -> None:
+        if not callable(optimizer):
+            raise ScheduleError(
+                f"optimizer= takes a factory, called once a block, and not {type(optimizer).__name__} itself. Write it "
+                "as optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+            )
         self.net, self.clip = net, clip
-        self.optimizers = [self._make(optimizer, block) for block in net.blocks]
+        self.parameters, self.contributors = self._owners()
+        if not any(self.parameters):
+            raise ScheduleError("there is nothing to train: no parameter of the net requires a gradient.")
+        self.optimizers = [
+            _make(optimizer, parameters, index) if parameters else None
+            for index, parameters in enumerate(self.parameters)
+        ]
 
     def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
         """Return what this schedule trains of a block."""
@@ -38,50 +56,117 @@ class Schedule:
         """Train on one batch."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to train a step")
 
-    def _make(self, factory: OptimizerFactory, block: Block) -> torch.optim.Optimizer | None:
-        parameters = [p for p in self.block_parameters(block) if p.requires_grad]
-        if not parameters:
-            return None  # nothing to train: a frozen block
-        made = factory(parameters)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise ScheduleError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer.")
-        got = {id(p) for group in made.param_groups for p in group["params"]}
-        wanted = {id(p) for p in parameters}
-        if got != wanted:
-            raise ScheduleError(
-                f"the optimizer factory was called with the {len(wanted)} parameters of block {block.index} and "
-                f"returned an optimizer of {len(got)} parameters, {len(got - wanted)} of them not of this block. Write "
-                "it as optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
-            )
-        return made
+    def _owners(self) -> tuple[list[list[nn.Parameter]], list[set[int]]]:
+        users: dict[nn.Parameter, list[int]] = {}
+        for block in self.net.blocks:
+            for parameter in dict.fromkeys(self.block_parameters(block)):
+                if parameter.requires_grad:
+                    users.setdefault(parameter, []).append(block.index)
+        owned: list[list[nn.Parameter]] = [[] for _ in self.net.blocks]
+        contributors = [{block.index} for block in self.net.blocks]
+        for block in self.net.blocks:
+            for parameter in dict.fromkeys(self.block_parameters(block)):
+                if users.get(parameter, [-1])[-1] == block.index:
+                    owned[block.index].append(parameter)
+                    contributors[block.index].update(users[parameter])
+        return owned, contributors
 
-    def _clip(self, block: Block) -> None:
+    def _zero_grad(self, index: int | None = None) -> None:
+        for optimizer in self.optimizers if index is None else [self.optimizers[index]]:
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+
+    def _update(self, index: int, blocks: Collection[int]) -> None:
+        """Clip and step what belongs to a block, unless the loss of one of `blocks` was not finite."""
+        optimizer = self.optimizers[index]
+        if optimizer is None:
+            return
         if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.block_parameters(block), self.clip)
+            nn.utils.clip_grad_norm_(self.parameters[index], self.clip)
+        self.net.engine.guard.step_optimizer(optimizer, blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on as if never stopped; loads with ``weights_only=True``."""
+        """Return everything needed to go on as if never stopped; loads with ``weights_only=True``.
+
+        Raises:
+            NonFiniteLossError: of the last step, where that was not known yet.
+        """
+        self.net.engine.guard.raise_pending()
         return {
-            "schedule": type(self).__name__,
-            "cuts": list(self.net.plan.cuts),
+            **self._identity(),
             "steps": self.net.steps,
             "optimizers": [o.state_dict() if o is not None else None for o in self.optimizers],
         }
+
+    def check_state(self, state: Any) -> None:
+        """Find out whether a state is one of this schedule, without loading anything.
+
+        Raises:
+            CheckpointError: the state belongs to another schedule, plan or optimizer.
+        """
+        if not isinstance(state, dict):
+            raise CheckpointError(f"the state of a schedule is a dict, not {type(state).__name__}.")
+        advice = {
+            "schedule": "Go on with the schedule that wrote it.",
+            "cuts": "Load it into a net made with the same plan.",
+            "optimizer_types": "Go on with the optimizers that wrote it.",
+            "optimizer_shapes": "Load it into a net made with the same plan, with the same parameters frozen.",
+        }
+        for name, ours in self._identity().items():
+            if state.get(name) != ours:
+                raise CheckpointError(
+                    f"the state does not fit: its {name.replace('_', ' ')} is {_short(state.get(name))}, here it is "
+                    f"{_short(ours)}. {advice[name]}"
+                )
+        saved = state.get("optimizers")
+        if "steps" not in state or not isinstance(saved, list) or len(saved) != len(self.optimizers):
+            raise CheckpointError("the state of the schedule is not complete.")
+        for index, (optimizer, theirs) in enumerate(zip(self.optimizers, saved, strict=True)):
+            groups = [len(g["params"]) for g in optimizer.param_groups] if optimizer is not None else None
+            found = [len(g["params"]) for g in theirs["param_groups"]] if theirs is not None else None
+            if groups != found:
+                raise CheckpointError(
+                    f"the optimizer of block {index} has parameter groups of {groups} here and {found} in the state."
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
 
         Raises:
-            CheckpointError: the state belongs to another schedule or another plan.
+            CheckpointError: the state belongs to another schedule, plan or optimizer; nothing is loaded then.
         """
-        if state.get("schedule") != type(self).__name__:
-            raise CheckpointError(f"the state is one of {state.get('schedule')!r}, not of {type(self).__name__!r}.")
-        if state.get("cuts") != list(self.net.plan.cuts):
-            raise CheckpointError(
-                f"the state belongs to a plan with the cuts {state.get('cuts')}, this net is cut at "
-                f"{list(self.net.plan.cuts)}. Load it into a net made with the same plan."
-            )
+        self.check_state(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer is not None:
                 optimizer.load_state_dict(saved)
         self.net.steps = int(state["steps"])
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be the same here and in a state that is loaded."""
+        return {
+            "schedule": type(self).__name__,
+            "cuts": list(self.net.plan.cuts),
+            "optimizer_types": [type(o).__name__ for o in self.optimizers],
+            "optimizer_shapes": [[list(p.shape) for p in parameters] for parameters in self.parameters],
+        }
+
+
+def _make(factory: OptimizerFactory, parameters: list[nn.Parameter], index: int) -> torch.optim.Optimizer:
+    made = factory(list(parameters))
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ScheduleError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer.")
+    got = {id(p) for group in made.param_groups for p in group["params"]}
+    wanted = {id(p) for p in parameters}
+    if got != wanted:
+        raise ScheduleError(
+            f"the optimizer factory was called with the {len(wanted)} parameters of block {index} and returned an "
+            f"optimizer of {len(got)} parameters, {len(got - wanted)} of them not of this block and "
+            f"{len(wanted - got)} of the block's left out. Write it as optimizer=lambda params: "
+            "torch.optim.SGD(params, lr=0.1)."
+        )
+    return made
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."

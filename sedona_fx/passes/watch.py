@@ -1,0 +1,214 @@
+"""What must not change while a forward is traced: random states, attributes and tensors of the model."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import random
+import re
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, np.__file__, __file__))
+_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
+_CONTAINERS = (dict, list, set, deque)
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
+_CONSTANT = re.compile(r"_tensor_constant\d+")  # where fx keeps tensors that a forward makes from nothing
+_REGISTRIES = {"_parameters": "replaces the parameter", "_buffers": "replaces the buffer"}
+
+
+class StateWatch:
+    """Remembers random states, attributes and tensors of a model, says what changed, and puts it back.
+
+    Lists, dictionaries and sets among the attributes are looked into, however deep; objects of the user's own classes
+    are not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.random = random_states()
+        self.containers: list[tuple[str, Any, Any]] = []  # where, the container, a shallow copy of it
+        self.tensors: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            self._remember(path, vars(module), seen)
+
+    def _remember(self, where: str, value: Any, seen: set[int]) -> None:
+        if id(value) in seen:
+            return
+        if isinstance(value, torch.Tensor):
+            seen.add(id(value))
+            # A trace can write to a parameter only behind its back; copies of all of them would cost too much.
+            kept = None if isinstance(value, nn.Parameter) else value.detach().clone()
+            self.tensors.append((where, value, value._version, kept))
+        elif isinstance(value, _CONTAINERS):
+            seen.add(id(value))
+            self.containers.append((where, value, value.copy()))
+            for name, inner in _items(value):
+                self._remember(f"{where}.{name}", inner, seen)
+
+    def changed(self) -> str:
+        """Return what changed since the start, in words, or an empty string."""
+        if not _same_states(self.random, random_states()):
+            return "draws random numbers outside of PyTorch's modules"
+        for where, container, copy in self.containers:
+            before, after = dict(_items(copy)), dict(_items(container))
+            for name in (*before, *(n for n in after if n not in before)):
+                if _CONSTANT.fullmatch(str(name)):
+                    continue
+                if name not in before or name not in after or not _same(before[name], after[name]):
+                    return f"{_words(where)} {_name(f'{where}.{name}')!r}"
+        for where, tensor, version, _ in self.tensors:
+            if tensor._version != version:
+                return f"overwrites {_name(where)!r}"
+        return ""
+
+    def restore(self) -> str:
+        """Return what changed, after putting everything back."""
+        changed = self.changed()
+        for _, container, copy in self.containers:
+            now, then = list(_items(container)), list(_items(copy))
+            if len(now) != len(then) or any(a != b or x is not y for (a, x), (b, y) in zip(now, then, strict=True)):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+        with torch.no_grad():
+            for _, tensor, _, kept in self.tensors:
+                if kept is not None:  # whatever its version says: batch norm does not count its updates
+                    tensor.copy_(kept)
+        set_random_states(self.random)
+        return changed
+
+
+def random_states() -> tuple[Any, ...]:
+    """Return the states of PyTorch's, Python's and NumPy's global generators."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put the global generators back to what :func:`random_states` returned."""
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+    if states[3]:
+        torch.cuda.set_rng_state_all(states[3])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators (an accelerator that nobody has used yet stays asleep)."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def keep_state(model: nn.Module) -> Iterator[None]:
+    """Give a model its attributes and buffers back at the end, and the global random generators their states."""
+    watch = StateWatch(model)
+    try:
+        yield
+    finally:
+        watch.restore()
+
+
+@contextmanager
+def keep_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its ``training`` flag back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def user_line(error: BaseException) -> str:
+    """Return ``", file.py line 12: `if x.sum() > 0:`"`` for the user's own last line in a traceback."""
+    return _line(traceback.extract_tb(error.__traceback__))
+
+
+def current_line() -> str:
+    """Return the same for the line of the user's that is running now."""
+    return _line(traceback.extract_stack())
+
+
+def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:
+    """Trace once more, looking at the state after every line of the user's code; return the guilty line in words."""
+    found: list[str] = []
+    watch = StateWatch(model)
+    last: dict[FrameType, int] = {}
+
+    def watch_lines(frame: FrameType, event: str, _: Any) -> Any:
+        if found or not _is_users(frame.f_code.co_filename):
+            return None
+        # A line is guilty if the state changed while it ran and no deeper line of the user's was blamed before.
+        if frame in last and event in ("line", "return") and watch.changed():
+            line = linecache.getline(frame.f_code.co_filename, last[frame]).strip()
+            found.append(f", {frame.f_code.co_filename} line {last[frame]}: `{line}`")
+        last[frame] = frame.f_lineno
+        return watch_lines
+
+    previous = sys.gettrace()
+    sys.settrace(watch_lines)
+    try:
+        retrace()
+    except Exception:  # what was found until then stands
+        pass
+    finally:
+        sys.settrace(previous)
+        watch.restore()
+    return found[0] if found else ""
+
+
+def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(container, dict):
+        return iter(container.items())
+    if isinstance(container, set):
+        return ((item, item) for item in container)
+    return iter(enumerate(container))
+
+
+def _name(where: str) -> str:
+    return ".".join(part for part in where.split(".") if part and part not in _REGISTRIES)
+
+
+def _words(where: str) -> str:
+    return _REGISTRIES.get(where.rpartition(".")[2], "changes the attribute")
+
+
+def _same(before: Any, after: Any) -> bool:
+    if before is after:
+        return True
+    if type(before) is not type(after) or not isinstance(before, _PLAIN):
+        return False
+    try:
+        return bool(before == after)
+    except Exception:  # a tuple with tensors in it
+        return False
+
+
+def _same_states(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
+    numpy_same = all(np.array_equal(a, b) for a, b in zip(before[2], after[2], strict=True))
+    # No device states before: the accelerator was first used in between, and that is no draw.
+    devices_same = not before[3] or all(map(torch.equal, before[3], after[3]))
+    return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same and devices_same
+
+
+def _is_users(filename: str) -> bool:
+    standard = filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename
+    return not standard and not filename.startswith((*_NOT_USERS, "<"))
+
+
+def _line(stack: traceback.StackSummary) -> str:
+    frames = [frame for frame in stack if frame.line and _is_users(frame.filename)]
+    return f", {frames[-1].filename} line {frames[-1].lineno}: `{frames[-1].line}`" if frames else ""

@@ -1,0 +1,239 @@
+"""What bad input gets: a typed error that names the place and says what to do."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import sedona_fx
+from sedona_fx.errors import (
+    CheckpointError,
+    CutError,
+    DataError,
+    HeadError,
+    NonFiniteLossError,
+    OutputError,
+    PlanError,
+    SearchDivergedError,
+    SedonaError,
+    TraceError,
+    did_you_mean,
+    shape_text,
+)
+
+
+class Net(nn.Module):
+    def __init__(self, width=6):
+        super().__init__()
+        self.stem, self.body, self.neck = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.body(x))
+        return self.head(torch.relu(self.neck(x)))
+
+
+X, Y = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+
+
+def decouple(model=None, data=(X, Y), **how):
+    how = {"search": "uniform", "blocks": 2, **how}
+    return sedona_fx.decouple(Net() if model is None else model, data, **how)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        if x.mean() > 0:
+            return x
+        return -x
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        # blocks
+        ({"blocks": 0}, CutError, r"blocks=0: give a whole number, at least 1"),
+        ({"blocks": -3}, CutError, r"blocks=-3"),
+        ({"blocks": 2.0}, CutError, r"blocks=2.0: give a whole number"),
+        ({"blocks": "4"}, CutError, r"blocks='4'"),
+        ({"blocks": True}, CutError, r"blocks=True"),
+        ({"blocks": 40}, CutError, r"40 blocks need 39 cuts; this model has \d legal cut points, enough for \d blocks"),
+        ({"blocks": 40, "search": "balanced"}, CutError, r"40 blocks need 39 cuts"),
+        # searches and heads
+        ({"search": "unifrom"}, CutError, r"search='unifrom' is not known; the nearest names are 'uniform'; one of"),
+        ({"search": 3}, CutError, r"search=3 is no search: one of \['balanced', 'sedona', 'uniform'\]"),
+        ({"search": sedona_fx.search.Uniform}, CutError, r"is no search: .*object with decide"),
+        ({"heads": "mlp-rs"}, HeadError, r"no head named 'mlp-rs'; the nearest names are 'mlp-sr'.*All names: "),
+        ({"heads": ["tokens-2", "lineer"], "cuts": ["stem"]}, HeadError, r"1 cuts take one head for all or 1 heads"),
+        ({"heads": "cnn", "cuts": ["body"]}, CutError, r"'body'"),
+        # data
+        ({"data": []}, DataError, r"the data is empty: .*at least one \(inputs, target\) batch"),
+        ({"data": 3}, DataError, r"the data is int, neither an \(inputs, target\) tuple nor an iterable"),
+        ({"data": [X]}, DataError, r"the data gives a Tensor where \(inputs, target\) is expected. Wrap data without"),
+        ({"data": [(X, Y, Y)]}, DataError, r"gives a tuple of 3 where \(inputs, target\)"),
+        ({"data": ((X, X), Y)}, DataError, r"the inputs do not fit the model's forward\(x\): too many positional"),
+        ({"data": ({"y": X}, Y)}, DataError, r"the inputs do not fit the model's forward\(x\): missing .*'x'"),
+        ({"data": (torch.randn(4, 5), Y)}, DataError, r"Net in train mode cannot run the first batch .*\(2, 5\).*mat1"),
+        # loss
+        ({"loss": "mse"}, DataError, r"loss='mse' cannot be called: give a function loss\(output, target\)"),
+        (
+            {"data": (X, torch.randn(4, 5))},
+            DataError,
+            r"the loss cannot take the model's output, \(2, 3\) torch.float32, with the target, \(2, 5\) torch.float32",
+        ),
+        (
+            {"loss": lambda o, t: nn.functional.cross_entropy(o, t, reduction="none")},
+            DataError,
+            r"must return a scalar tensor, not torch.Size\(\[2\]\)",
+        ),
+        ({"loss": lambda o, t: 1.0}, DataError, r"must return a scalar tensor, not 1.0"),
+        # cuts
+        ({"cuts": ["stm"]}, CutError, r"cuts names the cut 'stm', which this model does not have; .* 'stem'"),
+        ({"cuts": "stm"}, CutError, r"cuts names the cut 'stm'"),
+        ({"cuts": ["body"]}, CutError, r"cuts names 'body', which is in the model \(body\) but no legal cut: more than"),
+        ({"cuts": ["neck", "stem"]}, CutError, r"cuts must name cuts in the order of the forward pass, each once"),
+        ({"cuts": ["stem", "stem"]}, CutError, r"in the order of the forward pass, each once"),
+        ({"cuts": [3]}, CutError, r"cuts names 3, which is no name: a cut is a module path such as 'layer1.0'"),
+        # devices
+        ({"devices": ["cpu"]}, PlanError, r"devices=\['cpu'\] names 1 devices for 2 blocks: give a list with one a"),
+        ({"devices": "cpu"}, PlanError, r"devices='cpu' names one device for 2 blocks"),
+        ({"devices": ["cpu"] * 3, "cuts": ["stem"]}, PlanError, r"3 devices for 2 blocks"),
+        ({"devices": ["cpu", "cpx:1"]}, PlanError, r"devices names 'cpx:1', which cannot be used here"),
+        # plans
+        ({"plan": 3}, PlanError, r"plan=3 is neither a Plan nor the path of one"),
+        ({"plan": "nowhere.json"}, PlanError, r"cannot read the plan 'nowhere.json'"),
+        # outputs and leaves
+        ({"output": "logits"}, OutputError, r"output='logits' names no float tensor in what the model returns"),
+        ({"leaf_modules": "bdy"}, TraceError, r"leaf_modules names 'bdy', .*nearest names are 'body'"),
+        ({"leaf_modules": [3]}, TraceError, r"leaf_modules names 3"),
+        # models
+        ({"model": "resnet"}, DataError, r"decouple takes an nn.Module, not str"),
+        (
+            {"model": nn.Sequential(nn.Linear(4, 3), Branching())},
+            TraceError,
+            r"the forward of 1, .*test_decouple_errors.py line \d+: `if x.mean\(\) > 0:`.*leaf_modules",
+        ),
+        ({"model": nn.ReLU()}, CutError, r"2 blocks need 1 cuts; this model has 0 legal cut points"),
+        ({"model": nn.Flatten(), "loss": None}, CutError, r"has 0 legal cut points, enough for 1 blocks"),
+    ],
+    ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else "",
+)
+def test_bad_input(how, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        decouple(**how)
+    assert isinstance(caught.value, SedonaError)
+
+
+def test_no_float_output():
+    class Ids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"ids": self.layer(x).argmax(1)}
+
+    with pytest.raises(OutputError, match=r"the model returns \w*dict with no float tensor .* name one with output="):
+        decouple(Ids())
+
+
+def test_the_sedona_search_wants_data_that_it_can_go_through_again():
+    batches = [(X, Y)] * 3
+    with pytest.raises(DataError, match=r"data is a one-shot iterator \(generator\).*Hand a DataLoader or a list"):
+        decouple(data=(b for b in batches), search="sedona")
+    with pytest.raises(DataError, match=r"single \(inputs, target\) pair, which is not enough.*search='balanced'"):
+        decouple(search="sedona")
+    with pytest.raises(DataError, match=r"val_data is a one-shot iterator"):
+        decouple(data=batches, val_data=iter(batches), search="sedona")
+    decouple(data=(b for b in batches))  # one batch is all that a rule needs
+    decouple(search="sedona", blocks=1)
+
+
+def test_devices_are_looked_at_before_the_search():
+    class Never:
+        needs_data = False
+
+        def decide(self, problem):
+            raise AssertionError("searched")
+
+    with pytest.raises(PlanError, match="devices"):
+        decouple(search=Never(), devices=["cpu"])
+
+
+def test_a_plan_for_another_model():
+    plan = decouple(cuts=["stem", "neck"]).plan
+    other = nn.Sequential()
+    for name in ("stem", "body", "nek", "head"):
+        other.add_module(name, nn.Linear(4, 4))
+    with pytest.raises(PlanError, match=r"the plan, made for Net, names the cut 'neck', which this model does not .* are 'nek'"):
+        decouple(other, plan=plan)
+
+
+def test_a_plan_with_an_unknown_head(tmp_path):
+    data = {**json.loads(decouple(cuts=["stem"]).plan.to_json()), "heads": ["tokens-7"]}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"the head 'tokens-7' behind 'stem', .*nearest names are 'tokens-\d'.*register"):
+        decouple(plan=path)
+    made = decouple(plan=sedona_fx.Plan.from_json(json.dumps({**data, "heads": ["linear"]})))
+    assert made.plan.heads == ("linear",)
+
+
+def test_a_plan_brings_its_devices():
+    plan = decouple(cuts=["stem"], devices=["cpu", "cpu"]).plan
+    assert plan.devices == ("cpu", "cpu")
+    assert decouple(plan=plan).plan.devices == ("cpu", "cpu")
+
+
+def test_applying_a_plan_gives_the_plan():
+    net = decouple(search="balanced", blocks=3)
+    again = decouple(plan=net.plan)
+    assert (again.plan.cuts, again.plan.heads) == (net.plan.cuts, net.plan.heads)
+    assert torch.equal(again.losses(X, Y)[0], decouple(plan=net.plan, model=again.model).losses(X, Y)[0])
+
+
+def test_a_failing_save_leaves_the_old_files(tmp_path, monkeypatch):
+    net = decouple()
+    net.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(state, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        net.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_of_another_net(tmp_path):
+    decouple().save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"belongs to another net: model 'body.bias' is \(6,\) in the file and \(5,\) here"):
+        sedona_fx.load(tmp_path, Net(width=5))
+    (tmp_path / "weights.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        sedona_fx.load(tmp_path, Net())
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        sedona_fx.load(tmp_path, Net())
+
+
+def test_wrong_arguments_of_the_net():
+    net = decouple()
+    with pytest.raises(DataError, match=r"too many positional"):
+        net(X, X)
+    with pytest.raises(DataError, match=r"the loss cannot take the output of block 0, \(4, 3\) float32, with .*\(4, 5\)"):
+        net.losses(X, torch.randn(4, 5))
+
+
+def test_messages_of_errors_with_facts():
+    error = NonFiniteLossError(2, 7, float("nan"))
+    assert (error.block, error.step) == (2, 7)
+    assert "the loss of block 2 is nan at step 7" in str(error)
+    assert "no plan had been found yet" in str(SearchDivergedError("at iteration 3", None))
+    assert did_you_mean("layr1", ["layer1", "layer2", "fc"]) == "; the nearest names are 'layer1', 'layer2'"
+    assert did_you_mean("zzz", ["a"]) == ""
+    assert (shape_text((2, 3)), shape_text([4]), shape_text(())) == ("(2, 3)", "(4,)", "()")

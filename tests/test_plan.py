@@ -1,0 +1,97 @@
+"""Plans: what they hold, how they are read and written, and what bad files get."""
+
+import json
+
+import pytest
+
+from sedona_fx import Plan
+from sedona_fx.errors import PlanError
+
+PLAN = Plan(
+    cuts=("layer1", "layer2.0"),
+    heads=("mlp-sr", None),
+    devices=("cpu", "cpu", "cuda:1"),
+    output="logits",
+    model="Net",
+    base_layers=("layer1", "layer2.0", "layer3"),
+    inputs={"x": {"shape": [2, 3], "dtype": "float32"}, "flag": True, "pair": [1, {"shape": [], "dtype": "int64"}]},
+    provenance={"search": "uniform", "seed": 3, "loss": float("inf")},
+)
+
+
+def test_json_round_trip():
+    assert Plan.from_json(PLAN.to_json()) == PLAN
+    assert PLAN.blocks == 3
+    assert Plan.from_json(Plan().to_json()) == Plan()
+    assert Plan().blocks == 1
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "plan.json"
+    PLAN.save(path)
+    assert Plan.load(path) == Plan.load(str(path)) == PLAN
+    before = path.read_text()
+    unsavable = Plan(provenance={"what": object()})
+    with pytest.raises(TypeError):
+        unsavable.save(path)
+    assert path.read_text() == before
+    monkeypatch.setattr(Plan, "to_json", lambda self: "half" + 1)
+    with pytest.raises(TypeError):
+        PLAN.save(path)
+    assert path.read_text() == before
+    assert [p.name for p in path.parent.iterdir()] == ["plan.json"]
+
+
+def without(name):
+    data = json.loads(PLAN.to_json())
+    del data[name]
+    return json.dumps(data)
+
+
+def but(**changes):
+    return json.dumps({**json.loads(PLAN.to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PLAN.to_json()[:100], r"the plan '.*plan.json' is not JSON: .*truncated; make the plan again"),
+        ("", "is not JSON"),
+        ("[1, 2]", "holds list, not an object"),
+        (without("format"), r'has no "format": 1; it was not written by this version'),
+        (but(format=2), r'has no "format": 1'),
+        (but(cutz=[]), r"unknown field 'cutz'; the nearest names are 'cuts'"),
+        (without("cuts"), "lacks the field 'cuts'"),
+        (without("heads"), "lacks the field 'heads'"),
+        (but(cuts="layer1"), "the field 'cuts' should be a list of names, not str"),
+        (but(cuts=[1, 2]), "the field 'cuts' should be a list of names"),
+        (but(heads=[None, 3]), "the field 'heads' should be a list of names"),
+        (but(devices=[0, 1, 2]), "the field 'devices' should be a list of names"),
+        (but(base_layers=[None]), "the field 'base_layers' should be a list of names"),
+        (but(output=1.5), "the field 'output' should be a name, an index or null, not float"),
+        (but(output=True), "the field 'output' should be a name, an index or null, not bool"),
+        (but(model=None), "the field 'model' should be a name, not NoneType"),
+        (but(inputs=[]), "the field 'inputs' should be an object, not list"),
+        (but(provenance=None), "the field 'provenance' should be an object"),
+        (but(provenance={"seed": "x"}), "the seed in the field 'provenance' should be a whole number"),
+        (but(inputs={"x": {"shape": "23", "dtype": "int64"}}), r"the input 'x' has the shape '23'"),
+        (but(inputs={"x": [{"shape": [2.5], "dtype": "int64"}]}), r"the input 'x' has the shape \[2.5\]"),
+        (but(inputs={"x": {"shape": [2], "dtype": "float99"}}), r"the dtype 'float99', which torch does not know"),
+        (but(cuts=["a"]), "one head .* a cut: 1 cuts, 2 heads"),
+        (but(cuts=["a", "a"]), r"names a cut twice: \['a', 'a'\]"),
+        (but(devices=["cpu"]), "one device a block: 3 blocks, 1 devices"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(PlanError, match=r"cannot read the plan '.*none.json'"):
+        Plan.load(tmp_path / "none.json")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="cannot read the plan"):
+        Plan.load(tmp_path / "bytes")
