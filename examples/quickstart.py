@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--warmup-steps", type=int, default=40, help="relaxed training steps before the search")
+    parser.add_argument("--meta-steps", type=int, default=20, help="updates of alpha and beta")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
     if options.data == "cifar10" and options.data_root is None:
@@ -83,7 +85,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = sedona_fx.models.resnet32(num_classes=10)
     start = time.perf_counter()
-    searched = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=Sedona(warmup_steps=40, meta_steps=20, unroll=1))
+    settings = Sedona(warmup_steps=options.warmup_steps, meta_steps=options.meta_steps, unroll=1)
+    searched = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=settings)
     search_seconds = time.perf_counter() - start
     plan = searched.plan
     plan.save(options.out / "plan.json")

@@ -92,7 +92,7 @@ class Branching(nn.Module):
         # cuts
         ({"cuts": ["stm"]}, CutError, r"cuts names the cut 'stm', which this model does not have; .* 'stem'"),
         ({"cuts": "stm"}, CutError, r"cuts names the cut 'stm'"),
-        ({"cuts": ["body"]}, CutError, r"cuts names 'body', which is in the model \(body\) but no legal cut: more than"),
+        ({"cuts": ["body"]}, CutError, r"cuts names 'body', which is in the model \(body\) but no legal cut: more"),
         ({"cuts": ["neck", "stem"]}, CutError, r"cuts must name cuts in the order of the forward pass, each once"),
         ({"cuts": ["stem", "stem"]}, CutError, r"in the order of the forward pass, each once"),
         ({"cuts": [3]}, CutError, r"cuts names 3, which is no name: a cut is a module path such as 'layer1.0'"),
@@ -167,7 +167,7 @@ def test_a_plan_for_another_model():
     other = nn.Sequential()
     for name in ("stem", "body", "nek", "head"):
         other.add_module(name, nn.Linear(4, 4))
-    with pytest.raises(PlanError, match=r"the plan, made for Net, names the cut 'neck', which this model does not .* are 'nek'"):
+    with pytest.raises(PlanError, match=r"the plan, made for Net, names the cut 'neck', which .* are 'nek'"):
         decouple(other, plan=plan)
 
 
@@ -175,7 +175,7 @@ def test_a_plan_with_an_unknown_head(tmp_path):
     data = {**json.loads(decouple(cuts=["stem"]).plan.to_json()), "heads": ["tokens-7"]}
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"the head 'tokens-7' behind 'stem', .*nearest names are 'tokens-\d'.*register"):
+    with pytest.raises(PlanError, match=r"the head 'tokens-7' behind 'stem', .*nearest names are 'tokens-\d'"):
         decouple(plan=path)
     made = decouple(plan=sedona_fx.Plan.from_json(json.dumps({**data, "heads": ["linear"]})))
     assert made.plan.heads == ("linear",)
@@ -211,7 +211,7 @@ def test_a_failing_save_leaves_the_old_files(tmp_path, monkeypatch):
 
 def test_weights_of_another_net(tmp_path):
     decouple().save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"belongs to another net: model 'body.bias' is \(6,\) in the file and \(5,\) here"):
+    with pytest.raises(CheckpointError, match=r"another net: model 'body.bias' is \(6,\) in the file and \(5,\) here"):
         sedona_fx.load(tmp_path, Net(width=5))
     (tmp_path / "weights.pt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="cannot read the weights"):
@@ -225,7 +225,7 @@ def test_wrong_arguments_of_the_net():
     net = decouple()
     with pytest.raises(DataError, match=r"too many positional"):
         net(X, X)
-    with pytest.raises(DataError, match=r"the loss cannot take the output of block 0, \(4, 3\) float32, with .*\(4, 5\)"):
+    with pytest.raises(DataError, match=r"cannot take the output of block 0, \(4, 3\) float32, with .*\(4, 5\)"):
         net.losses(X, torch.randn(4, 5))
 
 

@@ -24,7 +24,6 @@ from sedona_fx.graph import (
 from sedona_fx.passes import partition, prune
 
 
-
 @pytest.fixture(scope="module")
 def phases():
     gm = chain.graphs().train

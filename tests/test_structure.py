@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "sedona_fx"
 ORDER = (
     *("errors", "files", "args", "plan", "graph", "flow", "outputs", "cost", "memory", "pointwise_pool"),
-    *("head_layers", "heads", "split", "data", "models", "passes", "train", "search", "distributed", "export", "report"),
-    *("net", "compile", "decouple", "__init__", "cli", "__main__"),
+    *("head_layers", "heads", "split", "data", "models", "passes", "train", "search", "distributed"),
+    *("export", "report", "net", "compile", "decouple", "__init__", "cli", "__main__"),
 )
 FILES = sorted(ROOT.rglob("*.py"))
 SAME_LEVEL = {frozenset({"export", "report"})}

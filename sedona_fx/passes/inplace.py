@@ -7,47 +7,68 @@ statement that rebinds the old name, which is wrong for numbers.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
 
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function be one node wherever it meets a stand-in: in our traces, and when fx traces a module again."""
+
+    @functools.wraps(function)
+    def call(target: Any, *args: Any) -> Any:
+        if isinstance(target, fx.Proxy):
+            return target.tracer.create_proxy("call_function", call, (target, *args), {})
+        return function(target, *args)
+
+    return call
+
+
+@_recorded
 def setitem(target: Any, key: Any, value: Any) -> Any:
     """``target[key] = value``."""
     target[key] = value
     return target
 
 
+@_recorded
 def iadd(target: Any, value: Any) -> Any:
     """``target += value``."""
     target += value
     return target
 
 
+@_recorded
 def isub(target: Any, value: Any) -> Any:
     """``target -= value``."""
     target -= value
     return target
 
 
+@_recorded
 def imul(target: Any, value: Any) -> Any:
     """``target *= value``."""
     target *= value
     return target
 
 
+@_recorded
 def itruediv(target: Any, value: Any) -> Any:
     """``target /= value``."""
     target /= value
     return target
 
 
+@_recorded
 def iand(target: Any, value: Any) -> Any:
     """``target &= value``."""
     target &= value
     return target
 
 
+@_recorded
 def ior(target: Any, value: Any) -> Any:
     """``target |= value``."""
     target |= value
@@ -62,22 +83,22 @@ class InplaceProxy(fx.Proxy):
     """fx's stand-in for a value while tracing, with Python's in-place operators."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", setitem, (self, key, value), {})
+        setitem(self, key, value)
 
     def __iadd__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", iadd, (self, value), {})
+        return iadd(self, value)
 
     def __isub__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", isub, (self, value), {})
+        return isub(self, value)
 
     def __imul__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", imul, (self, value), {})
+        return imul(self, value)
 
     def __itruediv__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", itruediv, (self, value), {})
+        return itruediv(self, value)
 
     def __iand__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", iand, (self, value), {})
+        return iand(self, value)
 
     def __ior__(self, value: Any) -> Any:
-        return self.tracer.create_proxy("call_function", ior, (self, value), {})
+        return ior(self, value)

@@ -196,8 +196,10 @@ def test_outputs_and_gradients_near_cuts(kind, cuts):
 
 @pytest.mark.parametrize(
     "kind",
-    [LaterReader, BehindCut, AddBehindCut, SkipInPlace, SetItem, ThroughView, ViewReadLater, MaskBeforeWrite]
-    + [ParameterWritten, BranchWrittenThroughView, WrittenInput, InPlaceOnInput],
+    [
+        *(LaterReader, BehindCut, AddBehindCut, SkipInPlace, SetItem, ThroughView, ViewReadLater, MaskBeforeWrite),
+        *(ParameterWritten, BranchWrittenThroughView, WrittenInput, InPlaceOnInput),
+    ],
 )
 def test_every_legal_cut_alone_and_all_together(kind):
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import sedona_fx
 from sedona_fx.errors import CutError, OutputError
 from sedona_fx.graph import info
+from sedona_fx.outputs import pick
 from sedona_fx.passes import base_layers
 from sedona_fx.passes.cuts import primary_node, resolve
 
@@ -259,8 +260,7 @@ def test_outputs_of_every_kind(wrap, output, key):
     assert {"a", "b"} <= resolve(graphs.train.graph).keys()
 
     def loss(value, target):
-        found = value if isinstance(value, Tensor) else getattr(value, key) if hasattr(value, "__dict__") else value[key]
-        return F.cross_entropy(found, target)
+        return F.cross_entropy(pick(value, key) if not isinstance(value, Tensor) else value, target)
 
     net = sedona_fx.decouple(model, (x, y), cuts=["a", "b"], output=output, loss=loss)
     got, expected = net(x), model(x)

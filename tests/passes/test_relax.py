@@ -29,13 +29,10 @@ def test_one_backward_gives_the_relaxed_gradients_by_hand():
     keep = x.sum(1, keepdim=True) > -1.0
     stages = [
         (lambda h: model.a(h), [model.a]),
-        (lambda h: model.b(F.relu(h)) * 1.5 * torch.ones([], dtype=h.dtype), [model.b]),
-        (lambda h: model.c(F.relu(h)), [model.c]),
+        (lambda h: model.b(F.relu(h)), [model.b]),
+        (lambda h: model.c(F.relu(h * 1.5)), [model.c]),  # the cut stands behind b: not scaled yet
         (lambda h: model.d(F.relu(h) * keep), [model.d]),
     ]
-    # Where the cut stands behind b, the activation is not scaled yet.
-    stages[1] = (lambda h: model.b(F.relu(h)), [model.b])
-    stages[2] = (lambda h: model.c(F.relu(h * 1.5)), [model.c])
     ins, outs, value = [], [], x
     for stage, _ in stages:
         ins.append(value.detach().requires_grad_())
@@ -76,7 +73,7 @@ def test_the_numbers_are_those_of_the_model():
 def test_heads_read_what_in_place_operations_overwrite():
     gm = chain.relaxed(chain.graphs().train)
     assert "clone" in gm.code
-    x, y = chain.batch()
+    x, _ = chain.batch()
     *local, _ = gm(x)
     first = gm.get_submodule("sedona_split_points.0")
     assert torch.equal(local[0], first.mixture(gm.get_submodule("a")(x)))

@@ -37,8 +37,6 @@ def test_with_branches_of_training_outputs(mode):
 
 
 def test_moves_may_stay():
-    lowered = lower(
-        prune(chain.relaxed(chain.graphs().train), {"b": 0}), [torch.device("cpu"), torch.device("meta")]
-    )
+    lowered = lower(prune(chain.relaxed(chain.graphs().train), {"b": 0}), [torch.device("cpu"), torch.device("meta")])
     assert "to(device" not in strip(lowered).code.replace(" ", "")
     assert [n.target for n in strip(lowered, keep_moves=True).graph.nodes].count("to") >= 1
