@@ -61,7 +61,7 @@ def reference_gradients(
     if all(cut in dict(model.named_modules()) for cut in net.plan.cuts):
         output = _run_with_hooks(model, x, net.plan.cuts, reach, auxiliary, streams)
     else:
-        output = _run_node_by_node(model, x, net.plan.cuts, reach)
+        output = _run_node_by_node(model, x, net.plan.cuts, reach, auxiliary, streams)
     assert len(losses) == len(net.plan.cuts)
     losses.append(total_loss(output, y))
 
@@ -117,14 +117,26 @@ def _run_with_hooks(
         return model(x)
 
 
-def _run_node_by_node(model: nn.Module, x: Tensor, cuts: Sequence[str], reach: Callable[[Tensor], None]) -> object:
+def _run_node_by_node(
+    model: nn.Module,
+    x: Tensor,
+    cuts: Sequence[str],
+    reach: Callable[[Tensor], None],
+    auxiliary: Sequence[str],
+    streams: Streams,
+) -> object:
     """Interpret a plain symbolic trace of the model: for cuts behind an operation, where no hook can stand."""
     plain = fx.symbolic_trace(model)
-    ends = {_node_at(plain.graph, cut): cut for cut in cuts}
+    ends = {_node_at(plain.graph, cut) for cut in cuts}
 
     class Run(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
+            inside, branch = streams.block, set(_stack(n)) & set(auxiliary)
+            if branch:
+                streams.enter(streams.blocks - 1)
             value = super().run_node(n)
+            if branch:
+                streams.enter(inside)
             if n in ends:
                 reach(value)
             return value
@@ -132,17 +144,24 @@ def _run_node_by_node(model: nn.Module, x: Tensor, cuts: Sequence[str], reach: C
     return Run(plain).run(x)
 
 
+def _stack(node: fx.Node) -> list[str]:
+    """Return the calls of modules that a node was made in, outermost first; ``path@1`` is the second call of one."""
+    return list(node.meta.get("nn_module_stack") or {})
+
+
 def _node_at(graph: fx.Graph, cut: str) -> fx.Node:
-    """Find the node of a cut: ``path:operation#n``, or the last node made within the module ``path``."""
-    path, _, operation = cut.partition(":")
-    operation, _, count = operation.partition("#")
+    """Find the node of a cut: the last one made in the call ``path#n`` of a module, or ``path:operation#n``."""
+    place, _, count = cut.partition("#")
+    path, _, operation = place.partition(":")
+    operation = {"iadd": "add", "imul": "mul"}.get(operation, operation)  # fx records `x += y` as `x + y`
+    call = path if operation or not count else f"{path}@{int(count) - 1}"
     seen: Counter[str] = Counter()
     found = None
     for node in graph.nodes:
-        stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
-        if not operation and path in stack:
+        stack = _stack(node)
+        if not operation and call in stack:
             found = node
-        elif operation and stack and stack[-1] == path and operation == getattr(node.target, "__name__", node.target):
+        elif operation and (stack or [""])[-1] == path and operation == getattr(node.target, "__name__", node.target):
             seen[operation] += 1
             if seen[operation] == int(count or 1):
                 found = node

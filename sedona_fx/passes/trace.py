@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from sedona_fx.args import Args
 from sedona_fx.errors import TraceError, did_you_mean
-from sedona_fx.graph import Phase, info, verify
+from sedona_fx.graph import Phase, copy_graph, info, verify
 from sedona_fx.passes.check import check_equal_forward
 from sedona_fx.passes.inplace import WRITES
 from sedona_fx.passes.tracer import Tracer
@@ -101,6 +101,7 @@ def _trace_one(
         graph = tracer.trace(model)
         changed = watch.changed()
         graph.eliminate_dead_code(_is_impure)
+        graph, _ = copy_graph(graph)  # without the tracer's class, which would be asked to unpickle the graph
         gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     except Exception as error:
         raise TraceError(f"cannot record the forward of {tracer.explain(error)} {WAYS_OUT}") from error
