@@ -1,0 +1,184 @@
+"""From a model to SEDONA's relaxed blocks and back: the search on compiled graphs, through ``decouple``."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision.models import googlenet
+
+import sedona_fx
+from sedona_fx.errors import DataError, SearchDivergedError
+from sedona_fx.passes import relax
+from sedona_fx.search import Decision, Problem, Sedona
+from sedona_fx.search.relaxation import relaxed_blocks
+from sedona_fx.search.relaxed import State, relaxed_gradients
+from sedona_fx.split import SplitPoint
+
+SMALL = Sedona(warmup_steps=4, meta_steps=3, snapshots=2, unroll=1)
+
+
+class Caught(Exception):
+    pass
+
+
+def problem_of(model: nn.Module, batch, heads) -> Problem:
+    """The problem that ``decouple`` would hand to a search."""
+    caught = []
+
+    class Catch:
+        needs_data = True
+
+        def decide(self, problem: Problem) -> Decision:
+            caught.append(problem)
+            raise Caught
+
+    with pytest.raises(Caught):
+        sedona_fx.decouple(model, [batch, batch], search=Catch(), heads=heads)
+    return caught[0]
+
+
+def conv_net() -> nn.Module:
+    layers: list[nn.Module] = []
+    for k, (a, b) in enumerate([(3, 8), (8, 8), (8, 12), (12, 12), (12, 16)]):
+        layers.append(
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, stride=1 + k % 2), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+        )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+
+
+def loader(count: int = 6):
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(6, 3, 8, 8, generator=g), torch.randint(4, (6,), generator=g)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["resnet", "googlenet"])
+def test_relaxed_blocks_follow_the_relaxed_objective(name):
+    """Their hand-combined gradients are those of one backward through the RELAXED graph's scaled edges."""
+    torch.manual_seed(0)
+    if name == "resnet":
+        model, x = sedona_fx.models.resnet18(num_classes=4, width=0.125), torch.randn(4, 3, 16, 16)
+    else:  # auxiliary classifiers: branches that feed only training outputs
+        model, x = googlenet(num_classes=4, init_weights=False, dropout=0.0, dropout_aux=0.0), torch.randn(2, 3, 64, 64)
+    model, x = model.double(), x.double()
+    y = torch.randint(4, (len(x),))
+    problem = problem_of(model, (x, y), ["linear", "sedona-1"])
+    places = problem.places()
+    blocks = relaxed_blocks(problem, places)
+    alpha = torch.randn(len(places), 2, dtype=torch.float64)
+    beta = [torch.randn(2, dtype=torch.float64) for _ in places]
+
+    def local_loss(block, local, target):
+        if block < len(places):
+            return cross_entropy(local, target)
+        return problem.output.final_loss(cross_entropy, local, target)
+
+    inputs = {blocks[0].inputs[0]: x}
+    state = State.of(blocks)
+    found = relaxed_gradients(blocks, state, alpha, beta, inputs, y, local_loss, create_graph=False)
+
+    heads = [[b.module.get_submodule(f"sedona_split_points.{k}.mixture").heads[m] for m in range(2)]
+             for k, b in enumerate(blocks[:-1])]  # fmt: skip
+    gm = relax(problem.train, dict(zip(places, heads, strict=True)))
+    for k in range(len(places)):
+        point = gm.get_submodule(f"sedona_split_points.{k}")
+        assert isinstance(point, SplitPoint)
+        point.double()
+        with torch.no_grad():
+            point.alpha.copy_(alpha[k])
+            point.mixture.beta.copy_(beta[k])
+    *locals_, output = gm(x)
+    total = sum(cross_entropy(local, y) for local in locals_) + problem.output.final_loss(cross_entropy, output, y)
+    total.backward()
+    assert len(found.losses) == len(places) + 1
+    for block, grads in zip(blocks, found.grads, strict=True):
+        for key, p in block.module.named_parameters():
+            if key != block.beta:
+                assert (p.grad is None) == (key not in grads), key
+                if p.grad is not None:
+                    # At deep layers gradients are sums of many terms: relative to the largest of them.
+                    assert (p.grad - grads[key]).norm() <= 1e-10 * p.grad.norm() + 1e-14, key
+
+
+def test_a_search_is_deterministic_and_leaves_the_weights_alone():
+    torch.manual_seed(0)
+    model = conv_net()
+    stream = torch.get_rng_state()
+    first = sedona_fx.decouple(model, loader(), blocks=3, search=SMALL, progress=False)
+    assert torch.equal(stream, torch.get_rng_state())
+    second = sedona_fx.decouple(model, loader(), blocks=3, search=SMALL, progress=False)
+    assert first.plan == second.plan
+    for ours, theirs in zip(first.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    found = first.plan.provenance
+    assert len(found["trajectory"]) == 3
+    assert found["candidates"][found["places"][0]] == ["sedona-1", "sedona-2", "sedona-3", "sedona-4"]
+    assert sedona_fx.decouple(model, loader(), blocks=3, search=SMALL, progress=False, seed=1).plan != first.plan
+
+
+def test_any_number_of_blocks_is_decoded_from_one_search():
+    net = sedona_fx.decouple(conv_net(), loader(), blocks=3, search=SMALL, progress=False)
+    found = net.plan.provenance
+    alpha, beta = torch.tensor(found["alpha"]), [torch.tensor(b) for b in found["beta"]]
+    cuts, heads = sedona_fx.search.decode(alpha, beta, 3)
+    assert [found["places"][k] for k in cuts] == list(net.plan.cuts)
+    assert [found["candidates"][found["places"][k]][m] for k, m in zip(cuts, heads, strict=True)] == list(
+        net.plan.heads
+    )
+    assert len(sedona_fx.search.decode(alpha, beta, 4)[0]) == 3
+
+
+def test_ctrl_c_gives_the_plan_so_far():
+    class Interrupting(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for k, batch in enumerate(super().__iter__()):
+                if self.passes > 6 and k == 1:
+                    raise KeyboardInterrupt
+                yield batch
+
+    net = sedona_fx.decouple(
+        conv_net(),
+        Interrupting(loader(3)),
+        val_data=loader(2),
+        blocks=3,
+        search=Sedona(warmup_steps=3, meta_steps=50, unroll=1),
+        progress=False,
+    )
+    assert net.plan.provenance["interrupted"]
+    assert len(net.plan.cuts) == 2
+    assert net.losses(*loader()[0])
+
+
+def test_a_loss_that_is_not_finite_keeps_the_plan_so_far():
+    calls = 0
+
+    def loss(output, target):
+        nonlocal calls
+        calls += 1
+        return cross_entropy(output, target) * (math.nan if calls > 60 else 1.0)
+
+    with pytest.raises(SearchDivergedError, match="not finite at meta-iteration") as caught:
+        sedona_fx.decouple(
+            conv_net(),
+            loader(),
+            blocks=3,
+            loss=loss,
+            search=Sedona(warmup_steps=2, meta_steps=50, unroll=1),
+            progress=False,
+        )
+    plan = caught.value.plan
+    assert plan is not None
+    assert len(plan.cuts) == 2
+    net = sedona_fx.decouple(conv_net(), loader()[0], plan=plan)
+    assert net.plan.cuts == plan.cuts
+
+
+def test_a_budget_too_small_says_what_would_do():
+    with pytest.raises(DataError, match="Raise training_steps to"):
+        sedona_fx.decouple(conv_net(), loader(), search=Sedona(training_steps=3), progress=False)
