@@ -125,7 +125,7 @@ def test_trained_state_loads_into_a_fresh_model(case):
     optimizer = torch.optim.SGD(case.net.parameters(), lr=1e-5)
     case.net.backward(case.x, case.y)
     optimizer.step()
-    model = case.entry.make().eval()
+    model = case.entry.build().eval()
     model.load_state_dict(case.net.original_state_dict(), strict=True)
     assert same_bits(model(case.x), case.net.eval()(case.x))
     assert same_bits(model(case.x), case.net.inference_module()(case.x))

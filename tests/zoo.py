@@ -93,6 +93,22 @@ ZOO: dict[str, Entry] = {
     "paper_resnet110": _paper("resnet110"),
 }
 
+# The same with fewer layers, for tests whose time grows with every one of them.
+SHORT = {
+    "densenet121": Entry(partial(torchvision.models.DenseNet, block_config=(2, 2, 2, 2), num_classes=10)),
+    "swin_t": Entry(
+        partial(
+            torchvision.models.SwinTransformer,
+            patch_size=[4, 4],
+            embed_dim=48,
+            depths=[2, 1, 1, 1],
+            num_heads=[3, 6, 12, 24],
+            window_size=[7, 7],
+            num_classes=10,
+        )
+    ),
+}
+
 
 def perturb(module: nn.Module) -> None:
     """Add noise to every parameter: some start at zero, and zero weights hide wrong gradients."""
