@@ -18,7 +18,7 @@ from common import goal, options, report
 import sedona_fx
 from sedona_fx.graph import cut_points
 
-SIZES = {"inception_v3": 107, "alexnet": 64, "vgg11_bn": 32}
+SIZES = {"inception_v3": 299, "alexnet": 64, "vgg11_bn": 32}
 NAMES = (
     "resnet152",
     "alexnet",

@@ -15,7 +15,7 @@ from sedona_fx.cost import step_seconds
 
 def main() -> None:
     """Measure and print."""
-    chosen = options(__doc__, repeats=31, batch=16)
+    chosen = options(__doc__, repeats=60, batch=16)
     torch.manual_seed(0)
     models = {
         "CIFAR ResNet-110": (sedona_fx.models.resnet110(num_classes=10), 32),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+import gc
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,19 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause the cyclic garbage collector: graphs are large, all alive, and gone through in vain."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_uncollected()
 def analyse(model: nn.Module, example: Args, output: Key, leaf_modules: Collection[str]) -> Analysed:
     """model -> TRACED -> ANALYSED, in both modes; a cut point is legal only if it is in both."""
     traced = passes.trace(model, example, leaf_modules=leaf_modules)
@@ -121,6 +136,7 @@ def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None
         raise DataError(f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}.")
 
 
+@_uncollected()
 def compile_net(
     model: nn.Module,
     traced: Analysed,

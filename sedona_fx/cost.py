@@ -131,11 +131,13 @@ def block_costs(gm: fx.GraphModule, ends: Sequence[fx.Node], heads: Sequence[Cos
 def step_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
     """Return the median seconds of each function, the runs interleaved so that drift hits all alike.
 
+    Every other turn goes backwards: none always runs on what another one left in the caches.
+
     Wall time on the host: the functions must wait for their device themselves. Set the number of threads first.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
-        for name, function in functions.items():
+        for name, function in list(functions.items())[:: 1 if turn % 2 == 0 else -1]:
             start = time.perf_counter()
             function()
             if turn >= warmup:

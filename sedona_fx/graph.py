@@ -131,6 +131,18 @@ def describe(node: fx.Node) -> str:
     return f"{record.path or 'the model itself'} ({what})"
 
 
+def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
+    """Let the generated code find submodules as plain attributes.
+
+    ``self.layer1.block.conv`` costs a Python-level ``__getattr__`` a dot, which small nets feel (4 % of a MobileNet's
+    forward); children that stand in ``__dict__`` too cost nothing. They are registered as before.
+    """
+    for module in gm.modules():
+        if type(module) is torch.nn.Module or module is gm:  # the containers that fx made, and no module of the user's
+            vars(module).update(module._modules)
+    return gm
+
+
 def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes behind which a block may end, in the order of the program."""
     return (node for node in graph.nodes if info(node).cut is not None)

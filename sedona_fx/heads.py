@@ -131,9 +131,13 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
 
 
 def default_head(context: HeadContext) -> str:
-    """Return the name of the head used without a search: ``mlp-sr`` on images, as DGL recommends, else ``tokens-2``."""
+    """Return the name of the head used without a search.
+
+    On images ``mlp-sr``, as DGL recommends, up to 128 channels; its weights grow as 51 C^2, beyond many a net's own, so
+    wider activations get ``sedona-1``. Elsewhere ``tokens-2``.
+    """
     if context.is_image:
-        return "mlp-sr"
+        return "mlp-sr" if context.channels <= 128 else "sedona-1"
     return "linear" if context.channels == 1 else "tokens-2"
 
 

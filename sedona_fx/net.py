@@ -16,6 +16,7 @@ from sedona_fx.cost import Cost
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
+from sedona_fx.graph import direct_children
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
 from sedona_fx.plan import Plan
@@ -74,7 +75,10 @@ class Net(nn.Module):
             )
         )
         self.engine = Engine(self._blocks, output, loss, seed)
-        self._plain = {mode: strip(graph, keep_moves=plan.devices is not None) for mode, graph in graphs.items()}
+        moves = plan.devices is not None
+        self._plain = {True: direct_children(strip(graphs[True], keep_moves=moves))}
+        same = graphs[False] is graphs[True]
+        self._plain[False] = self._plain[True] if same else direct_children(strip(graphs[False], keep_moves=moves))
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class Net(nn.Module):
 
     def inference_module(self) -> fx.GraphModule:
         """Return the eval graph without heads and boundaries, in eval mode; it shares this net's tensors."""
-        return share_copy(strip(self._graphs[False])).eval()
+        return direct_children(share_copy(strip(self._graphs[False]))).eval()
 
     def original_state_dict(self) -> dict[str, Any]:
         """Return the state of the user's model; loads with ``strict=True`` into a fresh copy of it."""

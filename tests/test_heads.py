@@ -128,6 +128,7 @@ def test_defaults():
     channels_last = HeadContext((2, 4, 4, 8), (2, 3), -1)
     assert default_candidates(on_image) == ("sedona-1", "sedona-2", "sedona-3", "sedona-4")
     assert default_head(on_image) == "mlp-sr"
+    assert default_head(HeadContext((4, 129, 8, 8), (4, 10))) == "sedona-1"
     for context in (vector, tokens, channels_last):
         assert default_candidates(context) == TOKEN_HEADS
         assert default_head(context) == "tokens-2"

@@ -13,6 +13,7 @@ from sedona_fx.graph import (
     Phase,
     copy_graph,
     copy_info,
+    direct_children,
     head_nodes,
     info,
     output_node,
@@ -124,7 +125,7 @@ def _block(
     result = fx.map_arg(output, lambda n: env[_source(n)]) if last else (env[local] if local is not None else None)
     done = new.output((tuple(env[n] for n in exported), result))
     info(done).block = index
-    module = fx.GraphModule(gm, new, class_name=f"Block{index}")
+    module = direct_children(fx.GraphModule(gm, new, class_name=f"Block{index}"))
     end = local.all_input_nodes[0] if local is not None else None
     return BlockGraph(
         index=index,

@@ -26,6 +26,10 @@ _CONSTANT = re.compile(r"_tensor_constant\d+")  # where fx keeps tensors that a 
 _REGISTRIES = {"_parameters": "replaces the parameter", "_buffers": "replaces the buffer"}
 
 
+# What every nn.Module has for itself (hooks): most of all containers, and nothing that a forward writes to.
+_MACHINERY = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+
+
 class StateWatch:
     """Remembers random states, attributes and tensors of a model, says what changed, and puts it back.
 
@@ -53,6 +57,8 @@ class StateWatch:
             seen.add(id(value))
             self.containers.append((where, value, value.copy()))
             for name, inner in _items(value):
+                if isinstance(name, str) and name in _MACHINERY:
+                    continue
                 self._remember(f"{where}.{name}", inner, seen)
 
     def changed(self) -> str:

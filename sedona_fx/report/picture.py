@@ -58,14 +58,23 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
             line = [point["p_isolate"][k] for point in found["trajectory"]]
             style = {"color": "#1f4e79", "lw": 1.8} if name in chosen else {"color": "#b8cce0", "lw": 0.8}
             bottom.plot(steps, line, **style)
-            if name in chosen:
-                bottom.annotate(name, (steps[-1], line[-1]), xytext=(4, 0), textcoords="offset points", va="center")
+        ends = {name: isolate[k] for k, name in enumerate(places) if name in chosen}
+        for name, height in _apart(ends, 0.055 * (bottom.get_ylim()[1] - bottom.get_ylim()[0])).items():
+            bottom.annotate(name, (steps[-1], height), xytext=(4, 0), textcoords="offset points", va="center")
         bottom.set_xlabel("meta-iteration")
         bottom.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_ylabel("p_isolate")
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
     return Path(path)
+
+
+def _apart(heights: dict[str, float], least: float) -> dict[str, float]:
+    """Move labels up until no two are nearer than `least`."""
+    placed: dict[str, float] = {}
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        placed[name] = max([height, *(other + least for other in placed.values())])
+    return placed
 
 
 def _draw_heads(axis: Any, weights: list[list[float]], candidates: dict[str, list[str]], places: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import fx
@@ -30,6 +30,7 @@ class Problem:
         contexts: what a head has to fit, for every legal cut point.
         candidates: heads to choose from, for every legal cut point; empty: no heads at all.
         output, loss: what local losses are about.
+        costs: of candidate heads, as they were found.
         data: (training epochs, validation epochs, training batches an epoch), or None where one batch is all there is.
     """
 
@@ -43,6 +44,7 @@ class Problem:
     data: tuple[Source, Source, int | None] | None
     seed: int
     progress: bool
+    costs: dict[Hashable, Cost] = field(default_factory=dict, repr=False, compare=False)
 
     def places(self) -> list[str]:
         """Return the cut points to choose from, in order: the base layers, or all legal ones if those are too few."""
@@ -90,4 +92,8 @@ def candidate_cost(problem: Problem, cut: str, node: fx.Node, index: int = 0) ->
     specs = problem.candidates[cut]
     if not specs:
         return Cost()
-    return head_cost(lambda: build_head(specs[index], problem.contexts[cut]), info(node).value)
+    context = problem.contexts[cut]
+    key = (specs[index], info(node).value, replace(context, place=""))
+    if key not in problem.costs:  # a deep net has many cut points of few shapes
+        problem.costs[key] = head_cost(lambda: build_head(specs[index], context), info(node).value)
+    return problem.costs[key]
