@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
+from resuming import EPOCHS, LOADERS, Run, Stateful, assert_equal
 from small import Chain, batches, make_net, sgd
 
-from runs import EPOCHS, LOADERS, Run, Stateful, assert_equal
 from sedona_fx.errors import CheckpointError, NonFiniteLossError
 from sedona_fx.train import Backprop, Greedy, fit
 

@@ -6,11 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from resuming import EPOCHS, LOADERS, STEPS, Killed, Noisy, Run, assert_equal, disturb
 from small import batches, make_net, sgd
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
-from runs import EPOCHS, LOADERS, STEPS, Killed, Noisy, Run, assert_equal, disturb
 from sedona_fx.train import Backprop, Greedy, fit
 from sedona_fx.train.random import random_states, restore_random
 
