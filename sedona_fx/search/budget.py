@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 # An unrolled step in relaxed steps: its own cost, and what it takes to differentiate through it (measured on
-# convolutional nets on a CPU: 2.6 to 5 for each unrolled step).
+# convolutional nets on a CPU: 2.4 to 3.7 for each unrolled step).
 _UNROLLED_COST = 4.0
 _MOST_SNAPSHOTS = 10  # each is a copy of weights, momentum and buffers, all heads included
 _VISITS = 5  # meta-iterations a snapshot, at least
