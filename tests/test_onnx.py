@@ -4,15 +4,12 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
-from zoo import SHORT, ZOO, Entry, spread
+from zoo import ZOO, Entry, spread
 
 import sedona_fx
 from sedona_fx.errors import ExportError
 
 TOLERANCE = 1e-5
-
-NAMES = [name for name in ZOO if name != "paper_resnet110"]  # resnet32 with more blocks
-
 
 def net_of(model: nn.Module, entry: Entry) -> sedona_fx.Net:
     return sedona_fx.decouple(model, entry.pair(), blocks=2, search="uniform")
@@ -24,9 +21,9 @@ def run(path, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ZOO)
 def test_onnx_runtime_gives_what_the_model_gives(name, tmp_path):
-    entry = SHORT.get(name, ZOO[name])  # export takes its time for every layer
+    entry = ZOO[name]
     model = entry.make()
     path = net_of(model, entry).to_onnx(tmp_path / "model.onnx")
     for batch in (1, 2, 5):
