@@ -11,6 +11,7 @@ from sedona_fx.errors import ExportError
 
 TOLERANCE = 1e-5
 
+
 def net_of(model: nn.Module, entry: Entry) -> sedona_fx.Net:
     return sedona_fx.decouple(model, entry.pair(), blocks=2, search="uniform")
 
