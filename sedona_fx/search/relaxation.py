@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +22,6 @@ from sedona_fx.search.relaxed import Batch, LocalLoss
 
 if TYPE_CHECKING:
     from sedona_fx.search.sedona import Sedona, SedonaResult
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
