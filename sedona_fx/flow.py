@@ -6,6 +6,7 @@ The edges of a graph do not show that a value was overwritten in between. Everyt
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
@@ -44,6 +45,7 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     carries no gradient (a mask, a shape) does not sink: it crosses instead of the activation that it is taken from.
     What nothing needs (assertions, writes that nobody reads) stays with what it reads. Nothing sinks past a write to
     what it reads, except branches of training outputs, for which :func:`~sedona_fx.passes.lower.lower` keeps a copy.
+    A tuple is taken apart in the block that makes it, so that only tensors cross.
 
     Args:
         graph: in the order of the program.
@@ -64,9 +66,11 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         if node in blocks and _crosses_for_free(node):
             # A mask or a shape crosses in the place of the activation that it is taken from.
             blocks[node] = min(blocks[node], max((blocks[n] for n in needs[node] if n.op != "placeholder"), default=0))
+        elif node in blocks and is_unpacking(node):
+            blocks[node] = blocks[node.all_input_nodes[0]]
         elif node not in blocks:
-            sources = [source for source in (*needs[node], *before) if source.op != "placeholder"]
-            blocks[node] = max((blocks[source] for source in sources), default=0)
+            sources = [source for source in (*needs[node], *before) if source.op not in ("placeholder", "get_attr")]
+            blocks[node] = max((blocks[source] for source in sources), default=_neighbour(node, blocks))
         for source in node.all_input_nodes:
             for storage in info(source).storages:
                 readers.setdefault(storage, []).append(node)
@@ -74,6 +78,24 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         for reader, write in late:
             _claim([reader], blocks[write], needs, blocks)
     return blocks
+
+
+def _neighbour(node: fx.Node, blocks: Mapping[fx.Node, int]) -> int:
+    """Return the block of the code around a node that reads nothing but the model's attributes (a counter, say)."""
+    other = node.next
+    while other.op != "output" and not (info(other).path == info(node).path and other in blocks):
+        other = other.next
+    return blocks.get(other, 0) if other.op != "output" else 0
+
+
+def is_unpacking(node: fx.Node) -> bool:
+    """Whether a node takes a value out of a tuple, a list or a dictionary that was computed."""
+    return (
+        node.target is operator.getitem
+        and len(node.all_input_nodes) == 1
+        and node.all_input_nodes[0].op != "placeholder"
+        and not info(node.all_input_nodes[0]).is_tensor
+    )
 
 
 def _crosses_for_free(node: fx.Node) -> bool:

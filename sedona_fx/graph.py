@@ -74,7 +74,8 @@ class NodeInfo:
     storages: frozenset[int] = frozenset()  # annotate: storages behind the value
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
     channel_dim: int | None = None  # annotate: which dimension holds channels; None where nothing says so
-    training_only: bool = False  # cuts: feeds only outputs that exist in training
+    training_only: bool = False  # crossings: feeds only outputs that exist in training
+    crossing: int = 0  # crossings: how many activations cross if a block ends here; 0 where none can end
     cut: str | None = None  # cuts: name of the legal cut point behind this node
     base_layer: bool = False  # cuts: this cut point ends a base layer
     block: int | None = None  # lower: the block that runs this node
@@ -122,13 +123,21 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
+def operation(node: fx.Node) -> str:
+    """Return what a node calls, by the name that people know: ``add``, also where it is ``aten.add.Tensor``."""
+    if isinstance(node.target, str):
+        return node.target
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def describe(node: fx.Node) -> str:
     """Return the place of a node in the user's own words: ``layer1.0 (add)``."""
     record = info(node)
     if node.op == "call_module":
         return str(node.target)
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{record.path or 'the model itself'} ({what})"
+    return f"{record.path or 'the model itself'} ({operation(node)})"
 
 
 def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
@@ -233,8 +242,8 @@ def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
         if node.op != "call_module" or not str(node.target).startswith(SPLIT_POINTS + "."):
             continue
         sources = node.all_input_nodes
-        require(len(sources) == 1 and info(sources[0]).cut is not None, node, "a split point reads one cut point")
-        (source,) = sources
+        require(bool(sources) and info(sources[0]).cut is not None, node, "a split point reads a cut point first")
+        source = sources[0]
         for user in source.users:
             training_only = info(user).training_only
             require(
@@ -251,7 +260,7 @@ def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
         block = info(node).block
         require(block is not None, node, "every node belongs to a block")
         for source in node.all_input_nodes:
-            if source.op == "placeholder":
+            if source.op in ("placeholder", "get_attr"):
                 continue
             source_block = info(source).block
             require(source_block is not None and source_block <= (block or 0), node, "no node reads a later block")

@@ -1,16 +1,20 @@
 """Auxiliary heads: small nets from the activation at a cut to the model's primary output, and their registry.
 
-| name | net | serves |
-|---|---|---|
-| ``sedona-1`` to ``-4`` | SEDONA's candidates (Pyeon et al., ICLR 2021), 512 features | images, vectors |
-| ``sedona-wide-1`` to ``-4`` | the same with 2048 features, for its four times wider nets | images, vectors |
-| ``sedona-basic-1`` to ``-4`` | the form for ResNet-18 and -34: C planes, expansion 1 | images, vectors |
-| ``mlp``, ``mlp-sr``, ``cnn`` | DGL's heads (Belilovsky et al., ICML 2020) | images, vectors |
-| ``linear`` | global average pool, linear | everything |
-| ``tokens-1`` to ``-3`` | LayerNorm, residual MLPs, mean over the tokens, linear | everything with 2 or more features |
+| name | net | from | to |
+|---|---|---|---|
+| ``sedona-1`` to ``-4`` | SEDONA's candidates (Pyeon et al., ICLR 2021), 512 features | spatial, vectors | scores |
+| ``sedona-wide-1`` to ``-4`` | the same with 2048 features, for its four times wider nets | spatial, vectors | scores |
+| ``sedona-basic-1`` to ``-4`` | the form for ResNet-18 and -34: C planes, expansion 1 | spatial, vectors | scores |
+| ``mlp``, ``mlp-sr``, ``cnn`` | DGL's heads (Belilovsky et al., ICML 2020) | spatial, vectors | scores |
+| ``linear`` | global average pool, linear | everything | scores |
+| ``tokens-1`` to ``-3`` | LayerNorm, residual MLPs, pool over tokens, linear | everything of 2+ features | scores |
+| ``tokens-attention-1`` to ``-3`` | the same with a learned query that attends over the tokens | but vectors | scores |
+| ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
+| ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
 
-Images are (N, C, H, W), vectors (N, D). All of these give class scores (N, classes); for another output, register a
-factory of your own.
+Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors (N, D); tokens
+(N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number an example; dense maps (N, K, H, W)
+or (N, K, T, H, W); token logits (N, T, V) with the activation's T. For another output, register a factory of your own.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from sedona_fx import head_layers
+from sedona_fx import head_fit
 from sedona_fx.errors import HeadError, did_you_mean, shape_text
 
 
@@ -33,18 +37,31 @@ class HeadContext:
 
     `shape` is the activation at the cut and `output_shape` the model's primary output, both with the batch first. The
     size of the batch is an example: a head must serve any. `channel_dim` holds the channels or features: 1 in (N, C, H,
-    W) and (N, D), -1 or 2 in tokens (N, T, D), -1 or 3 in (N, H, W, D). `place` is the user's module path.
+    W) and (N, D), -1 or 2 in tokens (N, T, D), -1 or 3 in (N, H, W, D). `place` is the user's module path. `token`: the
+    model's own output reads only this token of (N, T, D) activations (a class token: 0; the last: -1); None where it
+    does not.
     """
 
     shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     channel_dim: int = 1
     place: str = ""
+    token: int | None = None
 
     @property
     def channels(self) -> int:
         """Number of channels or features."""
         return self.shape[self.channel_dim]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The sizes without batch and channels: (H, W) of an image, (T,) of tokens, () of a vector."""
+        return tuple(size for dim, size in enumerate(self.shape) if dim not in (0, self.channel_dim % len(self.shape)))
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the channels are in dimension 1."""
+        return self.channel_dim % len(self.shape) == 1
 
     @property
     def is_vector(self) -> bool:
@@ -54,7 +71,7 @@ class HeadContext:
     @property
     def is_image(self) -> bool:
         """Whether the activation is (N, C, H, W)."""
-        return len(self.shape) == 4 and self.channel_dim % 4 == 1
+        return len(self.shape) == 4 and self.channels_first
 
 
 HeadFactory = Callable[[HeadContext], nn.Module]
@@ -67,6 +84,10 @@ class _Entry:
 
 
 _REGISTRY: dict[str, _Entry] = {}
+_INSTEAD = (
+    "Give a factory in heads=[...], an objective of your own in local_loss=..., or heads=False and a schedule that "
+    "needs none (Backprop)"
+)
 
 
 def build_head(spec: str | HeadFactory, context: HeadContext) -> nn.Module:
@@ -78,23 +99,14 @@ def build_head(spec: str | HeadFactory, context: HeadContext) -> nn.Module:
     Raises:
         HeadError: the name is unknown, the head cannot stand there, or its output has the wrong shape.
     """
-    rank = len(context.shape)
-    if rank < 2 or not (-rank <= context.channel_dim < rank) or context.channel_dim % rank == 0:
-        raise HeadError(
-            f"no head can stand{_behind(context)}: the activation is {shape_text(context.shape)} with its channels in "
-            f"dimension {context.channel_dim}; a head needs a batch dimension first and the channels in another one."
-        )
+    _check_layout(context)
     entry = _entry(spec)
     name = head_name(spec)
     if entry.refuses is not None:
         if reason := entry.refuses(context):
-            fitting = [n for n, e in _REGISTRY.items() if e.refuses is not None and not e.refuses(context)]
-            advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else "Give a factory of your own"
-            raise HeadError(
-                f"head {name!r} cannot stand{_behind(context)}: {reason}. The activation there is "
-                f"{shape_text(context.shape)} with its channels in dimension {context.channel_dim % rank}, the output "
-                f"{shape_text(context.output_shape)}. {advice}."
-            )
+            fitting = fitting_heads(context)
+            advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_INSTEAD}"
+            raise HeadError(f"head {name!r} cannot stand{_behind(context)}: {reason}. {_shapes(context)}. {advice}.")
         return entry.factory(context)
     head = entry.factory(context)
     _check_users_head(name, head, context)
@@ -121,24 +133,46 @@ def head_name(spec: str | HeadFactory) -> str:
     return f"{target.__module__}:{target.__qualname__}"
 
 
+def fitting_heads(context: HeadContext) -> tuple[str, ...]:
+    """Return the names of all built-in heads that can stand in `context`, none where none can."""
+    _check_layout(context)
+    return tuple(name for name, entry in _REGISTRY.items() if entry.refuses is not None and not entry.refuses(context))
+
+
 def default_candidates(context: HeadContext) -> tuple[str, ...]:
-    """Return the names of the heads a search chooses from: SEDONA's four on images, the token ones elsewhere."""
-    if context.is_image:
-        return tuple(f"sedona-{depth}" for depth in range(1, 5))
-    if context.channels == 1:
-        return ("linear",)
-    return tuple(f"tokens-{depth}" for depth in range(1, 4))
+    """Return the names of the heads a search chooses from: a ladder of depths.
+
+    For class scores SEDONA's four on spatial activations and the token ones elsewhere (``linear`` where there is but
+    one feature); for dense maps the dense ones; for token logits the logits ones.
+
+    Raises:
+        HeadError: no built-in head fits; with both shapes, and why each kind does not.
+    """
+    _check_layout(context)
+    if ladder := head_fit.ladder(context):
+        return ladder
+    reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
+    raise HeadError(f"no built-in head fits{_behind(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
 
 
 def default_head(context: HeadContext) -> str:
     """Return the name of the head used without a search.
 
-    On images ``mlp-sr``, as DGL recommends, up to 128 channels; its weights grow as 51 C^2, beyond many a net's own, so
-    wider activations get ``sedona-1``. Elsewhere ``tokens-2``.
+    For class scores on images and sequences ``mlp-sr``, as DGL recommends, up to 128 channels; its weights grow as 51
+    C^2, beyond many a net's own, so wider activations get ``sedona-1``, and so does video, where they would grow as 195
+    C^2. Elsewhere the second of the ladder, with one exception: a projection of D features to V token logits costs D V,
+    which from V = 12 D on is more than a transformer block's own 12 D^2. No head for a vocabulary can be small beside
+    such a block, so it gets the smallest, ``logits-1``; a factory of your own can project through fewer features.
+
+    Raises:
+        HeadError: no built-in head fits.
     """
-    if context.is_image:
-        return "mlp-sr" if context.channels <= 128 else "sedona-1"
-    return "linear" if context.channels == 1 else "tokens-2"
+    ladder = default_candidates(context)
+    if ladder[0] == "sedona-1":
+        return "mlp-sr" if len(context.positions) < 3 and context.channels <= 128 else ladder[0]
+    if ladder[0] == "logits-1" and context.output_shape[-1] >= 12 * context.channels:
+        return ladder[0]
+    return ladder[min(1, len(ladder) - 1)]
 
 
 def head_names() -> tuple[str, ...]:
@@ -193,6 +227,15 @@ def _entry(spec: str | HeadFactory) -> _Entry:
     return _Entry(spec)
 
 
+def _check_layout(context: HeadContext) -> None:
+    rank = len(context.shape)
+    if rank < 2 or not (-rank <= context.channel_dim < rank) or context.channel_dim % rank == 0:
+        raise HeadError(
+            f"no head can stand{_behind(context)}: the activation is {shape_text(context.shape)} with its channels in "
+            f"dimension {context.channel_dim}; a head needs a batch dimension first and the channels in another one."
+        )
+
+
 def _check_users_head(name: str, head: object, context: HeadContext) -> None:
     """Hold what a user's factory returned against `context`, by a forward on fake tensors.
 
@@ -236,53 +279,11 @@ def _behind(context: HeadContext) -> str:
     return f" behind {context.place!r}" if context.place else ""
 
 
-def _refuses_any(context: HeadContext) -> str:
-    if len(context.output_shape) != 2:
-        return "the built-in heads give class scores (N, classes) only; register a factory of your own for this output"
-    return ""
+def _shapes(context: HeadContext) -> str:
+    return (
+        f"The activation there is {shape_text(context.shape)} with its channels in dimension "
+        f"{context.channel_dim % len(context.shape)}, the output {shape_text(context.output_shape)}"
+    )
 
 
-def _refuses_image(context: HeadContext) -> str:
-    if not (context.is_image or context.is_vector):
-        return "it reads images (N, C, H, W) or vectors (N, D)"
-    return _refuses_any(context)
-
-
-def _refuses_token(context: HeadContext) -> str:
-    if context.channels == 1:
-        return "it normalises over the features, and a single one would always come out as 0"
-    return _refuses_any(context)
-
-
-def _register_built_in() -> None:
-    forms: dict[str, dict[str, Any]] = {
-        "sedona": {},
-        "sedona-wide": {"features": 2048},
-        "sedona-basic": {"expansion": 1},
-    }
-    for form, options in forms.items():
-        for depth in range(1, 5):
-            sedona = functools.partial(_image_head, head_layers.sedona_head, depth=depth, **options)
-            _REGISTRY[f"{form}-{depth}"] = _Entry(sedona, _refuses_image)
-    mlp = functools.partial(_image_head, head_layers.mlp_head)
-    _REGISTRY["mlp"] = _Entry(mlp, _refuses_image)
-    _REGISTRY["mlp-sr"] = _Entry(functools.partial(mlp, spatial=3), _refuses_image)
-    _REGISTRY["cnn"] = _Entry(functools.partial(_image_head, head_layers.cnn_head), _refuses_image)
-    _REGISTRY["linear"] = _Entry(functools.partial(_any_head, head_layers.linear_head), _refuses_any)
-    for depth in range(1, 4):
-        token = functools.partial(_any_head, head_layers.token_head, depth=depth)
-        _REGISTRY[f"tokens-{depth}"] = _Entry(token, _refuses_token)
-
-
-def _image_head(build: Callable[..., nn.Module], context: HeadContext, **options: int) -> nn.Module:
-    size = (1, 1) if context.is_vector else (context.shape[2], context.shape[3])
-    return build(context.channels, size, context.output_shape[1], vector=context.is_vector, **options)
-
-
-def _any_head(build: Callable[..., nn.Module], context: HeadContext, **options: int) -> nn.Module:
-    rank = len(context.shape)
-    dim = context.channel_dim % rank
-    return build(context.channels, context.output_shape[1], channel_dim=dim, rank=rank, **options)
-
-
-_register_built_in()
+_REGISTRY.update({name: _Entry(*entry) for name, entry in head_fit.built_in().items()})

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args, same_plain
 from sedona_fx.cost import Cost
-from sedona_fx.errors import CheckpointError, DataError, ScheduleError
+from sedona_fx.errors import CheckpointError, DataError, ScheduleError, shape_text
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
 from sedona_fx.graph import direct_children
@@ -244,6 +244,7 @@ class Net(nn.Module):
             )
         for name in wanted.keys() - given.keys():
             raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
+        self._check_inputs(given)
         for name in self._fixed:
             if not same_plain(given[name], wanted[name]):
                 raise DataError(
@@ -251,6 +252,27 @@ class Net(nn.Module):
                     "without tensors are part of the graph. Hand what changes from batch to batch as a tensor."
                 )
         return given
+
+    def _check_inputs(self, given: Mapping[str, Any]) -> None:
+        """Refuse tensors on another device than the model, and sizes that a captured program was not made for."""
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if self.plan.devices is None:
+            for name, tensor in tensors.items():
+                if tensor.device != self._blocks[0].device:
+                    raise DataError(
+                        f"the input {name!r} is on {tensor.device}, the model is on {self._blocks[0].device}: move the "
+                        f"one with {name}.to({str(self._blocks[0].device)!r}), or the other with net.to(...)."
+                    )
+        if self.plan.provenance.get("front_end") == "export":
+            free = int(self.plan.provenance.get("free_batch", True))
+            for name, tensor in tensors.items():
+                if list(tensor.shape)[free:] != self.plan.inputs[name]["shape"][free:]:
+                    wanted = ["any"] * free + self.plan.inputs[name]["shape"][free:]
+                    raise DataError(
+                        f"the input {name!r} has the shape {shape_text(tensor.shape)}, but the model was traced with "
+                        f"({', '.join(map(str, wanted))}): of a model captured by torch.export only the size of the "
+                        "batch is free. Pad or crop the input, or decouple the model anew for this size."
+                    )
 
     def _check_modes(self) -> None:
         for path, module, (in_train, in_eval) in self._modal:

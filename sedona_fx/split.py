@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -63,10 +63,25 @@ class SplitPoint(nn.Module):
         """The candidate heads, in the order of beta."""
         return list(self.mixture.heads) if self.mixture is not None else []
 
-    def forward(self, activation: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the way forward and the local output (None without heads)."""
+    def forward(self, activation: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the way forward, the local output (None without heads), and the way forward of the other values.
+
+        All values that cross here are let through at the same rate; the heads read the activation alone.
+        """
         isolate, through = torch.softmax(self.alpha.detach(), 0)
         local = None
         if self.mixture is not None:
             local = self.mixture(_ScaledGradient.apply(activation, isolate))
-        return _ScaledGradient.apply(activation, through), local
+        return _ScaledGradient.apply(activation, through), local, *(_ScaledGradient.apply(t, through) for t in others)
+
+
+def gated_value(split: fx.Node, item: fx.Node) -> fx.Node:
+    """Return the value in front of a split point that `item`, one of the split point's results, stands for behind it.
+
+    ``split_point(h, a, b)`` returns ``(h, local output, a, b)``.
+    """
+    place = item.args[1]
+    assert isinstance(place, int)
+    value = split.args[max(0, place - 1)]
+    assert isinstance(value, fx.Node)
+    return value

@@ -7,7 +7,7 @@ from graphs import analysed
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sedona_fx.compile import Analysed
+from sedona_fx.analysis import Analysed
 from sedona_fx.graph import copy_info
 from sedona_fx.passes import lower, prune, relax
 

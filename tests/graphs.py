@@ -7,8 +7,8 @@ from reference import net_gradients, reference_gradients
 from torch import Tensor, fx, nn
 
 import sedona_fx
+from sedona_fx.analysis import Analysed, analyse
 from sedona_fx.args import Args
-from sedona_fx.compile import Analysed, analyse
 from sedona_fx.graph import cut_points, info
 
 

@@ -67,7 +67,6 @@ class Branching(nn.Module):
         ({"search": sedona_fx.search.Uniform}, CutError, r"is no search: .*object with decide"),
         ({"heads": "mlp-rs"}, HeadError, r"no head named 'mlp-rs'; the nearest names are 'mlp-sr'.*All names: "),
         ({"heads": ["tokens-2", "lineer"], "cuts": ["stem"]}, HeadError, r"1 cuts take one head for all or 1 heads"),
-        ({"heads": "cnn", "cuts": ["body"]}, CutError, r"'body'"),
         # data
         ({"data": []}, DataError, r"the data is empty: .*at least one \(inputs, target\) batch"),
         ({"data": 3}, DataError, r"the data is int, neither an \(inputs, target\) tuple nor an iterable"),
@@ -92,7 +91,11 @@ class Branching(nn.Module):
         # cuts
         ({"cuts": ["stm"]}, CutError, r"cuts names the cut 'stm', which this model does not have; .* 'stem'"),
         ({"cuts": "stm"}, CutError, r"cuts names the cut 'stm'"),
-        ({"cuts": ["body"]}, CutError, r"cuts names 'body', which is in the model \(body\) but no legal cut: more"),
+        ({"cuts": ["head"]}, CutError, r"cuts names 'head', which is in the model \(head\) but no legal cut: it is no"),
+        ({"cuts": {"stem": "middle"}}, CutError, r"cuts=\{'stem': 'middle'\}: a cut stands at the 'beginning' or at"),
+        ({"cuts": {"stm": "beginning"}}, CutError, r"cuts names the module 'stm', which the model does not .*'stem'"),
+        ({"cuts": {"stem": "beginning"}}, CutError, r"no activation that depends on parameters enters 'stem'"),
+        ({"no_cut": ["stm"]}, CutError, r"no_cut names 'stm', which the model does not have; .* 'stem'"),
         ({"cuts": ["neck", "stem"]}, CutError, r"cuts must name cuts in the order of the forward pass, each once"),
         ({"cuts": ["stem", "stem"]}, CutError, r"in the order of the forward pass, each once"),
         ({"cuts": [3]}, CutError, r"cuts names 3, which is no name: a cut is a module path such as 'layer1.0'"),

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from zoo import SHORT, ZOO, Entry, perturb, tensors
 
 import sedona_fx
+from sedona_fx.analysis import analyse
 from sedona_fx.args import Args
-from sedona_fx.compile import analyse
 from sedona_fx.train import block_seed
 
 TOLERANCE = 1e-12

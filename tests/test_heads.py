@@ -100,6 +100,10 @@ def test_a_batch_of_one_is_finite_and_single_values_leave_the_running_statistics
         ("mlp-sr", HeadContext((3, 2, 5, 5), (3, 2))),
         ("sedona-3", HeadContext((3, 4, 4, 4), (3, 2))),
         ("tokens-2", HeadContext((3, 2, 3), (3, 2), -1)),
+        ("tokens-attention-2", HeadContext((3, 3, 3), (3, 2), -1)),
+        ("sedona-3", HeadContext((3, 4, 2, 3, 3), (3, 2))),
+        ("dense-2", HeadContext((3, 4, 2, 2), (3, 2, 4, 4))),
+        ("logits-2", HeadContext((3, 2, 3), (3, 2, 2), -1)),
     ],
 )
 def test_second_derivatives_in_float64(name, context):
@@ -147,10 +151,11 @@ def test_defaults():
         ),
         ("sedona-1", HeadContext((2, 4, 4, 8), (2, 3), -1), r"channels in dimension 3"),
         ("tokens-1", HeadContext((2, 1), (2, 3)), r"single one would always"),
+        ("dense-1", HeadContext((2, 8), (2, 3, 4, 4)), r"None fits: Give a factory in heads=\[...\], an objective"),
         (
             "linear",
             HeadContext((2, 8, 4, 4), (2, 3, 4, 4), 1, "a"),
-            r"\(N, classes\) only.*\(2, 3, 4, 4\).*of your own",
+            r"gives class scores, \(N, classes\).*\(2, 3, 4, 4\).*fit: 'dense-1', 'dense-2', 'dense-3'",
         ),
         ("linear", HeadContext((2,), (2, 3), 0), r"batch dimension first"),
         ("linear", HeadContext((2, 3), (2, 3), -2), r"dimension -2"),
@@ -195,8 +200,9 @@ def test_a_factory_is_tried_without_computing_and_left_as_it_was():
 
 
 def test_a_factory_may_serve_outputs_the_built_in_heads_do_not():
-    factory = lambda context: nn.Conv2d(context.channels, context.output_shape[1], 1)  # noqa: E731
-    assert build_head(factory, HeadContext((2, 8, 4, 4), (2, 3, 4, 4)))(torch.randn(1, 8, 4, 4)).shape == (1, 3, 4, 4)
+    context = HeadContext((2, 8, 4, 4), (2, 5, 3))
+    factory = lambda context: nn.Sequential(nn.Flatten(2), nn.Linear(16, 3), nn.Conv1d(8, 5, 1))  # noqa: E731
+    assert build_head(factory, context)(torch.randn(1, 8, 4, 4)).shape == (1, 5, 3)
 
 
 def test_a_head_that_looks_at_values_is_taken_on_trust():

@@ -1,11 +1,12 @@
 """The passes, one a file, in the order they run.
 
-``trace``, ``annotate``, ``explicit_writes``, ``cuts``, ``relax``, ``prune``, ``lower``, ``partition``, and
-``strip`` back to the graph that was traced.
+``trace``, ``annotate``, ``explicit_writes``, ``crossings``, ``cuts``, ``relax``, ``prune``, ``lower``, ``partition``,
+and ``strip`` back to the graph that was traced.
 """
 
 from sedona_fx.passes.alias import explicit_writes
 from sedona_fx.passes.annotate import annotate
+from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
 from sedona_fx.passes.lower import lower
 from sedona_fx.passes.partition import BlockGraph, partition
@@ -19,6 +20,7 @@ __all__ = [
     "Traced",
     "annotate",
     "base_layers",
+    "crossings",
     "cuts",
     "explicit_writes",
     "lower",

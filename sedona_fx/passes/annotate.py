@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.cost import Meter
 from sedona_fx.errors import TraceError
-from sedona_fx.graph import Phase, TensorSpec, describe, info
+from sedona_fx.graph import Phase, TensorSpec, describe, info, operation
 from sedona_fx.passes.base import graph_pass
 from sedona_fx.passes.watch import keep_modes, keep_state
 
@@ -33,6 +33,9 @@ _CHANNELS_SECOND = (
     nn.GroupNorm,
 )
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
+_CHANNELS_SECOND_WORDS = ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm")
+_CHANNELS_LAST_WORDS = ("layer_norm", "linear", "rms_norm", "embedding", "addmm")
+_STOPS = ("detach", "detach_")
 
 
 @graph_pass(Phase.TRACED)
@@ -166,11 +169,16 @@ def _spread(gm: fx.GraphModule) -> None:
     """Let `depends`, `from_input` and the channel dimension follow the data flow."""
     for node in gm.graph.nodes:
         record, sources = info(node), [info(a) for a in node.all_input_nodes]
-        stops = node.op != "call_module" and node.target in ("detach", torch.detach)
+        stops = node.op in ("call_function", "call_method") and (operation(node) in _STOPS or _without_grad(node))
         record.depends = not stops and (bool(record.parameters) or any(s.depends for s in sources))
         record.from_input = node.op == "placeholder" or any(s.from_input for s in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = _channel_dim(gm, node)
+
+
+def _without_grad(node: fx.Node) -> bool:
+    """Whether a node is a region under ``torch.no_grad()``, as ``torch.export`` keeps them."""
+    return operation(node) == "wrap_with_set_grad_enabled" and node.args[0] is False
 
 
 def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
@@ -183,8 +191,10 @@ def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
             return 1
         if isinstance(module, _CHANNELS_LAST):
             return rank - 1
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name in ("layer_norm", "linear", "rms_norm"):
+    name = operation(node)
+    if name in _CHANNELS_SECOND_WORDS:
+        return 1
+    if name in _CHANNELS_LAST_WORDS:
         return rank - 1
     sources = [info(a) for a in node.all_input_nodes if info(a).channel_dim is not None]
     if not sources:
@@ -199,7 +209,7 @@ def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
     """Return which source dimension each dimension of the result is, if the node permutes dimensions."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = operation(node)
     if node.op == "call_module":
         dims = getattr(gm.get_submodule(str(node.target)), "dims", None)
         return [d % rank for d in dims] if isinstance(dims, (list, tuple)) and len(dims) == rank else None

@@ -1,26 +1,21 @@
-"""annotated -> ANALYSED: where a block may legally end.
+"""annotated -> ANALYSED: the legal cut points, by name, and those of them that end a base layer.
 
-A cut point is one float tensor that depends on parameters and is the only such tensor crossing from what it needs to
-everything else. Integers, shapes, masks and floats without parameters in them cross for free. Branches that feed only
-training outputs (GoogLeNet's classifiers) move to the last block and do not count; other branches that are not needed
-yet (a position embedding, a second look at the input) sink into the block that reads them.
+Of all places where a block could end (:mod:`sedona_fx.passes.crossings`), those are offered where at most ``max_live``
+activations cross, which lie inside ``root`` and outside of what the user keeps whole, and which follow one another: of
+two towers side by side, only one is cut. A cut that the user names is legal wherever a block can end.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from sedona_fx.flow import ancestors, dependencies
-from sedona_fx.graph import NodeInfo, Phase, info, output_node
-from sedona_fx.outputs import Key, fields, find_primary
-from sedona_fx.passes.alias import opaque_writes
+from sedona_fx.graph import NodeInfo, Phase, info, operation
 from sedona_fx.passes.base import graph_pass
 
-Needs = Mapping[fx.Node, Sequence[fx.Node]]
 _FOLLOWERS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -36,52 +31,53 @@ _FOLLOWER_WORDS = ("norm", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "
 
 
 @graph_pass(Phase.ANALYSED)
-def cuts(gm: fx.GraphModule, *, output: Key = None, keep: Collection[str] | None = None) -> fx.GraphModule:
+def cuts(
+    gm: fx.GraphModule,
+    *,
+    max_live: int = 1,
+    keep: Collection[str] | None = None,
+    also: Collection[str] = (),
+    root: str = "",
+    no_cut: Collection[str] = (),
+) -> fx.GraphModule:
     """Name every legal cut point in its node's record, and mark those that end a base layer.
 
     Args:
-        gm: an annotated graph with explicit writes. Only records change.
-        output: the user's name for the primary output.
+        gm: a graph with crossings counted. Only records change.
+        max_live: how many activations may cross at a cut point.
         keep: names of cut points that are legal in the other mode's graph too; others are dropped.
+        also: names of cut points that are legal however many activations cross there, whatever lies around them.
+        root: module path outside of which there is no cut; its own end counts as inside.
+        no_cut: module paths inside of which there is none.
     """
-    primary = primary_node(gm.graph, output)
-    needs = dependencies(gm.graph)
-    behind = ancestors([primary], needs)
-    needed = ancestors([output_node(gm.graph)], needs)
-    for node in gm.graph.nodes:
-        info(node).training_only = node in needed - behind and node.op not in ("placeholder", "output")
+    wanted = set(also)
+    offered: dict[str, fx.Node] = {}
+    for name, node in possible(gm.graph).items():
+        named = not wanted.isdisjoint(aliases(info(node)))
+        fits = (
+            info(node).crossing <= max_live
+            and _inside(node, root)
+            and not any(_strictly_inside(node, p) for p in no_cut)
+        )
+        if (fits or named) and (keep is None or name in keep):
+            offered[name] = node
+    chain = set(_longest_chain(gm.graph, [n for n in offered.values() if info(n).crossing <= max_live]))
     for node in gm.graph.nodes:
         info(node).cut, info(node).base_layer = None, False
-    taken: dict[str, fx.Node] = {}
-    for node in _legal(gm.graph, behind, primary, needs):
-        name = cut_name(info(node))
-        if name not in taken and (keep is None or name in keep):
-            taken[name] = node
+    for name, node in offered.items():
+        if node in chain or not wanted.isdisjoint(aliases(info(node))):
             info(node).cut = name
     mark_base_layers(gm)
     return gm
 
 
-def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
-    """Return the node of the primary output."""
-    (result,) = output_node(graph).args
-    if not isinstance(result, fx.Node):
-        specs = pytree.tree_map(lambda n: info(n).value if isinstance(n, fx.Node) else n, result)
-        return dict(fields(result))[find_primary(specs, output)]
-    key = find_primary(info(result).value, output)
-    made = _constructor_arguments(result)
-    return made.get(key, result) if key is not None else result
-
-
-def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
-    """Return field -> node if a node only builds the model's output type (a namedtuple, a dataclass) from values."""
-    if node.op != "call_function" or not isinstance(node.target, type):
-        return {}
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
-    except (TypeError, ValueError):
-        return {}
-    return {name: value for name, value in bound.arguments.items() if isinstance(value, fx.Node)}
+def possible(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Return the places where a block could end, by name, in the order of the program."""
+    places: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if info(node).crossing:
+            places.setdefault(cut_name(info(node)), node)
+    return places
 
 
 def cut_name(record: NodeInfo) -> str:
@@ -105,73 +101,55 @@ def base_layers(gm: fx.GraphModule) -> list[str]:
     return [str(info(node).cut) for node in gm.graph.nodes if info(node).base_layer]
 
 
-def _legal(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs) -> list[fx.Node]:
-    """Return the nodes with the property that nothing live leaves the set of what they need, except themselves.
+def follow_one_another(graph: fx.Graph, nodes: Sequence[fx.Node]) -> bool:
+    """Whether each of the nodes needs the one before: blocks that end there follow one another."""
+    needs = dependencies(graph)
+    return all(first in ancestors([second], needs) for first, second in itertools.pairwise(nodes))
 
-    That set is what :func:`~sedona_fx.flow.block_of` puts before the cut; everything else sinks behind it. Sets of
-    nodes are bit sets: a net has thousands of nodes.
-    """
-    order = [node for node in graph.nodes if node in behind]
-    bit = {node: 1 << k for k, node in enumerate(order)}
-    readers = dict.fromkeys(order, 0)
-    for node in order:
-        for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
-            readers[source] |= bit[node]
-    inseparable = _inseparable(graph, bit, needs)
-    written = {write.storage for write in opaque_writes(graph)}
-    before: dict[fx.Node, int] = {}  # what a node needs, itself included
-    read: dict[fx.Node, int] = {}  # who reads the live values among these, itself excluded
-    found: list[fx.Node] = []
-    for node in order:
-        before[node], read[node] = bit[node], 0
+
+def start_of(graph: fx.Graph, path: str) -> fx.Node | None:
+    """Return the place where a cut stands *before* a module: the latest activation that it reads and did not make."""
+    inside = {node for node in graph.nodes if _within(info(node).path, path)}
+    read = {source for node in inside for source in node.all_input_nodes} - inside
+    return next((node for node in reversed(graph.nodes) if node in read and info(node).is_live), None)
+
+
+def _within(path: str, module: str) -> bool:
+    return not module or path == module or path.startswith(f"{module}.")
+
+
+def _ends(node: fx.Node, module: str) -> bool:
+    """Whether a node is what a module returns."""
+    return module in (name.partition("#")[0] for name in info(node).returned_by) or str(node.target) == module
+
+
+def _inside(node: fx.Node, module: str) -> bool:
+    return _within(info(node).path, module) or _ends(node, module)
+
+
+def _strictly_inside(node: fx.Node, module: str) -> bool:
+    return _within(info(node).path, module) and not _ends(node, module)
+
+
+def _longest_chain(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    """Return the longest series of nodes each of which needs all earlier ones: two towers are not cut both."""
+    needs = dependencies(graph)
+    bit = {node: 1 << k for k, node in enumerate(nodes)}
+    before: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        before[node] = bit.get(node, 0)
         for source in needs[node]:
             before[node] |= before[source]
-            # What depends on no input (a position embedding) sinks to its readers.
-            crosses = info(source).is_live and info(source).from_input
-            read[node] |= read[source] | (readers[source] if crosses else 0)
-        record = info(node)
-        # Nothing but views between a node and the output: a block behind it would have nothing to do.
-        last = node is primary or bool(record.storages & info(primary).storages)
-        if not (record.is_tensor and record.is_live and record.from_input) or last or record.storages & written:
-            continue
-        if not read[node] & ~before[node] and all(group & before[node] in (0, group) for group in inseparable):
-            found.append(node)
-    return _longest_chain(found, before, bit)
-
-
-def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
-    """Return sets of nodes that must stay in one block: users of one parameter, and of what is written opaquely."""
-    groups: dict[object, int] = {}
-    nodes = list(graph.nodes)
-    for write in opaque_writes(graph):
-        for node in nodes[write.first : write.last + 1]:
-            storages = set(info(node).storages).union(*(info(a).storages for a in node.all_input_nodes))
-            if write.storage in storages:
-                groups[write] = groups.get(write, 0) | bit.get(node, 0)
-    written = {storage for node in nodes for storage in info(node).mutates}
-    # What a value that depends on no input was made from, parameters above all, is used where that value is used.
-    made_from: dict[fx.Node, set[str]] = {}
-    for node in nodes:
-        names = set(info(node).parameters)
-        if node.op == "get_attr" and info(node).storages & written:
-            names.add(str(node.target))  # a buffer that forward writes to
-        names.update(*(made_from.get(source, ()) for source in needs[node]))
-        if not info(node).from_input:
-            made_from[node] = names
-            continue
-        for name in names:
-            groups[name] = groups.get(name, 0) | bit.get(node, 0)
-    return [group for group in groups.values() if group & (group - 1)]
-
-
-def _longest_chain(nodes: list[fx.Node], before: Mapping[fx.Node, int], bit: Mapping[fx.Node, int]) -> list[fx.Node]:
-    """Return the longest series of cut points each of which needs all earlier ones: two towers are not cut both."""
     best: dict[fx.Node, tuple[int, fx.Node | None]] = {}
+    longest: list[int] = []  # of all chains that end at one of the first k + 1 nodes
     for k, node in enumerate(nodes):
         best[node] = (1, None)
-        for other in reversed(nodes[:k]):
+        for other, bound in zip(reversed(nodes[:k]), reversed(longest), strict=True):
+            if bound < best[node][0]:
+                break
             if before[node] & bit[other] and best[other][0] + 1 > best[node][0]:
                 best[node] = (best[other][0] + 1, other)
+        longest.append(max(best[node][0], longest[-1] if longest else 0))
     chain: list[fx.Node] = []
     at = max(nodes, key=lambda n: best[n][0], default=None)
     while at is not None:
@@ -220,5 +198,4 @@ def _follows(gm: fx.GraphModule, node: fx.Node) -> bool:
             or (type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.parameters()))
             or any(word in type(module).__name__.lower() for word in ("norm", "pool", "drop"))
         )
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return any(word in name.lower() for word in _FOLLOWER_WORDS)
+    return any(word in operation(node).lower() for word in _FOLLOWER_WORDS)

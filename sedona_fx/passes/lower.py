@@ -15,11 +15,12 @@ from sedona_fx.graph import (
     Phase,
     copy_graph,
     info,
+    operation,
     output_node,
     split_point_nodes,
 )
 from sedona_fx.passes.base import graph_pass
-from sedona_fx.split import SplitPoint
+from sedona_fx.split import SplitPoint, gated_value
 
 
 @graph_pass(Phase.LOWERED)
@@ -75,7 +76,7 @@ def sort_by_block(graph: fx.Graph) -> None:
 
 def _replace_split(gm: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
     """Replace a split point by its head; return the head's call, or None without heads."""
-    (source,) = split.all_input_nodes
+    source = split.all_input_nodes[0]
     point = gm.get_submodule(str(split.target))
     assert isinstance(point, SplitPoint)
     head = None
@@ -85,14 +86,16 @@ def _replace_split(gm: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | 
             head = gm.graph.call_module(f"{HEADS}.{index}", (source,))
         head.meta["sedona"] = NodeInfo(path=info(source).path, site=f"{HEADS}.{index}", boundary=True, depends=True)
     for item in list(split.users):
-        for clone in [u for u in item.users if u.target is torch.clone and info(u).boundary]:
-            clone.replace_all_uses_with(source)
-            gm.graph.erase_node(clone)
-        if item.args[1] == 0:
-            item.replace_all_uses_with(source)
-        else:
+        if item.args[1] == 1:
             assert head is not None
             item.replace_all_uses_with(head)
+            gm.graph.erase_node(item)
+            continue
+        value = gated_value(split, item)
+        for clone in [u for u in item.users if u.target is torch.clone and info(u).boundary]:
+            clone.replace_all_uses_with(value)
+            gm.graph.erase_node(clone)
+        item.replace_all_uses_with(value)
         gm.graph.erase_node(item)
     gm.graph.erase_node(split)
     return head
@@ -103,6 +106,7 @@ def _cross(
 ) -> None:
     """Insert what a value needs on its way to later blocks."""
     record = info(node)
+    # Every block reads the model's own tensors itself: a shared parameter gets the gradients of all its blocks.
     home = record.block if node.op != "placeholder" else None
     _undo_detach(graph, node)
     readers: dict[int, list[fx.Node]] = {}
@@ -120,7 +124,7 @@ def _cross(
         if record.is_tensor and any(info(write).order > soonest for write in writes):
             seen = [write for write in writes if info(write).order < soonest]
             carried = _insert_after(graph, seen[-1] if seen else node, torch.clone, (node,), home, record)
-        if record.is_live:
+        if record.is_live and node.op != "get_attr":
             carried = _insert_after(graph, carried, torch.detach, (carried,), home, record)
     for block, users in readers.items():
         entered = carried
@@ -150,7 +154,7 @@ def _undo_detach(graph: fx.Graph, node: fx.Node) -> None:
 def _made(node: fx.Node, block: int, record: NodeInfo) -> fx.Node:
     node.meta["sedona"] = NodeInfo(
         path=record.path,
-        site=f"{record.site}@{getattr(node.target, '__name__', node.target)}{block}",
+        site=f"{record.site}@{operation(node)}{block}",
         order=record.order,
         value=record.value,
         depends=record.depends,

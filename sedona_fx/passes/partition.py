@@ -9,18 +9,19 @@ import torch
 from torch import fx
 
 from sedona_fx.graph import (
+    HEADS,
     SPLIT_POINTS,
     Phase,
     copy_graph,
     copy_info,
     direct_children,
-    head_nodes,
     info,
     output_node,
     split_point_nodes,
     verify,
 )
 from sedona_fx.passes.lower import assign_blocks, sort_by_block
+from sedona_fx.split import gated_value
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,12 @@ def partition(gm: fx.GraphModule) -> list[BlockGraph]:
 
 def _ungate(graph: fx.Graph, split: fx.Node, index: int) -> None:
     """Replace a split point by a marked crossing and its heads' mixture."""
-    (source,) = split.all_input_nodes
     for item in list(split.users):
         with graph.inserting_after(split):
-            if item.args[1] == 0:
-                new = graph.call_function(torch.detach, (source,))  # a mark; nothing is detached here
+            if item.args[1] == 1:
+                new = graph.call_module(f"{split.target}.mixture", split.args[:1])
             else:
-                new = graph.call_module(f"{split.target}.mixture", (source,))
+                new = graph.call_function(torch.detach, (gated_value(split, item),))  # a mark; nothing is detached
         copy_info(item, new, block=index, boundary=True)
         item.replace_all_uses_with(new)
         for clone in [u for u in new.users if u.target is torch.clone and info(u).boundary]:
@@ -110,7 +110,10 @@ def _block(
     if last:
         fx.map_arg(output, lambda n: wanted.setdefault(_source(n)))
     for source in wanted:
-        if source.op == "placeholder" or info(source).block != index:
+        if source.op == "get_attr" and info(source).block != index:
+            env[source] = new.node_copy(source)  # every block reads the model's tensors itself
+            copy_info(source, env[source], block=index)
+        elif source.op == "placeholder" or info(source).block != index:
             env[source] = new.placeholder(str(source.target) if source.op == "placeholder" else source.name)
             copy_info(source, env[source])
             inputs.append(info(source).site)
@@ -121,7 +124,7 @@ def _block(
     read = {_source(a) for n in later if not _crossing(n) or _source(n) is not n for a in n.all_input_nodes}
     if not last:
         read -= {local} if local is not None else set()
-    exported = [] if last else [n for n in body if n in read and n not in head_nodes(graph) and not _is_mixture(n)]
+    exported = [n for n in body if n in read and n.op != "get_attr" and not _is_head(n)] if not last else []
     result = fx.map_arg(output, lambda n: env[_source(n)]) if last else (env[local] if local is not None else None)
     done = new.output((tuple(env[n] for n in exported), result))
     info(done).block = index
@@ -137,5 +140,5 @@ def _block(
     )
 
 
-def _is_mixture(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).startswith(SPLIT_POINTS + ".")
+def _is_head(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith((SPLIT_POINTS + ".", HEADS + "."))

@@ -16,7 +16,7 @@ from sedona_fx.graph import (
     split_point_nodes,
 )
 from sedona_fx.passes.base import graph_pass
-from sedona_fx.split import SplitPoint
+from sedona_fx.split import SplitPoint, gated_value
 
 
 @graph_pass(Phase.PRUNED)
@@ -35,10 +35,9 @@ def prune(gm: fx.GraphModule, chosen: Mapping[str, int]) -> fx.GraphModule:
     kept: list[fx.Node] = []
     points: list[SplitPoint] = []
     for split in split_point_nodes(graph):
-        (source,) = split.all_input_nodes
-        cut = str(info(source).cut)
+        cut = str(info(split.all_input_nodes[0]).cut)
         if cut not in chosen:
-            _remove(graph, split, source)
+            _remove(graph, split)
             continue
         old = gm.get_submodule(str(split.target))
         assert isinstance(old, SplitPoint)
@@ -56,8 +55,8 @@ def prune(gm: fx.GraphModule, chosen: Mapping[str, int]) -> fx.GraphModule:
     return pruned
 
 
-def _remove(graph: fx.Graph, split: fx.Node, source: fx.Node) -> None:
-    """Take a split point out: readers of the way forward read the cut point again, its local output is dropped."""
+def _remove(graph: fx.Graph, split: fx.Node) -> None:
+    """Take a split point out: readers of the way forward read the values again, its local output is dropped."""
     result = output_node(graph)
     for item in list(split.users):
         if item.args[1] == 1:
@@ -66,6 +65,7 @@ def _remove(graph: fx.Graph, split: fx.Node, source: fx.Node) -> None:
             result.args = (tuple(value for value in outputs if value is not item),)
             graph.erase_node(item)
             continue
+        source = gated_value(split, item)
         for clone in [user for user in item.users if info(user).boundary and user.target is torch.clone]:
             clone.replace_all_uses_with(source)
             graph.erase_node(clone)

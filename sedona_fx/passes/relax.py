@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
+from sedona_fx.flow import block_of, is_unpacking
 from sedona_fx.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
 from sedona_fx.passes.base import graph_pass
 from sedona_fx.split import SplitPoint
@@ -18,9 +19,10 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
     """Insert split points.
 
     Before: an ANALYSED graph. After: RELAXED; behind each named cut point ``h`` stands
-    ``h, local = split_point(h)``, all later readers take that ``h``, and the graph returns ``(local, ..., output)``.
-    Where a later node overwrites ``h`` in place, the way forward is a clone: the heads read ``h`` in their backward.
-    Branches that feed only training outputs read detached values (a copy, where these are overwritten later).
+    ``h, local, *others = split_point(h, *others)`` with the other live values that cross there, all later readers take
+    these, and the graph returns ``(local, ..., output)``. Where a later node overwrites one of them in place, the way
+    forward is a clone: the heads read ``h`` in their backward. Branches that feed only training outputs read detached
+    values (a copy, where these are overwritten later).
 
     Args:
         gm: the ANALYSED graph; it is not changed. Modules are shared.
@@ -30,27 +32,41 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
     gm = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     chosen = [node for node in cut_points(graph) if info(node).cut in heads]
     _detach_training_only(graph)
+    _unpack_at_once(graph)
+    blocks = block_of(graph, chosen)
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    gates: dict[fx.Node, fx.Node] = {}  # a live value -> what stands for it behind the split points so far
     locals_: list[fx.Node] = []
     for index, node in enumerate(chosen):
-        name = f"{SPLIT_POINTS}.{index}"
-        gm.add_submodule(name, SplitPoint(heads[str(info(node).cut)]))
-        record = info(node)
-        overwritten = any(info(other).mutates & record.storages for other in _after(node))
-        users = [user for user in node.users if user.op != "output" or user.args[0] is not node]
+        name, record = f"{SPLIT_POINTS}.{index}", info(node)
+        gm.add_submodule(name, SplitPoint(heads[str(record.cut)]))
+        behind = {n for n, k in position.items() if k > position[node] and not info(n).training_only}
+        crossing = {node: [n for n in node.users if n in behind and not (n.op == "output" and n.args[0] is node)]}
+        for value in position:
+            if value is node or value.op == "get_attr" or not info(value).is_live or blocks[value] > index:
+                continue
+            users = gates.get(value, value).users
+            if readers := [n for n in users if n in behind and blocks[n] > index]:
+                crossing[value] = readers
         with graph.inserting_after(node):
-            split = graph.call_module(name, (node,))
+            split = graph.call_module(name, tuple(gates.get(value, value) for value in crossing))
+        split.meta["sedona"] = _boundary(record)
         with graph.inserting_after(split):
             if heads[str(record.cut)]:
                 locals_.append(graph.call_function(operator.getitem, (split, 1)))
-            through = forward = graph.call_function(operator.getitem, (split, 0))
-        if overwritten:
-            with graph.inserting_after(through):
-                forward = graph.call_function(torch.clone, (through,))
-        for made in (split, through, forward, *split.users):
-            made.meta["sedona"] = _boundary(record)
-        for user in users:
-            if not info(user).training_only:
-                user.replace_input_with(node, forward)
+                locals_[-1].meta["sedona"] = _boundary(record)
+            for k, (value, readers) in enumerate(crossing.items()):
+                overwritten = any(info(n).mutates & info(value).storages for n in behind)
+                through = graph.call_function(operator.getitem, (split, k + 1 if k else 0))
+                through.meta["sedona"] = _boundary(info(value))
+                gate = through
+                if overwritten:
+                    with graph.inserting_after(through):
+                        gate = graph.call_function(torch.clone, (through,))
+                        gate.meta["sedona"] = _boundary(info(value))
+                for user in readers:
+                    user.replace_input_with(gates.get(value, value), gate)
+                gates[value] = gate
     result = output_node(graph)
     result.args = ((*locals_, result.args[0]),)
     gm.recompile()
@@ -69,6 +85,14 @@ def _boundary(record: NodeInfo) -> NodeInfo:
         channel_dim=record.channel_dim,
         boundary=True,
     )
+
+
+def _unpack_at_once(graph: fx.Graph) -> None:
+    """Move what takes tuples apart up to where they are made, so that it stands in front of every later split point."""
+    for node in list(graph.nodes):
+        for user in reversed(list(node.users)):
+            if is_unpacking(user):
+                node.append(user)
 
 
 def _after(node: fx.Node) -> list[fx.Node]:

@@ -39,7 +39,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
-        with torch.enable_grad(), _watch_training_flags(self.mode_reads):
+        with torch.enable_grad(), watch_training_flags(self.mode_reads):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -113,7 +113,7 @@ def holds_tensor(value: Any) -> bool:
 
 
 @contextmanager
-def _watch_training_flags(reads: dict[nn.Module, None]) -> Iterator[None]:
+def watch_training_flags(reads: dict[nn.Module, None]) -> Iterator[None]:
     """Write down which modules are asked for their ``training`` flag.
 
     A property of the class comes before what the instances hold; for the time of a trace, as fx itself replaces

@@ -22,6 +22,7 @@ _NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _CONTAINERS = (dict, list, set, deque)
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
+_NOTES = (bool, int, float, str, type(None))
 _CONSTANT = re.compile(r"_tensor_constant\d+")  # where fx keeps tensors that a forward makes from nothing
 _REGISTRIES = {"_parameters": "replaces the parameter", "_buffers": "replaces the buffer"}
 
@@ -61,18 +62,23 @@ class StateWatch:
                     continue
                 self._remember(f"{where}.{name}", inner, seen)
 
-    def changed(self) -> str:
-        """Return what changed since the start, in words, or an empty string."""
+    def changed(self, *, tensors: bool = True) -> str:
+        """Return what changed since the start, in words, or an empty string.
+
+        Without `tensors`, parameters and buffers may have been replaced: torch.export puts fake ones in their place.
+        """
         if not _same_states(self.random, random_states()):
             return "draws random numbers outside of PyTorch's modules"
         for where, container, copy in self.containers:
+            if not tensors and where.rpartition(".")[2] in _REGISTRIES:
+                continue
             before, after = dict(_items(copy)), dict(_items(container))
             for name in (*before, *(n for n in after if n not in before)):
                 if _CONSTANT.fullmatch(str(name)):
                     continue
                 if name not in before or name not in after or not _same(before[name], after[name]):
                     return f"{_words(where)} {_name(f'{where}.{name}')!r}"
-        for where, tensor, version, _ in self.tensors:
+        for where, tensor, version, _ in self.tensors if tensors else ():
             if tensor._version != version:
                 return f"overwrites {_name(where)!r}"
         return ""
@@ -91,6 +97,25 @@ class StateWatch:
                     tensor.copy_(kept)
         set_random_states(self.random)
         return changed
+
+    def settle(self) -> None:
+        """Put everything back but what a forward only notes once (a size it has seen, hooks it has installed).
+
+        Such notes are plain values of attributes. If parameters or buffers changed as well, nothing is kept: then the
+        note might say that they have been initialised.
+        """
+        same = all(kept is None or torch.equal(kept, tensor) for _, tensor, _, kept in self.tensors)
+        overwritten = any(tensor._version != version for _, tensor, version, _ in self.tensors)
+        notes = [
+            (container, name, value)
+            for _, container, copy in self.containers
+            if isinstance(container, dict)
+            for name, value in container.items()
+            if isinstance(value, _NOTES) and isinstance(copy.get(name), _NOTES) and (copy.get(name) != value)
+        ]
+        self.restore()
+        for container, name, value in notes if same and not overwritten else ():
+            container[name] = value
 
 
 def random_states() -> tuple[Any, ...]:
@@ -195,6 +220,9 @@ def _words(where: str) -> str:
 def _same(before: Any, after: Any) -> bool:
     if before is after:
         return True
+    if type(before) is type(after) and isinstance(before, (list, dict)):  # torch.export puts equal copies in place
+        a, b = list(_items(before)), list(_items(after))
+        return len(a) == len(b) and all(j == k and _same(x, y) for (j, x), (k, y) in zip(a, b, strict=True))
     if type(before) is not type(after) or not isinstance(before, _PLAIN):
         return False
     try:

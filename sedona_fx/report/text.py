@@ -52,5 +52,18 @@ def net_report(net: Net) -> str:
             ]
         )
     head = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
+    shared = shared_parameters(net)
+    below = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
+    if shared:
+        below = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{below}"
     title = f"{net.plan.model}: {len(net.blocks)} blocks, cut by {source}, inputs {shape}"
-    return f"{title}\n{table(head, rows)}"
+    return f"{title}\n{table(head, rows)}{below}"
+
+
+def shared_parameters(net: Net) -> dict[str, list[int]]:
+    """Return the parameters that several blocks use, by name, each with its blocks; the last one steps it."""
+    users: dict[int, list[int]] = {}
+    for block in net.blocks:
+        for parameter in block.base_parameters():
+            users.setdefault(id(parameter), []).append(block.index)
+    return {name: users[id(p)] for name, p in net.model.named_parameters() if len(users.get(id(p), ())) > 1}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from sedona_fx.cost import stretch_costs
 from sedona_fx.search.problem import Decision, Problem, candidate_cost, first_heads
@@ -57,28 +59,27 @@ def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], b
         The stretches behind which to cut, and the largest cost.
     """
     n = len(costs) - 1
-    sums, overlaps = [0], [0]
-    for k, cost in enumerate(costs):
-        sums.append(sums[-1] + cost)
-        overlaps.append(overlaps[-1] + (shared[k] if k < n else 0))
+    sums = np.concatenate([[0], np.cumsum(costs)])
+    overlaps = np.concatenate([[0], np.cumsum([*shared, 0])])
+    behind = np.array([*heads, 0])
 
-    def run(a: int, b: int) -> int:
-        return sums[b + 1] - sums[a] - (overlaps[b] - overlaps[a]) + (heads[b] if b < n else 0)
+    def run(a: Any, b: Any) -> Any:
+        return sums[b + 1] - sums[a] - (overlaps[b] - overlaps[a]) + behind[b]
 
     # best[j][b]: least largest cost of j runs that end behind stretch b.
-    best: list[list[float]] = [[run(0, b) for b in range(n + 1)]]
-    came: list[list[int]] = [[-1] * (n + 1)]
+    best = [run(0, np.arange(n + 1))]
+    came = [np.full(n + 1, -1)]
     for j in range(1, blocks):
-        row, source = [float("inf")] * (n + 1), [-1] * (n + 1)
+        row, source = np.full(n + 1, np.iinfo(np.int64).max), np.full(n + 1, -1)
         for b in range(j, n + 1):
-            for a in range(j - 1, b):
-                value = max(best[j - 1][a], run(a + 1, b))
-                if value < row[b]:
-                    row[b], source[b] = value, a
+            starts = np.arange(j - 1, b)
+            values = np.maximum(best[j - 1][j - 1 : b], run(starts + 1, b))
+            first = int(values.argmin())
+            row[b], source[b] = values[first], starts[first]
         best.append(row)
         came.append(source)
     chosen, at = [], n
     for j in range(blocks - 1, 0, -1):
-        at = came[j][at]
+        at = int(came[j][at])
         chosen.append(at)
     return chosen[::-1], int(best[blocks - 1][n])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ from sedona_fx.search.relaxed import (
     State,
     Tensors,
     clones,
-    gradients,
-    named,
     relaxed_gradients,
     run_block,
     sgd_momentum_step,
 )
+from sedona_fx.search.vjp import gradients, named
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def hypergradient(
     graphs are alive at once, that of the validation batch no longer than its own backward.
     """
     alpha, beta = alpha.detach().requires_grad_(), [b.detach().requires_grad_() for b in beta]
-    stepped = State(state.params, clones(state.buffers), state.momentum)
+    stepped = replace(state, buffers=clones(state.buffers))
     # Fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for inputs, target in train_batches:
@@ -87,7 +86,8 @@ def validation_gradient(
     """Return d(loss of the final output)/d(weights) by block and name, at `state` taken as constant, and the loss.
 
     Evaluation graph (no dropout), but batch statistics in BatchNorm: running statistics carry no gradient, and would
-    hide how the steps changed the activations. They are updated in `state.buffers`: hand in a copy.
+    hide how the steps changed the activations. They are updated in `state.buffers`: hand in a copy. Nothing is scaled
+    or cut here: one ordinary backward sums over the blocks that share a weight.
     """
     inputs, target = batch
     params = [{n: t.detach().requires_grad_() for n, t in d.items()} for d in state.params]
@@ -95,11 +95,12 @@ def validation_gradient(
     output: Any = None
     with torch.enable_grad(), batch_statistics(blocks):
         for i, block in enumerate(blocks):
-            exports, output = run_block(block, block.eval_module, params[i], state.buffers[i], None, env)
+            tensors = state.used(params, i) | state.used(state.buffers, i)
+            exports, output = run_block(block, block.eval_module, tensors, None, env)
             env |= exports
         loss = local_loss(len(blocks) - 1, output, target)
         del output, exports, env
-        found = iter(gradients(loss, [t for d in params for t in d.values()], None, create_graph=False))
+        found = iter(gradients([loss], [t for d in params for t in d.values()], None, create_graph=False))
     return [named(d, [next(found) for _ in d]) for d in params], loss.detach()
 
 

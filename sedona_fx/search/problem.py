@@ -28,7 +28,7 @@ class Problem:
         train, eval: ANALYSED graphs.
         blocks: K, the number of blocks wanted.
         contexts: what a head has to fit, for every legal cut point.
-        candidates: heads to choose from, for every legal cut point; empty: no heads at all.
+        candidates: heads to choose from, for every legal cut point that a head fits behind; empty: no heads at all.
         output, loss: what local losses are about.
         costs: of candidate heads, as they were found.
         data: (training epochs, validation epochs, training batches an epoch), or None where one batch is all there is.
@@ -48,9 +48,9 @@ class Problem:
 
     def places(self) -> list[str]:
         """Return the cut points to choose from, in order: the base layers, or all legal ones if those are too few."""
-        names = base_layers(self.train)
+        names = [name for name in base_layers(self.train) if name in self.candidates]
         if self.blocks - 1 > len(names):
-            names = list(self.contexts)
+            names = list(self.candidates)
         if self.blocks - 1 > len(names):
             raise CutError(
                 f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(names)} legal cut "

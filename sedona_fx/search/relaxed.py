@@ -7,28 +7,35 @@ local loss of the mixed head at base layer i and p = softmax(alpha),
 
 base layer j follows the gradient of Lt_j, and the heads at i follow l_i at full rate. No single scalar has all these
 gradients. An identity that scales its backward would give them, but its *second* derivatives are wrong: they walk back
-through the scaled edges of the forward graph. So the forward graph is left whole, and the gradient entering base layer
-i from above is combined by hand,
+through the scaled edges of the forward graph. So the forward graph is left whole, and the gradients entering base layer
+i from above are combined by hand. With h_i its boundary, which the heads read, and U_v = dLt_(i+1)/dv for every value v
+that crosses cut i,
 
-    G_i = p_isolate,i * dl_i/dh_i + p_through,i * U_i        U_i = dLt_(i+1)/dh_i
+    G_h_i = p_isolate,i * dl_i/dh_i + p_through,i * U_h_i
+    G_v   = p_through,i * U_v        every other v: also made in base layer i, or passing by on its way to a later one
 
-one vector-Jacobian product a base layer, from the top. Every one of them can itself be differentiated.
+One vector-Jacobian product a base layer, from the top: its roots are all that it made, their cotangents are G. What
+passes by keeps G as its U at the next cut down. Every one of the products can itself be differentiated. A weight that
+several base layers use gets the sum of what each of them gives it, of its own Lt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.func import functional_call
+
+from sedona_fx.search.vjp import Leaf, add, gradients, live, named, own_nodes, reached
 
 LocalLoss = Callable[[int, Any, Any], Tensor]
 Batch = tuple[dict[str, Any], Any]
 Tensors = dict[str, Tensor]
+Slot = tuple[int, str]  # where a state holds a tensor: the block, the name there
+_LOSS: Leaf = ("", 0)  # the end of the last block; no value has this name
 
 
 class RelaxedBlock(Protocol):
@@ -36,9 +43,14 @@ class RelaxedBlock(Protocol):
 
     `module(*[env[name] for name in inputs])` returns `(exports, local)`. `local` is the softmax(beta)-weighted sum of
     the heads' outputs on the boundary, unscaled; for the last block it is the model's own output. `exports` are the
-    values later blocks read; only the boundary may carry a gradient, and the heads read nothing else that does.
+    values later blocks read, the boundary among them: tensors, or tuples, lists and dicts of tensors, with a gradient
+    or without. The heads read no other value with a gradient than the boundary, and share no weight with the base layer
+    in front of them. Blocks leave what they read as it is: one that writes in place writes to a copy.
     `eval_module` is the same in evaluation, with the same parameter and buffer names; it may leave the heads out
     (`local` is then read of the last block alone).
+
+    Blocks may share parameters and buffers. A tensor is shared where the modules of two blocks hold the same object;
+    its names may differ (an embedding tied to the last layer).
     """
 
     @property
@@ -61,25 +73,53 @@ class State:
 
     `params` holds the trainable parameters, those of the heads included and beta left out. Frozen parameters are not
     here: they stay the module's own. Nothing here carries a graph, except between unrolled steps.
+
+    A tensor with several names is held once, with one momentum, by the last block that uses it. `borrowed[i]` says
+    where the other names that block i has for such tensors are held; empty: nothing is shared.
     """
 
     params: list[Tensors]
     buffers: list[Tensors]
     momentum: list[Tensors]
+    borrowed: list[dict[str, Slot]] = field(default_factory=list)
 
     @classmethod
     def of(cls, blocks: Sequence[RelaxedBlock]) -> State:
         """Copy the blocks' parameters and buffers; momentum starts at zero."""
-        params = [
-            {n: p.detach().clone() for n, p in b.module.named_parameters() if p.requires_grad and n != b.beta}
-            for b in blocks
-        ]
-        buffers = [{n: t.detach().clone() for n, t in b.module.named_buffers()} for b in blocks]
-        return cls(params, buffers, [{n: torch.zeros_like(p) for n, p in d.items()} for d in params])
+        params, buffers = [Tensors() for _ in blocks], [Tensors() for _ in blocks]
+        borrowed = [dict[str, Slot]() for _ in blocks]
+        held: dict[Tensor, Slot] = {}
+
+        def hold(dicts: list[Tensors], i: int, name: str, t: Tensor) -> None:
+            if t in held:
+                borrowed[i][name] = held[t]
+            else:
+                held[t], dicts[i][name] = (i, name), t.detach().clone()
+
+        for i, b in reversed(list(enumerate(blocks))):
+            for n, p in b.module.named_parameters(remove_duplicate=False):
+                if p.requires_grad and n != b.beta:
+                    hold(params, i, n, p)
+            for n, t in b.module.named_buffers(remove_duplicate=False):
+                hold(buffers, i, n, t)
+        for i, b in enumerate(blocks):  # in evaluation a block may use what only another one uses in training
+            for n, t in _tensors(b.eval_module).items():
+                if t in held and n not in params[i].keys() | buffers[i].keys():
+                    borrowed[i].setdefault(n, held[t])
+        return cls(params, buffers, [{n: torch.zeros_like(p) for n, p in d.items()} for d in params], borrowed)
 
     def clone(self) -> State:
         """Return an independent copy without graph."""
-        return State(clones(self.params), clones(self.buffers), clones(self.momentum))
+        return replace(self, params=clones(self.params), buffers=clones(self.buffers), momentum=clones(self.momentum))
+
+    def slots(self, dicts: Sequence[Tensors], i: int) -> dict[str, Slot]:
+        """Return block i's names for the tensors it uses of `dicts` (params or buffers), and where they are held."""
+        borrowed = self.borrowed[i] if self.borrowed else {}
+        return {n: (i, n) for n in dicts[i]} | {n: (k, m) for n, (k, m) in borrowed.items() if m in dicts[k]}
+
+    def used(self, dicts: Sequence[Tensors], i: int) -> Tensors:
+        """Return the tensors that block i uses of `dicts` (params or buffers), by its own names for them."""
+        return {n: dicts[k][m] for n, (k, m) in self.slots(dicts, i).items()}
 
     @property
     def state_bytes(self) -> int:
@@ -90,10 +130,34 @@ class State:
 
 @dataclass(frozen=True)
 class RelaxedGradients:
-    """Gradients by block and name (a parameter that gets none is absent), and the B local losses, detached scalars."""
+    """Gradients by block and name, laid out as `State.params` (a parameter that gets none is absent); and the B losses.
+
+    The losses are the local ones, detached scalars.
+    """
 
     grads: list[Tensors]
     losses: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A block as the way down needs it: where its part of the graph ends and where it starts."""
+
+    made: dict[Leaf, Tensor]  # its live exports; of the last block, the loss
+    local: dict[Leaf, Tensor]  # dl_i/dh_i
+    read: dict[Leaf, Tensor]  # live exports of earlier blocks, by nodes of its own
+    weights: dict[Slot, Tensor]  # those that `made` depends on (not the heads'), by nodes of its own
+
+    def descend(self, above: dict[Leaf, Tensor], create_graph: bool) -> dict[Slot, Tensor]:
+        """Take the cotangents of what this block made out of `above`, put in those of what it read.
+
+        Returns the gradients of the block's weights.
+        """
+        roots = {leaf: t for leaf, t in self.made.items() if leaf in above}
+        cotangents = [above.pop(leaf) for leaf in roots]
+        found = gradients([*roots.values()], [*self.weights.values(), *self.read.values()], cotangents, create_graph)
+        add(above, named(self.read, found[len(self.weights) :]))
+        return named(self.weights, found)
 
 
 def relaxed_gradients(
@@ -118,60 +182,61 @@ def relaxed_gradients(
         local_loss: the loss of one block.
         create_graph: keep the gradients differentiable in alpha, beta and the weights. If not, each layer's part of
             the forward graph is freed as soon as it has been walked, a head's right after its forward.
+
+    Raises:
+        ValueError: a head uses a weight of the base layer in front of it. Its two gradients have different rates, and
+            one walk cannot tell them apart.
     """
     if not create_graph:
         alpha, beta = alpha.detach(), [b.detach() for b in beta]
     p, last = alpha.softmax(1), len(blocks) - 1
-    params = [{n: t if t.requires_grad else t.detach().requires_grad_() for n, t in d.items()} for d in state.params]
-    boundaries = [str(block.boundary) for block in blocks[:last]]
-    env: dict[str, Any] = dict(inputs)
-    base: list[Tensors] = []  # the base layers' parameters
-    grads: list[Tensors] = []
-    local_cotangents: list[Tensor | None] = []  # dl_i/dh_i
-    reads: list[Tensors] = []  # the boundaries each block reads
+    held = [{n: t if t.requires_grad else t.detach().requires_grad_() for n, t in d.items()} for d in state.params]
+    env: dict[str, Any] = {}  # the exports of the blocks so far
+    grads: dict[Slot, Tensor] = {}
     losses: list[Tensor] = []
-    with torch.enable_grad():
-        for i, block in enumerate(blocks):
-            # One that skipped a block gets a node of its own: its gradient must not come through the blocks between.
-            reads.append(
-                {
-                    n: env[n] if n in boundaries[i - 1 : i] else env[n].view_as(env[n])
-                    for n in boundaries[:i]
-                    if n in block.inputs
-                }
-            )
-            given, mixture = {**env, **reads[i]}, None if i == last else beta[i]
-            exports, local = run_block(block, block.module, params[i], state.buffers[i], mixture, given)
-            env |= exports
-            loss = local_loss(i, local, target)
-            losses.append(loss.detach())
-            if i < last:
-                h = env[boundaries[i]]
-                reached = _reached(h, params[i], stop=reads[i].values())
-                heads = {n: t for n, t in params[i].items() if n not in reached}
-                dh, *found = gradients(loss, [h, *heads.values()], None, create_graph)
-                local_cotangents.append(dh)
-                base.append({n: t for n, t in params[i].items() if n in reached})
-                grads.append(named(heads, found))
-        del local, given, exports
 
-        base.append(params[last])
-        grads.append({})
-        root: Tensor = loss
-        g: Tensor | None = None
-        above: Tensors = {}  # dLt_(i+1)/dh for every boundary h alive behind block i
+    def ascend(i: int) -> _Stretch:
+        """Run block i and take its local loss, and of that the gradients at the boundary and of the heads."""
+        block = blocks[i]
+        given = {n: own_nodes(env[n]) for n in block.inputs if n in env}
+        slots = state.slots(state.params, i)
+        weights: dict[Slot, Tensor] = {(k, n): own_nodes(held[k][n]) for k, n in dict.fromkeys(slots.values())}
+        tensors = {n: weights[slot] for n, slot in slots.items()} | state.used(state.buffers, i)
+        mixture = None if i == last else beta[i]
+        exports, output = run_block(block, block.module, tensors, mixture, {**inputs, **given})
+        loss = local_loss(i, output, target)
+        losses.append(loss.detach())
+        read = live(given)
+        if i == last:
+            return _Stretch({_LOSS: loss}, {}, read, weights)
+        env.update(exports)
+        made, ends = live(exports), live({str(block.boundary): exports[str(block.boundary)]})
+        base = reached(made.values(), weights, stop=read.values())
+        headed = reached([loss], weights, stop=ends.values())
+        if both := base & headed:
+            names = ", ".join(n for n, slot in slots.items() if slot in both)
+            raise ValueError(
+                f"block {i}: its heads depend on {names} other than through the boundary {block.boundary!r}"
+            )
+        heads = {slot: t for slot, t in weights.items() if slot not in base}
+        found = gradients([loss], [*ends.values(), *heads.values()], None, create_graph)
+        add(grads, named(heads, found[len(ends) :]))
+        return _Stretch(made, named(ends, found), read, {slot: t for slot, t in weights.items() if slot in base})
+
+    with torch.enable_grad():
+        stretches = [ascend(i) for i in range(len(blocks))]
+        env.clear()
+        above = {_LOSS: torch.ones_like(losses[last])}  # dLt_(i+1)/dv for every live value v that crosses cut i
         for i in reversed(range(len(blocks))):
+            stretch = stretches.pop()  # so that what lies above it is freed
             if i < last:
-                root, g = env.pop(boundaries[i]), _combine(p[i], local_cotangents[i], above.pop(boundaries[i], None))
-                # A boundary that skips the next block crosses this cut too, and is let through at the same rate.
-                above = {n: p[i, 1] * t for n, t in above.items()}
-                if g is None:
-                    continue
-            found = gradients(root, [*base[i].values(), *reads[i].values()], g, create_graph)
-            grads[i] |= named(base[i], found)
-            for n, t in named(reads[i], found[len(base[i]) :]).items():
-                above[n] = above[n] + t if n in above else t
-    return RelaxedGradients(grads, losses)
+                above = {leaf: p[i, 1] * t for leaf, t in above.items()}
+                add(above, {leaf: p[i, 0] * t for leaf, t in stretch.local.items()})
+            add(grads, stretch.descend(above, create_graph))
+    by_block = [Tensors() for _ in blocks]
+    for (k, n), t in grads.items():
+        by_block[k][n] = t
+    return RelaxedGradients(by_block, losses)
 
 
 def sgd_momentum_step(
@@ -183,7 +248,7 @@ def sgd_momentum_step(
     tensors carry the graph (and whose buffers are the same objects); otherwise `state` is changed in place.
     """
     if differentiable:
-        new = State([dict(d) for d in state.params], state.buffers, [dict(d) for d in state.momentum])
+        new = replace(state, params=[dict(d) for d in state.params], momentum=[dict(d) for d in state.momentum])
         for params, momenta, found in zip(new.params, new.momentum, grads, strict=True):
             for n, g in found.items():
                 momenta[n] = momentum * momenta[n] + torch.add(g, params[n], alpha=weight_decay)
@@ -201,75 +266,26 @@ def sgd_momentum_step(
 
 
 def run_block(
-    block: RelaxedBlock,
-    module: nn.Module,
-    params: Tensors,
-    buffers: Tensors,
-    beta: Tensor | None,
-    env: Mapping[str, Any],
+    block: RelaxedBlock, module: nn.Module, tensors: Tensors, beta: Tensor | None, env: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Any]:
-    """Run one block on the values of `env`; return its exports by name and its local output."""
-    tensors = {**params, **buffers}
+    """Run one block on the values of `env`; return its exports by name and its local output.
+
+    `tensors` are its parameters and buffers; those that `module`, the block's or its eval module, lacks are left out.
+    """
     if beta is not None and block.beta is not None:
-        tensors[block.beta] = beta
-    if module is not block.module:  # the evaluation graph may lack what only training needs
-        own = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
-        tensors = {n: t for n, t in tensors.items() if n in own}
-    values, local = functional_call(module, tensors, tuple(env[n] for n in block.inputs))
-    exports = dict(zip(block.exports, values, strict=True))
-    for name, value in exports.items():
-        if carries_gradient(value) and name != block.boundary:
-            raise ValueError(f"export {name!r} carries a gradient past the boundary {block.boundary!r}")
-    return exports, local
+        tensors = {**tensors, block.beta: beta}
+    own = _tensors(module)
+    given = {n: t for n, t in tensors.items() if n in own}
+    values, local = functional_call(module, given, tuple(env[n] for n in block.inputs))
+    return dict(zip(block.exports, values, strict=True)), local
 
 
-def carries_gradient(value: Any) -> bool:
-    """Whether `value` is a tensor that autograd follows."""
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _reached(root: Tensor, params: Tensors, stop: Iterable[Tensor]) -> set[str]:
-    """Names of the parameters `root` depends on without passing through a tensor of `stop`: the base layer's own."""
-    if not root.requires_grad:
-        return set()
-    edges = {n: get_gradient_edge(t) for n, t in params.items()}  # alive while their nodes are compared
-    names = {e.node: n for n, e in edges.items()}
-    seen = {get_gradient_edge(t).node for t in stop if t.requires_grad}
-    reached: set[str] = set()
-    todo = [get_gradient_edge(root).node]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in names:
-            reached.add(names[node])  # and no further: behind it lie earlier unrolled steps
-        else:
-            todo += [below for below, _ in node.next_functions if below is not None]
-    return reached
-
-
-def gradients(
-    root: Tensor, wanted: Sequence[Tensor], cotangent: Tensor | None, create_graph: bool
-) -> list[Tensor | None]:
-    """`torch.autograd.grad` that answers `None` wherever there is no gradient to be had."""
-    live = [t for t in wanted if t.requires_grad] if root.requires_grad else []
-    if not live:
-        return [None] * len(wanted)
-    found = iter(torch.autograd.grad(root, live, cotangent, create_graph=create_graph, allow_unused=True))
-    return [next(found) if t.requires_grad else None for t in wanted]
-
-
-def _combine(p: Tensor, local: Tensor | None, above: Tensor | None) -> Tensor | None:
-    """G = p_isolate * local + p_through * above, where either may be missing."""
-    if local is None or above is None:
-        return p[1] * above if above is not None else None if local is None else p[0] * local
-    return p[0] * local + p[1] * above
-
-
-def named(names: Iterable[str], values: Iterable[Tensor | None]) -> Tensors:
-    """Put names to as many leading values as there are names, and drop those that are `None`."""
-    return {n: t for n, t in zip(names, values, strict=False) if t is not None}
+def _tensors(module: nn.Module) -> Tensors:
+    """Return a module's parameters and buffers under all their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def clones(dicts: Sequence[Tensors]) -> list[Tensors]:

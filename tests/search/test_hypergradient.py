@@ -451,18 +451,20 @@ def test_attention_and_frozen_weights() -> None:
     assert got.beta_grads[0].abs().max() == 0  # one head: nothing to choose
 
 
-def test_a_gradient_past_the_boundary_is_refused() -> None:
-    module = Plain(lambda m, x: ((x * m.w, x + m.w), m.w.sum()), w=torch.ones(1), mix=torch.zeros(1))
-    last = Plain(lambda m, h: ((), h.sum()), v=torch.ones(1))
-    blocks = [Block(module, module, ("x",), ("h", "leak"), "h", "mix"), Block(last, last, ("h",), (), None, None)]
-    with pytest.raises(ValueError, match="'leak' carries a gradient past"):
-        relaxed_gradients(
-            blocks,
-            State.of(blocks),
-            torch.zeros(1, 2),
-            [torch.zeros(1)],
-            {"x": torch.ones(2)},
-            None,
-            loss,
-            create_graph=False,
-        )
+def test_a_gradient_past_the_boundary_is_let_through_as_the_boundary_is() -> None:
+    """`past` is the boundary's sibling: its way up has p_through, and no local loss."""
+    w, u, v = (torch.randn(3, dtype=torch.float64) for _ in range(3))
+
+    def first(m: Any, x: Tensor) -> Any:
+        h = x * m.w
+        return (h, x + m.w), h @ m.u
+
+    one = Plain(first, w=w, u=u, mix=torch.zeros(1, dtype=torch.float64))
+    two = Plain(lambda m, h, past: ((), (h * past) @ m.v), v=v)
+    blocks = [Block(one, one, ("x",), ("h", "past"), "h", "mix"), Block(two, two, ("h", "past"), (), None, None)]
+    alpha, x = torch.randn(1, 2, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    args = (blocks, State.of(blocks), alpha, [one.mix.detach()], {"x": x}, None, lambda i, out, y: out.square().sum())
+    found = relaxed_gradients(*args, create_graph=False).grads
+    w, p = w.requires_grad_(), alpha.softmax(1)[0]
+    total = p[0] * (x * w @ u).square().sum() + p[1] * ((x * w * (x + w)) @ v).square().sum()
+    torch.testing.assert_close(found[0]["w"], torch.autograd.grad(total, w)[0], rtol=1e-13, atol=0)
