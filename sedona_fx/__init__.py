@@ -5,6 +5,7 @@ from sedona_fx.args import Args
 from sedona_fx.decouple import decouple, load
 from sedona_fx.errors import SedonaError
 from sedona_fx.heads import HeadContext, register_head
+from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net
 from sedona_fx.plan import Plan
 from sedona_fx.train import fit
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Args",
     "HeadContext",
+    "LocalLoss",
     "Net",
     "Plan",
     "SedonaError",

@@ -19,7 +19,8 @@ from sedona_fx.errors import CutError, DataError, did_you_mean
 from sedona_fx.graph import cut_points, info, output_node
 from sedona_fx.heads import HeadContext
 from sedona_fx.outputs import Key, OutputFormat, fields, find_primary, pick
-from sedona_fx.passes.cuts import aliases, cut_name, possible, start_of
+from sedona_fx.passes.crossings import read_token
+from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 from sedona_fx.train.engine import Loss
 
 
@@ -60,6 +61,7 @@ class Analysed:
     named: tuple[str, ...] = ()
     front_end: str = "symbolic"
     free_batch: bool = True
+    hosted: bool = False
 
 
 @contextmanager
@@ -81,23 +83,28 @@ def analyse(
     """model -> TRACED -> ANALYSED, in both modes; a cut point is legal only if it is in both."""
     where = where if where is not None else Where()
     _check_paths(model, where)
-    traced = passes.trace(model, example, leaf_modules=leaf_modules)
+    traced = passes.trace(model, example, leaf_modules=leaf_modules, root=where.root)
     train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True))
     values = _returned(train)
     key = find_primary(values, output)
     auxiliary: tuple[Key, ...] = ()
-    passes.crossings(train, output=output)
+    passes.crossings(train, output=output, whole=traced.hosted)
     if traced.eval is traced.train:
         evaluation = train
     else:
         evaluation = passes.explicit_writes(passes.annotate(traced.eval, example.kwargs, training=False))
         eval_values = _returned(evaluation)
         eval_key = output if output in dict(fields(eval_values)) else None
-        find_primary(eval_values, eval_key)
-        passes.crossings(evaluation, output=eval_key)
+        passes.crossings(evaluation, output=eval_key, whole=traced.hosted)
         auxiliary = _training_only(values, eval_values, key)
     named = tuple(_place(train, spec) for spec in where.named)
+    if where.root and not any(info(node).crossing and is_inside(node, where.root) for node in train.graph.nodes):
+        raise CutError(
+            f"root={where.root!r} does not lie on the way from the inputs to the output, or holds no activation behind "
+            "which a block could end. Name the module that does most of the work, a backbone or an encoder."
+        )
     _choose_cuts(train, evaluation, where, named)
+    token, tokens = read_token(train.graph, output)
     contexts = {}
     for node in cut_points(train.graph):
         record = info(node)
@@ -108,6 +115,7 @@ def analyse(
             # Where no layer says otherwise, the channels of three dimensions are the last, as tokens have them.
             channel_dim=record.channel_dim if record.channel_dim is not None else (2 if rank == 3 else 1),
             place=str(record.cut),
+            token=token if len(record.value.shape) == 3 and record.value.shape[1] == tokens else None,
         )
     # Of what the model itself returned: the graph's dicts and lists are fx's own immutable ones.
     output_format = OutputFormat.of(traced.output, key, auxiliary)
@@ -121,6 +129,7 @@ def analyse(
         named,
         traced.front_end,
         traced.free_batch,
+        traced.hosted,
     )
 
 

@@ -15,6 +15,7 @@ from sedona_fx.cost import block_costs, head_cost
 from sedona_fx.errors import DataError
 from sedona_fx.graph import info
 from sedona_fx.heads import build_head
+from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net, share_copy
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.plan import Plan
@@ -50,6 +51,7 @@ def compile_net(
     heads: Sequence[HeadSpec | None],
     plan: Plan,
     loss: Loss | None,
+    objectives: Sequence[LocalLoss | None],
     seed: int,
 ) -> Net:
     """ANALYSED -> RELAXED -> PRUNED -> LOWERED -> blocks, in both modes, with fresh heads drawn from the seed."""
@@ -65,9 +67,6 @@ def compile_net(
     graphs[False] = graphs[True] if traced.eval is traced.train else _lower(traced.eval, built, devices)
     parts = {True: passes.partition(graphs[True])}
     parts[False] = parts[True] if graphs[False] is graphs[True] else passes.partition(graphs[False])
-    if devices is not None:
-        for block, device in zip(parts[True], devices, strict=True):
-            block.module.to(device)
     ends = [resolve(traced.train.graph)[cut] for cut in plan.cuts]
     costs = [
         head_cost(lambda spec=spec, cut=cut: build_head(spec, traced.contexts[cut]), info(end).value)  # type: ignore[misc]
@@ -86,6 +85,7 @@ def compile_net(
         example=example,
         costs=block_costs(traced.train, ends, costs),
         mode_paths=traced.mode_paths,
+        objectives=objectives,
         seed=seed,
     )
 

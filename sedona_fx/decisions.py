@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from sedona_fx.analysis import Analysed
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
 from sedona_fx.graph import describe, info
 from sedona_fx.heads import default_candidates, default_head, head_name, head_names
+from sedona_fx.local_loss import LocalLoss
 from sedona_fx.passes.cuts import follow_one_another, resolve
 from sedona_fx.plan import Plan
 from sedona_fx.search import Decision
@@ -83,6 +85,25 @@ def from_names(cuts: list[str], heads: Heads, traced: Analysed) -> Decision:
     else:
         raise HeadError(f"{len(nodes)} cuts take one head for all or {len(nodes)} heads, not {len(given)}.")
     return Decision(nodes, specs, {"search": "user"})
+
+
+def with_free_heads(traced: Analysed) -> Analysed:
+    """Let heads give what they like: an objective of the user's own reads them."""
+    free = {name: replace(context, free_output=True) for name, context in traced.contexts.items()}
+    return replace(traced, contexts=free)
+
+
+def with_objectives(
+    decision: Decision, objectives: Sequence[LocalLoss | None], heads: Heads, traced: Analysed
+) -> Decision:
+    """Give every block that has an objective of its own the head of that objective."""
+    chosen: list[HeadSpec | None] = []
+    for cut, objective, spec in zip(decision.cuts, objectives, decision.heads, strict=True):
+        if objective is not None:
+            chosen.append(objective.head)
+        else:
+            chosen.append(spec if heads is not None else default_head(traced.contexts[cut]))
+    return replace(decision, heads=chosen)
 
 
 def from_plan(plan: Plan, traced: Analysed, factories: Mapping[str, HeadSpec]) -> Decision:

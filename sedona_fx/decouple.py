@@ -15,9 +15,20 @@ from sedona_fx.analysis import Analysed, Where, analyse, check_target
 from sedona_fx.args import Args
 from sedona_fx.compile import compile_net, device_of, own
 from sedona_fx.data import Source, first_pair, search_sources, to_device
-from sedona_fx.decisions import Cuts, Heads, by_name, candidates, from_names, from_plan, named_cuts
-from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
+from sedona_fx.decisions import (
+    Cuts,
+    Heads,
+    by_name,
+    candidates,
+    from_names,
+    from_plan,
+    named_cuts,
+    with_free_heads,
+    with_objectives,
+)
+from sedona_fx.errors import CutError, DataError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads import head_name
+from sedona_fx.local_loss import LocalLosses, one_a_block
 from sedona_fx.net import Net, example_like
 from sedona_fx.outputs import Key
 from sedona_fx.passes.cuts import base_layers
@@ -37,9 +48,11 @@ def decouple(
     search: str | Search = "sedona",
     cuts: Cuts = None,
     heads: Heads = None,
+    local_loss: LocalLosses = None,
     plan: Plan | str | Path | None = None,
     devices: Sequence[str | torch.device] | None = None,
     output: Key = None,
+    root: str = "",
     leaf_modules: Collection[str] = (),
     no_cut: Collection[str] = (),
     max_live: int | None = None,
@@ -64,9 +77,12 @@ def decouple(
         heads: candidates by registered name or as factories ``HeadContext -> nn.Module`` (by rule, not by search, the
             first is taken; with `cuts`, one a cut or one for all); None: by the shapes; False: no heads, for schedules
             that need none.
+        local_loss: an objective of your own for the blocks but the last, one for all or one (or None) a block.
         plan: a plan or its path: nothing is searched.
         devices: one device a block; None: as `plan` says, else where the model is.
         output: key, attribute or index of the primary output; None: ``logits``, else the only or first float tensor.
+        root: module path of the part to cut; what is around it belongs to the first and the last block. If the code
+            around it cannot be traced, it runs as it is, and what it does before `root` runs twice a step.
         leaf_modules: module paths that are kept whole while tracing.
         no_cut: module paths inside of which there is no cut.
         max_live: how many activations may cross at a cut; None: as few as give the blocks asked for.
@@ -93,17 +109,29 @@ def decouple(
     inputs, target = first_pair(data)
     example = Args(**to_device(inputs.bind(owned.forward), device_of(owned)))
     wanted = given.output if given is not None and output is None else output
-    where = Where(count, max_live, no_cut=_paths(no_cut), named=tuple(given.cuts if given is not None else named or ()))
+    part = root if given is None or root else given.root
+    where = Where(count, max_live, part, _paths(no_cut), tuple(given.cuts if given is not None else named or ()))
     traced = analyse(owned, example, wanted, leaf_modules, where)
     check_target(traced, example, to_device(target, device_of(owned)), loss)
+    if places is not None and traced.hosted:
+        raise PlanError(f"the code around root={part!r} runs as it is, on one device: leave out devices=.")
 
+    asked, objectives = heads, one_a_block(local_loss, count)
+    if own_heads := [objective.head for objective in objectives if objective is not None]:
+        traced = with_free_heads(traced)
+        heads = own_heads[0] if heads is None else heads
     decision: Decision
     if given is not None:
-        decision = from_plan(given, traced, by_name(heads))
+        decision = from_plan(given, traced, by_name(heads) | by_name(own_heads))
     elif named is not None:
         decision = from_names(list(traced.named), heads, traced)
     else:
         searching = chosen.needs_data and blocks > 1
+        if searching and own_heads:
+            raise HeadError(
+                f"search={search!r} compares heads by the model's own loss and cannot be combined with local_loss=...: "
+                "choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
+            )
         sources = search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None
         problem = Problem(
             traced.train,
@@ -118,8 +146,10 @@ def decouple(
             progress,
         )
         decision = chosen.decide(problem)
-    made = _plan_of(decision, traced, owned, example, wanted, places, seed)
-    return compile_net(owned, traced, example, decision.heads, made, loss, seed)
+    if own_heads:
+        decision = with_objectives(decision, objectives, asked, traced)
+    made = _plan_of(decision, traced, owned, example, wanted, places, part, seed)
+    return compile_net(owned, traced, example, decision.heads, made, loss, objectives, seed)
 
 
 def load(
@@ -128,7 +158,9 @@ def load(
     *,
     loss: Loss | None = nn.functional.cross_entropy,
     heads: Sequence[HeadSpec] = (),
+    local_loss: LocalLosses = None,
     leaf_modules: Collection[str] = (),
+    data: Any = None,
     inplace: bool = False,
 ) -> Net:
     """Make a net again from what ``net.save(folder)`` wrote and a model of the same architecture (its weights are not
@@ -139,7 +171,9 @@ def load(
         model: the same architecture.
         loss: as in :func:`decouple`; functions are not saved.
         heads: the factories behind heads that are not registered by name.
+        local_loss: as in :func:`decouple`.
         leaf_modules: as in :func:`decouple`.
+        data: as in :func:`decouple`, for models that cannot run on noise of the right shape.
         inplace: share the user's Parameter objects instead of copying them; the weights are loaded into them.
 
     Raises:
@@ -148,10 +182,18 @@ def load(
     """
     plan = Plan.load(Path(folder) / "plan.json")
     owned = own(model, inplace=inplace)
-    example = example_like(plan.inputs, device_of(owned))
-    traced = analyse(owned, example, plan.output, leaf_modules, Where(plan.blocks, named=plan.cuts))
-    decision = from_plan(plan, traced, by_name(heads))
-    net = compile_net(owned, traced, example, decision.heads, plan, loss, int(plan.provenance.get("seed", 0)))
+    device = device_of(owned)
+    if data is None:
+        example = example_like(plan.inputs, device)
+    else:
+        example = Args(**to_device(first_pair(data)[0].bind(owned.forward), device))
+    traced = analyse(owned, example, plan.output, leaf_modules, Where(plan.blocks, None, plan.root, named=plan.cuts))
+    objectives = one_a_block(local_loss, plan.blocks)
+    if own_heads := [objective.head for objective in objectives if objective is not None]:
+        traced = with_free_heads(traced)
+    decision = from_plan(plan, traced, by_name(heads) | by_name(own_heads))
+    seed = int(plan.provenance.get("seed", 0))
+    net = compile_net(owned, traced, example, decision.heads, plan, loss, objectives, seed)
     net.load_weights(Path(folder) / "weights.pt")
     return net
 
@@ -208,6 +250,7 @@ def _plan_of(
     example: Args,
     output: Key,
     devices: tuple[str, ...] | None,
+    root: str,
     seed: int,
 ) -> Plan:
     def spec(value: Any) -> Any:
@@ -219,6 +262,7 @@ def _plan_of(
         "seed": seed,
         "front_end": traced.front_end,
         **({} if traced.free_batch else {"free_batch": False}),
+        **({"host": "runs as it is"} if traced.hosted else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -227,6 +271,7 @@ def _plan_of(
         heads=tuple(head_name(s) if s is not None else None for s in decision.heads),
         devices=devices,
         output=output,
+        root=root,
         model=type(model).__name__,
         base_layers=tuple(base_layers(traced.train)),
         inputs={name: pytree.tree_map(spec, value) for name, value in example.kwargs.items()},

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.args import Args, same_plain
+from sedona_fx.args import Args
 from sedona_fx.cost import Cost
-from sedona_fx.errors import CheckpointError, DataError, ScheduleError, shape_text
+from sedona_fx.errors import CheckpointError, ScheduleError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
 from sedona_fx.graph import direct_children
+from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
+from sedona_fx.placing import place, relink
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
+from sedona_fx.signature import Signature
 from sedona_fx.train.checkpoint import mismatch
 from sedona_fx.train.engine import Block, Engine, Loss, OnBlock, StepResult
 
@@ -51,6 +54,7 @@ class Net(nn.Module):
         example: Args,
         costs: Sequence[Cost],
         mode_paths: Mapping[str, tuple[bool, bool]],
+        objectives: Sequence[LocalLoss | None],
         seed: int,
     ) -> None:
         super().__init__()
@@ -65,13 +69,13 @@ class Net(nn.Module):
             [(path, model.get_submodule(path), flags) for path, flags in mode_paths.items()],
         )
         placeholders = {str(node.target) for node in graphs[True].graph.nodes if node.op == "placeholder"}
-        self._fixed = [name for name in plan.inputs if name not in placeholders]
+        self._signature = Signature(model, plan, placeholders)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
         where = _devices(plan, model)
         self._blocks = tuple(
-            Block(train, evaluation, head, device)
-            for train, evaluation, head, device in zip(
-                partitions[True], partitions[False], [*heads, None], where, strict=True
+            Block(*parts)
+            for parts in zip(
+                partitions[True], partitions[False], [*heads, None], where, [*objectives, None], strict=True
             )
         )
         self.engine = Engine(self._blocks, output, loss, seed)
@@ -79,6 +83,9 @@ class Net(nn.Module):
         self._plain = {True: direct_children(strip(graphs[True], keep_moves=moves))}
         same = graphs[False] is graphs[True]
         self._plain[False] = self._plain[True] if same else direct_children(strip(graphs[False], keep_moves=moves))
+        if moves:
+            place(self._blocks, model)
+            relink(self._all_graphs(), model)
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -93,6 +100,8 @@ class Net(nn.Module):
     def _run(self, args: Args) -> Any:
         self._check_modes()
         values = self._named(args)
+        if self._signature.hosted:  # the host's own code is at hand, and runs its way to `root` once
+            return self.model(**{name: value for name, value in values.items() if value is not None})
         graph = self._plain[self.training]
         return graph(*[values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"])
 
@@ -224,55 +233,15 @@ class Net(nn.Module):
         super()._apply(fn, recurse)
         for block, device in zip(self._blocks, _devices(self.plan, self.model), strict=True):
             block.device = device
-        blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
-        for gm in {id(g): g for g in (*blocks, *self._plain.values(), *self._graphs.values())}.values():
-            for node in gm.graph.nodes:
-                if node.op == "get_attr":
-                    path, _, name = str(node.target).rpartition(".")
-                    ours, theirs = gm.get_submodule(path), self.model.get_submodule(path)
-                    for registry in ("_parameters", "_buffers"):
-                        if name in getattr(theirs, registry):
-                            getattr(ours, registry)[name] = getattr(theirs, registry)[name]
+        relink(self._all_graphs(), self.model, fn)
         return self
 
-    def _named(self, args: Args) -> dict[str, Any]:
-        given = args.bind(self.model.forward)
-        wanted = self.plan.inputs
-        for name in given.keys() - wanted.keys():
-            raise DataError(
-                f"the net was traced without the argument {name!r}; give it in the first batch handed to decouple."
-            )
-        for name in wanted.keys() - given.keys():
-            raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
-        self._check_inputs(given)
-        for name in self._fixed:
-            if not same_plain(given[name], wanted[name]):
-                raise DataError(
-                    f"the argument {name!r} is {given[name]!r}, the net was traced with {wanted[name]!r}: arguments "
-                    "without tensors are part of the graph. Hand what changes from batch to batch as a tensor."
-                )
-        return given
+    def _all_graphs(self) -> list[fx.GraphModule]:
+        blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
+        return [*blocks, *self._plain.values(), *self._graphs.values()]
 
-    def _check_inputs(self, given: Mapping[str, Any]) -> None:
-        """Refuse tensors on another device than the model, and sizes that a captured program was not made for."""
-        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        if self.plan.devices is None:
-            for name, tensor in tensors.items():
-                if tensor.device != self._blocks[0].device:
-                    raise DataError(
-                        f"the input {name!r} is on {tensor.device}, the model is on {self._blocks[0].device}: move the "
-                        f"one with {name}.to({str(self._blocks[0].device)!r}), or the other with net.to(...)."
-                    )
-        if self.plan.provenance.get("front_end") == "export":
-            free = int(self.plan.provenance.get("free_batch", True))
-            for name, tensor in tensors.items():
-                if list(tensor.shape)[free:] != self.plan.inputs[name]["shape"][free:]:
-                    wanted = ["any"] * free + self.plan.inputs[name]["shape"][free:]
-                    raise DataError(
-                        f"the input {name!r} has the shape {shape_text(tensor.shape)}, but the model was traced with "
-                        f"({', '.join(map(str, wanted))}): of a model captured by torch.export only the size of the "
-                        "batch is free. Pad or crop the input, or decouple the model anew for this size."
-                    )
+    def _named(self, args: Args) -> dict[str, Any]:
+        return self._signature.bind(args, self._blocks[0].device if self.plan.devices is None else None)
 
     def _check_modes(self) -> None:
         for path, module, (in_train, in_eval) in self._modal:

@@ -26,6 +26,7 @@ class Plan:
         heads: for each cut, the registered name of its head, or None for no head.
         devices: one device a block, or None.
         output: key of the primary output (attribute, key or index), or None for a bare tensor.
+        root: module path of the part that was cut; empty: the whole model.
         model: name of the model's class, for messages.
         base_layers: the cut points among which was chosen.
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` of the example batch.
@@ -36,6 +37,7 @@ class Plan:
     heads: tuple[str | None, ...] = ()
     devices: tuple[str, ...] | None = None
     output: str | int | None = None
+    root: str = ""
     model: str = ""
     base_layers: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +116,7 @@ def _checked(name: str, value: Any, source: str) -> Any:
     if name == "output":
         if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
             raise wrong("a name, an index or null")
-    elif name == "model":
+    elif name in ("model", "root"):
         if not isinstance(value, str):
             raise wrong("a name")
     elif not isinstance(value, dict):

@@ -44,6 +44,11 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
     """
     import onnxruntime
 
+    if "host" in net.plan.provenance:
+        raise ExportError(
+            f"the code around root={net.plan.root!r} runs as Python and cannot be exported: export the sub-module, "
+            f"net.model.get_submodule({net.plan.root!r}), by itself."
+        )
     # A copy: `cpu()` moves parameters in place, and those of the inference module are the net's own.
     module = copy.deepcopy(net.inference_module()).cpu()
     inputs = {name: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for name, value in example.kwargs.items()}

@@ -25,6 +25,7 @@ from sedona_fx.cost import Meter
 from sedona_fx.errors import TraceError
 from sedona_fx.graph import Phase, TensorSpec, describe, info, operation
 from sedona_fx.passes.base import graph_pass
+from sedona_fx.passes.host import HostCall, Recorded
 from sedona_fx.passes.watch import keep_modes, keep_state
 
 _CHANNELS_SECOND = (
@@ -86,7 +87,7 @@ class _Annotator(fx.Interpreter):
         before = [(t, t._version) for t in _tensors([self.env[a] for a in n.all_input_nodes])]
         self.meter.saved, flops = {}, self.meter.flops
         try:
-            result = super().run_node(n)
+            result = _as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.meter.saved, self.meter.flops = {}, flops
             result = self._run_on_noise(n)
@@ -135,6 +136,18 @@ class _Annotator(fx.Interpreter):
             for bare, leaf in zip(detached, leaves, strict=True)
         ]
         return pytree.tree_unflatten(fakes, spec)
+
+
+def _as_recorded(call: HostCall) -> Any:
+    """Return what a call into an untraced host gave for the example batch, on fake tensors."""
+
+    def make(value: Any) -> Any:
+        if not isinstance(value, Recorded):
+            return value
+        spec = value.spec
+        return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device).requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(make, call.recorded)
 
 
 def _made_up(fake: Tensor, noise: torch.Generator) -> Tensor:

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.errors import OutputError
 from sedona_fx.flow import ancestors, dependencies
-from sedona_fx.graph import Phase, TensorSpec, info, output_node
+from sedona_fx.graph import Phase, TensorSpec, info, operation, output_node
 from sedona_fx.outputs import Key, fields, find_primary
 from sedona_fx.passes.alias import opaque_writes
 from sedona_fx.passes.base import graph_pass
@@ -26,14 +27,16 @@ Needs = Mapping[fx.Node, Sequence[fx.Node]]
 
 
 @graph_pass(Phase.TRACED)
-def crossings(gm: fx.GraphModule, *, output: Key = None) -> fx.GraphModule:
+def crossings(gm: fx.GraphModule, *, output: Key = None, whole: bool = False) -> fx.GraphModule:
     """Write into every node's record whether it serves training outputs only, and what crosses if a block ends there.
 
     Args:
         gm: an annotated graph with explicit writes. Only records change.
         output: the user's name for the primary output.
+        whole: one node gives all that the graph returns, and the loss may be about any of it.
     """
-    primary = primary_node(gm.graph, output)
+    (result,) = output_node(gm.graph).args
+    primary = result if whole and isinstance(result, fx.Node) else primary_node(gm.graph, output)
     needs = dependencies(gm.graph)
     behind = ancestors([primary], needs)
     needed = ancestors([output_node(gm.graph)], needs)
@@ -54,6 +57,46 @@ def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
     key = find_primary(info(result).value, output)
     made = _constructor_arguments(result)
     return made.get(key, result) if key is not None else result
+
+
+def read_token(graph: fx.Graph, output: Key = None) -> tuple[int | None, int]:
+    """Return which one of the tokens (N, T, D) the primary output is made of, and T; (None, 0) if there is no such one.
+
+    A class token is the first, a model that reads the last one has -1; a model that takes the mean reads them all.
+    """
+    try:
+        todo = [primary_node(graph, output)]
+    except OutputError:
+        return None, 0
+    seen, chosen = set[fx.Node](), set[tuple[int | None, int]]()
+    while todo:
+        node = todo.pop()
+        if node in seen or not info(node).is_live or not info(node).from_input:
+            continue
+        seen.add(node)
+        for source in node.all_input_nodes:
+            value = info(source).value
+            if isinstance(value, TensorSpec) and len(value.shape) == 3 and info(source).is_live:
+                chosen.add((_selected(node, source), value.shape[1]))
+            else:
+                todo.append(source)
+    found = chosen.pop() if len(chosen) == 1 else (None, 0)
+    return found if found[0] is not None else (None, 0)
+
+
+def _selected(node: fx.Node, source: fx.Node) -> int | None:
+    """Return the token that a node takes out of (N, T, D): ``x[:, 0]``, or ``select(x, 1, 0)``."""
+    if node.args[:1] != (source,):
+        return None
+    if node.target is operator.getitem:
+        key = node.args[1]
+        whole = slice(None)
+        key = key[:-1] if isinstance(key, tuple) and len(key) == 3 and key[2] == whole else key
+        if isinstance(key, tuple) and len(key) == 2 and key[0] == whole and isinstance(key[1], int):
+            return key[1]
+    if operation(node) == "select" and len(node.args) == 3 and node.args[1] == 1 and isinstance(node.args[2], int):
+        return node.args[2]
+    return None
 
 
 def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:

@@ -56,7 +56,7 @@ def cuts(
         named = not wanted.isdisjoint(aliases(info(node)))
         fits = (
             info(node).crossing <= max_live
-            and _inside(node, root)
+            and is_inside(node, root)
             and not any(_strictly_inside(node, p) for p in no_cut)
         )
         if (fits or named) and (keep is None or name in keep):
@@ -123,7 +123,8 @@ def _ends(node: fx.Node, module: str) -> bool:
     return module in (name.partition("#")[0] for name in info(node).returned_by) or str(node.target) == module
 
 
-def _inside(node: fx.Node, module: str) -> bool:
+def is_inside(node: fx.Node, module: str) -> bool:
+    """Whether a node is made inside a module, or is what the module returns."""
     return _within(info(node).path, module) or _ends(node, module)
 
 

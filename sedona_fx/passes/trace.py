@@ -21,6 +21,7 @@ from sedona_fx.graph import Phase, verify
 from sedona_fx.outputs import map_tensors
 from sedona_fx.passes.check import check_equal_forward
 from sedona_fx.passes.exported import record_by_export
+from sedona_fx.passes.host import graph_around, reads_of, watch_root
 from sedona_fx.passes.sites import match_sites, name_sites, same_graphs
 from sedona_fx.passes.symbolic import find_leaves, record_symbolically
 from sedona_fx.passes.watch import StateWatch, keep_modes
@@ -41,7 +42,7 @@ class Traced:
     was in train mode and in eval mode: a graph is chosen for the net at once, so they must keep these flags. It is
     empty where the modes do not differ. ``output`` is what the model returned in train mode for the first two examples.
     ``front_end`` is ``"symbolic"`` or ``"export"``; with the latter all sizes but the batch are fixed, and the batch,
-    too, unless ``free_batch``.
+    too, unless ``free_batch``. ``hosted``: only the sub-module ``root`` is a graph, the code around it runs as it is.
     """
 
     train: fx.GraphModule
@@ -50,9 +51,10 @@ class Traced:
     output: Any
     front_end: str = "symbolic"
     free_batch: bool = True
+    hosted: bool = False
 
 
-def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()) -> Traced:
+def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
     """Trace a model in train and in eval mode and prove both graphs against it.
 
     Args:
@@ -60,6 +62,8 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         example: one batch; a few of its examples are run through the model and through both graphs. Arguments that
             hold no tensor are part of the graph.
         leaf_modules: module paths that stay whole, which only symbolic tracing can do.
+        root: module path of the part to be cut. If the code around it cannot be traced, it runs as it is
+            (:mod:`sedona_fx.passes.host`).
 
     Returns:
         Graphs whose tensors *are* the model's, each node with its module path and a site name that is the same in
@@ -74,6 +78,8 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         return _prove(model, example, lambda: record_symbolically(model, given, leaves), "symbolic", lambda: True)
     except TraceError as error:
         first = error
+    if root:
+        return _trace_root(model, example, leaf_modules, root)
     if leaves:
         raise TraceError(f"{first} {WAYS_OUT}") from first
     watch = _settle(model, example)
@@ -89,6 +95,27 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     except TraceError as second:
         watch.restore()
         raise TraceError(f"{first} torch.export cannot record it either: {second} {WAYS_OUT}") from first
+
+
+def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
+    """Trace a sub-module by what enters it, and put the untraced host around its graphs."""
+    given = example.bind(model.forward)
+    seen = {training: watch_root(model, example, root, training=training) for training in (True, False)}
+    inner = [path.removeprefix(f"{root}.") for path in leaf_modules if path.startswith(f"{root}.")]
+    entering = Args(**map_tensors(lambda t: t.detach(), seen[True].given))
+    traced = trace(model.get_submodule(root), entering, leaf_modules=inner)
+    reads = reads_of(model, root, seen[True])
+    train, evaluation = (
+        graph_around(model, root, gm, given, seen[training], reads, training=training)
+        for training, gm in ((True, traced.train), (False, traced.eval))
+    )
+    name_sites(train.graph)
+    match_sites(train.graph, evaluation.graph)
+    few = example.first(2) if traced.free_batch else example
+    output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
+    check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
+    mode_paths = {f"{root}.{path}" if path else root: flags for path, flags in traced.mode_paths.items()}
+    return Traced(train, evaluation, mode_paths, output, traced.front_end, traced.free_batch, hosted=True)
 
 
 def _settle(model: nn.Module, example: Args) -> StateWatch:

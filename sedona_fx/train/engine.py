@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
+from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat, map_tensors
 from sedona_fx.passes.partition import BlockGraph
 from sedona_fx.train.guard import FiniteGuard
@@ -42,14 +43,22 @@ class Block:
         eval_module: the same for evaluation; one object with `module` where the modes do not differ.
         head: the auxiliary head, or None (last block, or a net without heads).
         device: where the block lives.
+        objective: what the block learns instead of the model's task, or None.
     """
 
-    def __init__(self, train: BlockGraph, evaluation: BlockGraph, head: nn.Module | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: BlockGraph,
+        evaluation: BlockGraph,
+        head: nn.Module | None,
+        device: torch.device,
+        objective: LocalLoss | None = None,
+    ) -> None:
         self.index = train.index
         self.train_graph, self.eval_graph = train, evaluation
         self.module: fx.GraphModule = train.module
         self.eval_module: fx.GraphModule = evaluation.module
-        self.head, self.device = head, device
+        self.head, self.device, self.objective = head, device, objective
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the block's parameters, those of its head included, each once."""
@@ -97,7 +106,7 @@ class Engine:
         for block in self.blocks:
             with self._random(block, step):
                 exports, local = block(values, training)
-            losses.append(self.local_loss(block, local, target))
+            losses.append(self.local_loss(block, local, target, inputs))
             self._hand_on(block, values, exports, training)
         return losses
 
@@ -132,7 +141,7 @@ class Engine:
                 with self.guard.protecting([] if whole else block.buffers()) as snapshot:
                     with self._random(block, step):
                         exports, local = block(values, training)
-                    loss = self.local_loss(block, local, target)
+                    loss = self.local_loss(block, local, target, inputs)
                     self.guard.check(block.index, step, loss, defer=defer or whole)
                     self._walk_back(block, loss, scaler, weight)
                     self.guard.settle(block.index, snapshot)
@@ -146,18 +155,21 @@ class Engine:
                 self.guard.raise_pending()
         return StepResult(losses, local)
 
-    def local_loss(self, block: Block, local: Any, target: Any) -> Tensor:
-        """Return the loss on a block's local output.
+    def local_loss(self, block: Block, local: Any, target: Any, inputs: Mapping[str, Any] | None = None) -> Tensor:
+        """Return the loss on a block's local output; an objective of the user's gets the net's `inputs`, too.
 
         Raises:
             DataError: the loss cannot take the target; with both shapes.
         """
-        if self.loss is None:
-            raise ScheduleError("this net has no loss: hand one to decouple(..., loss=...) or load(..., loss=...).")
-        target = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), target)
+        target, given = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, dict(inputs or {})))
         last = block is self.blocks[-1]
+        call = "loss(output, target)" if block.objective is None else "local_loss.loss(output, inputs, target)"
         try:
-            if last:
+            if block.objective is not None:
+                loss = block.objective.loss(local, given, target)
+            elif self.loss is None:
+                raise ScheduleError("this net has no loss: hand one to decouple(..., loss=...) or load(..., loss=...).")
+            elif last:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
                 loss = self.output.head_loss(self.loss, local, target)
@@ -166,10 +178,10 @@ class Engine:
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the loss cannot take the output of block {block.index}, {_shapes(local)}, with the target, "
-                f"{_shapes(target)}: {type(error).__name__}: {error}. The loss is called as loss(output, target)."
+                f"{_shapes(target)}: {type(error).__name__}: {error}. The loss is called as {call}."
             ) from error
         if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise OutputError(f"loss(output, target) must return a scalar tensor, not {_shapes(loss)}.")
+            raise OutputError(f"{call} must return a scalar tensor, not {_shapes(loss)}.")
         return loss
 
     def require_heads(self, who: str) -> None:
