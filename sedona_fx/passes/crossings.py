@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import fx
@@ -103,6 +104,9 @@ def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
     """Return field -> node if a node only builds the model's output type (a namedtuple, a dataclass) from values."""
     if node.op != "call_function" or not isinstance(node.target, type):
         return {}
+    if node.target in (dict, OrderedDict, list) and len(node.args) == 1 and isinstance(node.args[0], list):
+        items = node.args[0] if node.target is not list else enumerate(node.args[0])
+        return {key: value for key, value in items if isinstance(value, fx.Node)}
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):

@@ -22,6 +22,7 @@ from sedona_fx.outputs import map_tensors
 from sedona_fx.passes.check import check_equal_forward
 from sedona_fx.passes.exported import record_by_export
 from sedona_fx.passes.host import graph_around, reads_of, watch_root
+from sedona_fx.passes.retype import retype
 from sedona_fx.passes.sites import match_sites, name_sites, same_graphs
 from sedona_fx.passes.symbolic import find_leaves, record_symbolically
 from sedona_fx.passes.watch import StateWatch, keep_modes
@@ -151,5 +152,8 @@ def _prove(model: nn.Module, example: Args, record: Recorder, front_end: str, fr
         mode_paths = {path: (flags.get(m, True), m.training) for m, path in paths.items()}
     few = example.first(2) if free_batch() else example
     output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
-    check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
+    eval_output = check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
+    retype(train, output)
+    if not same:
+        retype(evaluation, eval_output)
     return Traced(train, evaluation, mode_paths, output, front_end, free_batch())
