@@ -65,11 +65,11 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
             blocks[node] = len(ends)
         if node in blocks and _crosses_for_free(node):
             # A mask or a shape crosses in the place of the activation that it is taken from.
-            blocks[node] = min(blocks[node], max((blocks[n] for n in needs[node] if n.op != "placeholder"), default=0))
+            blocks[node] = min(blocks[node], max((blocks[n] for n in needs[node] if not _is_given(n)), default=0))
         elif node in blocks and is_unpacking(node):
             blocks[node] = blocks[node.all_input_nodes[0]]
         elif node not in blocks:
-            sources = [source for source in (*needs[node], *before) if source.op not in ("placeholder", "get_attr")]
+            sources = [source for source in (*needs[node], *before) if not _is_given(source)]
             blocks[node] = max((blocks[source] for source in sources), default=_neighbour(node, blocks))
         for source in node.all_input_nodes:
             for storage in info(source).storages:
@@ -77,7 +77,14 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     while late := [(r, w) for r, w in early if blocks[r] > blocks[w]]:
         for reader, write in late:
             _claim([reader], blocks[write], needs, blocks)
+    for node in graph.nodes:
+        if node.op == "get_attr":  # any block may read the model's tensors: here stands the first that does
+            blocks[node] = min((blocks[user] for user in node.users), default=0)
     return blocks
+
+
+def _is_given(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
 
 
 def _neighbour(node: fx.Node, blocks: Mapping[fx.Node, int]) -> int:

@@ -135,7 +135,7 @@ def _cross(
         moved = devices is not None and record.is_tensor and (home is None or devices[home] != devices[block])
         if moved and devices is not None:
             entered = _insert_before(graph, first, "to", (entered, devices[block]), block, record)
-        if overwrites and home is not None and not moved:
+        if overwrites and home is not None and not moved and node.op != "get_attr":
             entered = _insert_before(graph, first, torch.clone, (entered,), block, record)
         if entered is not node:
             for user in users:

@@ -109,14 +109,16 @@ def _block(
             wanted[_source(argument)] = None
     if last:
         fx.map_arg(output, lambda n: wanted.setdefault(_source(n)))
-    for source in wanted:
-        if source.op == "get_attr" and info(source).block != index:
-            env[source] = new.node_copy(source)  # every block reads the model's tensors itself
-            copy_info(source, env[source], block=index)
-        elif source.op == "placeholder" or info(source).block != index:
+    foreign = [source for source in wanted if source.op == "placeholder" or info(source).block != index]
+    for source in foreign:
+        if source.op != "get_attr":
             env[source] = new.placeholder(str(source.target) if source.op == "placeholder" else source.name)
             copy_info(source, env[source])
             inputs.append(info(source).site)
+    for source in foreign:
+        if source.op == "get_attr":  # every block reads the model's tensors itself
+            env[source] = new.node_copy(source)
+            copy_info(source, env[source], block=index)
     for node in body:
         env[node] = new.node_copy(node, lambda n: env[_source(n)])
         copy_info(node, env[node])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
@@ -60,7 +61,11 @@ class Problem:
 
     def node(self, name: str) -> fx.Node:
         """Return the train graph's node of a cut point."""
-        return resolve(self.train.graph)[name]
+        return self._nodes[name]
+
+    @functools.cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return resolve(self.train.graph)
 
 
 @dataclass(frozen=True)

@@ -252,3 +252,39 @@ def test_no_cut_and_cuts_at_the_beginning():
     net = sedona_fx.decouple(model, (x, y), cuts={"1": "beginning", "1.2": "beginning", "2": "end"})
     assert net.plan.cuts == ("0", "1.1", "2")
     net.backward(x, y)
+
+
+class Ticks(nn.Module):
+    """Counts in a tensor of its host's."""
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        level.add_(0.25)
+        return x
+
+
+class ReadsByName(Layers):
+    """A counter of the root ticked in a module without a weight, and a buffer read in two blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.tick = Ticks()
+        self.register_buffer("level", torch.zeros(1))
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x):
+        h = self.a(x)
+        h = self.tick(h, self.level) * self.scale
+        h = self.b(h).tanh() * self.scale
+        return {"logits": self.fc(h), "extra": h.detach() + h}
+
+
+@pytest.mark.parametrize("cuts", [["a"], ["b"], [":mul"], ["a", "b"]])
+def test_blocks_read_and_write_the_models_own_buffers(cuts):
+    (x, y), model = pair(), ReadsByName().double()
+    net = sedona_fx.decouple(
+        model, (x, y), cuts=cuts, heads="tokens-1", loss=lambda o, y: F.cross_entropy(o["logits"], y)
+    )
+    for expected in (0.25, 0.5):
+        net.backward(x, y)
+        assert net.model.level.item() == expected
+    assert net.losses(x, y)[-1].item() == F.cross_entropy(model(x)["logits"], y).item()
