@@ -97,6 +97,11 @@ def analyse(
         eval_key = output if output in dict(fields(eval_values)) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.hosted)
         auxiliary = _training_only(values, eval_values, key)
+    if not any(info(node).depends for node in output_node(train.graph).all_input_nodes):
+        raise CutError(
+            f"the output of {type(model).__name__} does not depend on any of its parameters: there is nothing to "
+            "train. Is it computed under torch.no_grad(), or from .detach()-ed values?"
+        )
     named = tuple(_place(train, spec) for spec in where.named)
     if where.root and not any(info(node).crossing and is_inside(node, where.root) for node in train.graph.nodes):
         raise CutError(

@@ -27,14 +27,13 @@ def own(model: nn.Module, *, inplace: bool) -> nn.Module:
     """Return the copy of the model that the net will own; with `inplace` it shares the tensors."""
     if not isinstance(model, nn.Module):
         raise DataError(f"decouple takes an nn.Module, not {type(model).__name__}.")
-    if inplace:
-        return share_copy(model)
     try:
-        return copy.deepcopy(model)
+        return share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:
         raise DataError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Pass inplace=True to share "
-            "its parameters, or drop tensors with a graph from its attributes."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
+            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
+            "torch.nn.utils.parametrizations."
         ) from error
 
 

@@ -118,8 +118,13 @@ class Branching(nn.Module):
             TraceError,
             r"the forward of 1, .*test_decouple_errors.py line \d+: `if x.mean\(\) > 0:`.*leaf_modules",
         ),
-        ({"model": nn.ReLU()}, CutError, r"2 blocks need 1 cuts; this model has 0 legal cut points"),
-        ({"model": nn.Flatten(), "loss": None}, CutError, r"has 0 legal cut points, enough for 1 blocks"),
+        (
+            {"model": nn.Linear(4, 3)},
+            CutError,
+            r"2 blocks need 1 cuts; this model has 0 legal cut points, enough for 1",
+        ),
+        ({"model": nn.ReLU()}, CutError, r"the output of ReLU does not depend on any of its parameters"),
+        ({"model": nn.Flatten(), "loss": None, "blocks": 1}, CutError, r"does not depend on any of its parameters"),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else "",
 )
