@@ -58,8 +58,11 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     needed = ancestors([output_node(graph)], needs)
     readers: dict[int, list[fx.Node]] = {}
     early: list[tuple[fx.Node, fx.Node]] = []
+    shown = shown_late(graph)
     for node in graph.nodes:
-        before = [r for s in sorted(info(node).mutates) for r in readers.get(s, ()) if not info(r).training_only]
+        written = info(node).mutates
+        early_readers = [reader for storage in sorted(written) for reader in readers.get(storage, ())]
+        before = [r for r in early_readers if not info(r).training_only or written & shown]
         early.extend((reader, node) for reader in before)
         if node not in blocks and (node in needed or node.op == "output"):
             blocks[node] = len(ends)
@@ -71,9 +74,9 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         elif node not in blocks:
             sources = [source for source in (*needs[node], *before) if not _is_given(source)]
             blocks[node] = max((blocks[source] for source in sources), default=_neighbour(node, blocks))
-        for source in node.all_input_nodes:
-            for storage in info(source).storages:
-                readers.setdefault(storage, []).append(node)
+        read = info(node).storages.union(*(info(source).storages for source in node.all_input_nodes))
+        for storage in read:
+            readers.setdefault(storage, []).append(node)
     while late := [(r, w) for r, w in early if blocks[r] > blocks[w]]:
         for reader, write in late:
             _claim([reader], blocks[write], needs, blocks)
@@ -81,6 +84,25 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         if node.op == "get_attr":  # any block may read the model's tensors: here stands the first that does
             blocks[node] = min((blocks[user] for user in node.users), default=0)
     return blocks
+
+
+def shown_late(graph: fx.Graph) -> set[int]:
+    """Return the storages that are overwritten between the making and the reading of a view for training outputs.
+
+    Such a view shows the write: it cannot read a copy from before.
+    """
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    views: dict[int, list[fx.Node]] = {}
+    found: set[int] = set()
+    for node in graph.nodes:
+        for storage in info(node).mutates:
+            late = (position[user] > position[node] for view in views.get(storage, ()) for user in view.users)
+            if any(late):
+                found.add(storage)
+        if info(node).training_only:
+            for storage in info(node).storages:
+                views.setdefault(storage, []).append(node)
+    return found
 
 
 def _is_given(node: fx.Node) -> bool:

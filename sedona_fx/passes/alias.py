@@ -24,6 +24,7 @@ def explicit_writes(gm: fx.GraphModule) -> fx.GraphModule:
     """
     position = {node: k for k, node in enumerate(gm.graph.nodes)}
     changed = False
+    overwritten: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         for source in node.all_input_nodes:
             if _overwrites_whole(node, source):
@@ -31,7 +32,11 @@ def explicit_writes(gm: fx.GraphModule) -> fx.GraphModule:
                     if position[user] > position[node]:
                         user.replace_input_with(source, node)
                         changed = True
-                _hand_over_names(source, node)
+                overwritten[node] = source
+                value: fx.Node | None = source
+                while value is not None:  # all the values that this memory has held
+                    _hand_over_names(value, node)
+                    value = overwritten.get(value)
     if changed:
         gm.recompile()
     return gm

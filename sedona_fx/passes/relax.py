@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from sedona_fx.flow import block_of, is_unpacking
+from sedona_fx.flow import block_of, is_unpacking, shown_late
 from sedona_fx.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
 from sedona_fx.passes.base import graph_pass
 from sedona_fx.split import SplitPoint
@@ -44,6 +44,8 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
         crossing = {node: [n for n in node.users if n in behind and not (n.op == "output" and n.args[0] is node)]}
         for value in position:
             if value is node or value.op == "get_attr" or not info(value).is_live or blocks[value] > index:
+                continue
+            if position[value] > position[node]:  # dead code, or it would stand in front of the end that needs it
                 continue
             users = gates.get(value, value).users
             if readers := [n for n in users if n in behind and blocks[n] > index]:
@@ -105,6 +107,7 @@ def _after(node: fx.Node) -> list[fx.Node]:
 
 
 def _detach_training_only(graph: fx.Graph) -> None:
+    shown = shown_late(graph)
     for node in list(graph.nodes):
         if info(node).training_only or node.op == "output":
             continue
@@ -123,7 +126,7 @@ def _detach_training_only(graph: fx.Graph) -> None:
             info(made).training_only, info(made).depends = True, False  # no gradient leaves through it
         for user in readers:
             if not _only_builds_output(user):
-                user.replace_input_with(node, kept)
+                user.replace_input_with(node, detached if info(user).storages & info(node).storages & shown else kept)
 
 
 def _only_builds_output(node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import sedona_fx
 from sedona_fx.graph import info
 from sedona_fx.passes.alias import opaque_writes
+from sedona_fx.passes.cuts import possible
 
 
 class Base(nn.Module):
@@ -243,3 +244,65 @@ def test_a_branch_written_through_a_view_counts_as_live():
     names = cut_names(analysed(BranchWrittenThroughView(), batch()[0]))
     assert names[0] == "a"
     assert not {"b", "c", ":tanh"} & set(names)
+
+
+class Marks(nn.Module):
+    """Overwrites what it is given and returns it."""
+
+    def forward(self, x):
+        x[:, 0] = 0.5
+        return x
+
+
+class MarkedTwice(Base):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2 = Marks(), Marks()
+
+    def forward(self, x):
+        h = self.a(x)
+        self.w1(h)
+        h = self.w2(h)
+        return self.d(self.c(self.b(h.sin()).tanh()))
+
+
+def test_a_module_that_overwrites_what_was_overwritten_ends_at_its_own_write():
+    graph = analysed(MarkedTwice(), batch()[0]).train.graph
+    names = {name: info(node).site for name, node in possible(graph).items()}
+    assert names["a"] == "a"
+    assert names["w1"] == "w1:setitem"
+    assert names["w2"] == "w2:setitem"
+
+
+class LateView(Base):
+    """Only the second output reads a view, made before a write that it shows."""
+
+    def forward(self, x):
+        h = self.a(x)
+        view = h.view(-1, 4)
+        h[:, 0] = 0.5
+        return {"logits": self.d(self.c(self.b(h.sin()).tanh())), "extra": view}
+
+
+def test_a_view_that_only_another_output_reads_shows_the_write():
+    x, y = batch()
+    model = LateView()
+    net = sedona_fx.decouple(model, (x, y), cuts=["b"], loss=lambda o, y: F.cross_entropy(o["logits"], y))
+    assert torch.equal(net.backward(x, y).output["extra"], model(x)["extra"])
+
+
+class DeadEnd(Base):
+    """Dead code of a value behind the first cut, and of a value of the last block."""
+
+    def forward(self, x):
+        h = self.a(x)
+        n = self.b(h)
+        e = (h * 2).sin()
+        _ = e + n
+        return self.d(self.c(e).tanh()), e
+
+
+def test_dead_code_behind_a_cut():
+    x, y = batch()
+    net = sedona_fx.decouple(DeadEnd(), (x, y), cuts=["a", ":mul"], loss=lambda o, y: F.cross_entropy(o[0], y))
+    net.backward(x, y)
