@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
 from sedona_fx.cost import Meter
@@ -80,6 +81,11 @@ class _Annotator(fx.Interpreter):
         with self.meter.measuring():
             return super().run(*args, enable_io_processing=False)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Hand out lists and dictionaries of Python's own: a function kept whole may write to what it is given."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+
     def run_node(self, n: fx.Node) -> Any:
         record = info(n)
         if n.op == "output":
@@ -136,6 +142,16 @@ class _Annotator(fx.Interpreter):
             for bare, leaf in zip(detached, leaves, strict=True)
         ]
         return pytree.tree_unflatten(fakes, spec)
+
+
+def _mutable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if type(value) is tuple:
+        return tuple(map(_mutable, value))
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value
 
 
 def _as_recorded(call: HostCall) -> Any:

@@ -32,6 +32,7 @@ from sedona_fx.passes.tracer import holds_tensor, watch_training_flags
 from sedona_fx.passes.watch import StateWatch, user_line
 
 _CHECKS = ("_assert_tensor_metadata", "_guards_fn")  # of dtypes and shapes: net(x) checks its inputs itself
+_RESHAPE = torch.ops.aten.reshape.default  # a view wherever one can be had, and on other backends' layouts, too
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
@@ -139,7 +140,8 @@ class _Converter:
             path = _path(node)
             read = functools.partial(self._value, path=path)
             args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
-            made = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+            target = _RESHAPE if node.target is torch.ops.aten.view.default else node.target
+            made = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
             self._record(made, path)
             self.env[node] = made
         for node, names in _returned(self.source.graph).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -31,15 +32,18 @@ def retype(gm: fx.GraphModule, returned: Any) -> fx.GraphModule:
             return argument
         if isinstance(argument, Mapping) and type(value) in (dict, OrderedDict):
             return call(type(value), [(key, rebuilt(argument[key], value[key])) for key in value])
+        if isinstance(argument, Mapping) and isinstance(value, Mapping) and dataclasses.is_dataclass(value):
+            # Hugging Face's outputs are both; fx takes them for the dictionaries that they are as well.
+            return call(type(value), **{str(key): rebuilt(argument[key], inner) for key, inner in value.items()})
         if isinstance(argument, list) and type(value) is list:
             return call(list, [rebuilt(a, v) for a, v in zip(argument, value, strict=True)])
         if type(argument) is tuple and type(value) is tuple:
             return tuple(rebuilt(a, v) for a, v in zip(argument, value, strict=True))
         return argument
 
-    def call(kind: type, content: list[Any]) -> fx.Node:
+    def call(kind: type, *content: Any, **named: Any) -> fx.Node:
         with gm.graph.inserting_before(result):
-            made = gm.graph.call_function(kind, (content,))
+            made = gm.graph.call_function(kind, content, named)
         made.meta[INFO] = NodeInfo()
         return made
 

@@ -55,6 +55,9 @@ def record_symbolically(
     return gm, list(tracer.mode_reads)
 
 
+_PURE = ("", "torch", "_operator", "operator", "builtins", "math", "collections")
+
+
 def is_impure(node: fx.Node) -> bool:
     """Keep whatever may do something besides returning a value: modules with state, in-place writes, assertions."""
     if node.op in ("placeholder", "output", "call_module"):
@@ -64,5 +67,8 @@ def is_impure(node: fx.Node) -> bool:
     if node.op == "call_function":
         name = operation(node)
         inplace = bool(node.kwargs.get("inplace")) or node.kwargs.get("out") is not None
+        # A function of the user's that is kept whole (torch.fx.wrap) may write to what it is given.
+        whose = str(getattr(node.target, "__module__", "") or "").partition(".")[0]
+        inplace = inplace or whose not in _PURE
         return inplace or node.target in WRITES or name == "_assert" or name.endswith("_") or node.is_impure()
     return False

@@ -547,3 +547,29 @@ def test_iterating_by_unpacking_is_no_obstacle_and_blames_nobody_later():
     with pytest.raises(TraceError) as caught:
         trace(Unpack(), example(4))
     assert "asks for the value" not in str(caught.value)
+
+
+def add_in_place(target, value):
+    target[:, 1:] += value[:, 1:]
+
+
+torch.fx.wrap("add_in_place")
+
+
+class CallsForEffect(nn.Module):
+    """Calls a function that stays whole for what it writes alone (torchvision's MViT does)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        add_in_place(h, x)
+        return self.b(h.tanh())
+
+
+def test_a_function_kept_whole_that_only_writes_is_no_dead_code():
+    traced = trace(CallsForEffect(), example())
+    assert traced.front_end == "symbolic"
+    assert any(node.target is add_in_place for node in traced.train.graph.nodes)
