@@ -43,6 +43,7 @@ class StateWatch:
         self.containers: list[tuple[str, Any, Any]] = []  # where, the container, a shallow copy of it
         self.tensors: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
         seen: set[int] = set()
+        self.modules = dict(model.named_modules())
         for path, module in model.named_modules():
             self._remember(path, vars(module), seen)
 
@@ -82,6 +83,23 @@ class StateWatch:
             if tensor._version != version:
                 return f"overwrites {_name(where)!r}"
         return ""
+
+    def replaced_attributes(self) -> list[tuple[Any, str]] | None:
+        """Return the modules' attributes, as (``vars(module)``, name), that hold another value now.
+
+        None if more changed than attributes: what is inside of them, or random states.
+        """
+        own = [entry for entry in self.containers if entry[0].rpartition(".")[2] not in _REGISTRIES]
+        found = []
+        for where, container, copy in own:
+            before, after = dict(_items(copy)), dict(_items(container))
+            for name in after:
+                if _CONSTANT.fullmatch(str(name)) or (name in before and _same(before[name], after[name])):
+                    continue
+                if where not in self.modules or not isinstance(name, str):
+                    return None
+                found.append((container, name))
+        return found if _same_states(self.random, random_states()) else None
 
     def restore(self) -> str:
         """Return what changed, after putting everything back."""

@@ -285,3 +285,33 @@ def test_what_is_noted_once_is_no_obstacle_unless_weights_change_with_it():
         trace(model, Args(x=images()))
     assert model.seen is None
     assert torch.equal(model.fc.bias, bias)
+
+
+class Scratch(Looks):
+    """Keeps a value of the forward where another method finds it (RAFT's correlation volumes)."""
+
+    def __init__(self):
+        super().__init__()
+        self.pyramid = []
+
+    def forward(self, x):
+        self.pyramid = [x, 2 * x]
+        return self.body(self.pyramid[1])
+
+
+class Remembers(Scratch):
+    """Reads what the forward before it left."""
+
+    def forward(self, x):
+        before = self.pyramid
+        self.pyramid = [x]
+        return self.body(x + len(before))
+
+
+def test_attributes_that_are_written_before_they_are_read_are_no_obstacle():
+    model = Scratch()
+    traced = trace(model, Args(x=images()))
+    assert traced.front_end == "export"
+    assert model.pyramid == []
+    with pytest.raises(TraceError, match="changes the attribute 'pyramid'"):
+        trace(Remembers(), Args(x=images()))
