@@ -134,7 +134,7 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
     found: dict[fx.Node, int] = {}
     for node in order:
         inside = bit[node]
-        candidates: dict[fx.Node, None] = dict.fromkeys(_parts(node))
+        candidates: dict[fx.Node, None] = dict.fromkeys(part for part in _parts(node) if part in bit)
         for source in needs[node]:
             inside |= before[source]
             candidates.update(dict.fromkeys(crossing[source]))

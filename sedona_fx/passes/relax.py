@@ -108,10 +108,12 @@ def _after(node: fx.Node) -> list[fx.Node]:
 
 def _detach_training_only(graph: fx.Graph) -> None:
     shown = shown_late(graph)
-    for node in list(graph.nodes):
-        if info(node).training_only or node.op == "output":
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    for node in position:
+        if info(node).training_only or node.op in ("output", "get_attr"):
             continue
         readers = [user for user in node.users if info(user).training_only and user.target is not torch.detach]
+        readers.sort(key=position.__getitem__)
         if not readers or not info(node).is_tensor or not info(node).is_live:
             continue
         if all(_only_builds_output(user) for user in readers):

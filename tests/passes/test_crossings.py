@@ -288,3 +288,34 @@ def test_blocks_read_and_write_the_models_own_buffers(cuts):
         net.backward(x, y)
         assert net.model.level.item() == expected
     assert net.losses(x, y)[-1].item() == F.cross_entropy(model(x)["logits"], y).item()
+
+
+def second_output(o: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    return F.cross_entropy(o[0], y)
+
+
+class HalfUsed(Layers):
+    """One part of a tuple leads to the output, another part only to a second output, a third nowhere."""
+
+    def forward(self, x):
+        p, q, r = self.a(x).chunk(3, 1)
+        r.relu()
+        return self.fc(self.b(torch.cat([p, p, p], 1)).tanh()), q.sin()
+
+
+class ReadTwiceLate(Layers):
+    """Two activations, each read by two nodes of a second output."""
+
+    def forward(self, x):
+        h, k = self.a(x), self.b(x)
+        e = h + k
+        e = e + k * h
+        return self.fc(self.c(h * k).tanh()), e
+
+
+@pytest.mark.parametrize(("kind", "cuts"), [(HalfUsed, ["b"]), (ReadTwiceLate, ["c"]), (ReadTwiceLate, [":mul#2"])])
+def test_second_outputs_hide_nothing(kind, cuts):
+    (x, y), model = pair(), kind().double()
+    net = sedona_fx.decouple(model, (x, y), cuts=cuts, heads="tokens-1", loss=second_output)
+    for found, expected in zip(net.backward(x, y).output, model(x), strict=True):
+        assert torch.equal(found, expected)
