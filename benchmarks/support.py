@@ -1,0 +1,176 @@
+"""Which models are supported: every promise checked on torchvision, timm and transformers, as ``docs/support.md``.
+
+    python benchmarks/support.py                        # all of them; what is done already is not done again
+    python benchmarks/support.py --family timm --jobs 1
+    python benchmarks/support.py --only 'swin*' --again
+
+Each model has a process of its own with a limit of time and of memory, so that no crash and no hang stops the table.
+Rows are kept in ``benchmarks/results/support.json``, one JSON object a line, and are done again when the compiler
+changed. ``--draw`` only writes the page from the rows that there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import hashlib
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "support.json"
+PAGE = ROOT / "docs" / "support.md"
+PRELOADED = ["row", "timm", "torchvision", "transformers", "onnxruntime", "onnxscript"]
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Check what is asked for and write the page."""
+    chosen = _options()
+    from catalogue import catalogue
+    from support_page import page
+
+    entries, version = catalogue(), _version()
+    rows = _read(RESULTS)
+    wanted = [] if chosen.draw else [key for key in entries if _matches(key, chosen)]
+    todo = [key for key in wanted if chosen.again or rows.get(key, {}).get("version") != version]
+    print(f"{len(wanted)} models, {len(todo)} to do", flush=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        tasks = {key: pool.submit(_one, context, key, chosen) for key in todo}
+        for done, (key, task) in enumerate(tasks.items(), 1):
+            rows[key] = {**task.result(), "version": version}
+            print(f"{done}/{len(todo)} {_summary(rows[key])}", flush=True)
+            _write(RESULTS, (rows[k] for k in entries if k in rows))
+    PAGE.write_text(page([rows[key] for key in entries if key in rows]))
+    print(f"{PAGE.relative_to(ROOT)} has {sum(key in rows for key in entries)} of {len(entries)} models")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="names, as a shell pattern")
+    parser.add_argument("--family", default="", help="how the family's name begins: torchvision, timm, transformers")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
+    parser.add_argument("--seconds", type=float, default=300, help="limit of time of a model")
+    parser.add_argument("--memory", type=float, default=10, help="limit of address space of a model, GiB")
+    parser.add_argument("--again", action="store_true", help="do again what is done already")
+    parser.add_argument("--draw", action="store_true", help="check nothing, only write the page")
+    return parser.parse_args()
+
+
+def _matches(key: str, chosen: argparse.Namespace) -> bool:
+    family, _, name = key.partition("/")
+    return family.startswith(chosen.family) and fnmatch.fnmatch(name, chosen.only)
+
+
+def _one(context: Any, key: str, chosen: argparse.Namespace) -> Row:
+    """Check one model in a process of its own; return its row, as far as it came."""
+    family, _, name = key.partition("/")
+    row: Row = {"family": family, "name": name, "note": "", "promises": {}, "reason": "", "doing": "starting"}
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, key, chosen.memory))
+    start = time.perf_counter()
+    process.start()
+    theirs.close()
+    ended = ""
+    while not ended:
+        if not ours.poll(max(0.0, start + chosen.seconds - time.perf_counter())):
+            ended = f"took longer than {chosen.seconds:g} s"
+            break
+        try:
+            row = ours.recv()
+        except EOFError:
+            process.join()
+            ended = f"ended with code {process.exitcode}"
+    if process.is_alive():
+        process.kill()
+        process.join()
+    if doing := row.pop("doing", ""):
+        _blame(row, doing, row.pop("error", "") or ended)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _blame(row: Row, doing: str, reason: str) -> None:
+    """Write down what a process was doing when it ended before its time."""
+    if doing.startswith("promise "):
+        row["promises"][doing.removeprefix("promise ")] = reason
+    else:
+        row["reason"] = f"{doing}: {reason}"
+
+
+def _child(connection: Connection, key: str, memory: float) -> None:
+    limit = int(memory * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    import logging
+    import warnings
+
+    import torch
+    from catalogue import catalogue
+    from row import measure, one_line
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of timm and transformers, about their own code
+    logging.disable(logging.WARNING)
+    last: Row = {}
+
+    def tell(row: Row) -> None:
+        last.update(row)
+        connection.send(row)
+
+    entry = catalogue()[key]
+    try:
+        measure(entry, tell)
+    except BaseException as error:
+        connection.send({**last, "error": one_line(error)})
+
+
+def _version() -> str:
+    """Return a digest of the compiler, of the checks and of the libraries that they ran with."""
+    import timm
+    import torch
+    import torchvision
+    import transformers
+
+    import sedona_fx
+
+    digest = hashlib.blake2b(digest_size=8)
+    sources = [*Path(sedona_fx.__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    for source in sorted(sources):
+        if source.name not in ("support.py", "support_page.py"):
+            digest.update(source.read_bytes())
+    for library in (torch, torchvision, timm, transformers):
+        digest.update(library.__version__.encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Row]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {f"{row['family']}/{row['name']}": row for row in rows}
+
+
+def _write(path: Path, rows: Iterable[Row]) -> None:
+    from sedona_fx.files import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _summary(row: Row) -> str:
+    marks = " ".join(f"{n}{'+' if r == 'kept' else '.' if r == '-' else '!'}" for n, r in row["promises"].items())
+    broken = [f"{n}: {r}" for n, r in row["promises"].items() if r not in ("kept", "-")]
+    text = "; ".join(filter(None, [row["reason"], *broken]))
+    return f"{row['name']:32s} {row['seconds']:6.1f} s  {marks}  {text[:300]}"
+
+
+if __name__ == "__main__":
+    main()
