@@ -20,6 +20,9 @@ _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the h
 def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool) -> Any:
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
 
+    Where the model has a backward of its own (``torch.autograd.Function``), which a graph may have lost, the gradients
+    of all parameters are compared as well.
+
     Returns:
         What the model returned.
 
@@ -37,10 +40,13 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
         inputs = map_tensors(torch.clone, given)
         return call(*[inputs[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"])
 
+    custom: set[str] = set()
+
     def run(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         with keep_state(model), torch.enable_grad():
             seed_everything(0)
             result = call()
+            custom.update(_custom_functions(result))
             return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in model.buffers()]
 
     with keep_modes(model):
@@ -57,12 +63,53 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
         if same_bits(expected, actual) and same_bits(buffers, graph_buffers):
+            if custom:
+                _check_equal_gradients(model, run_model, run_graph, custom)
             return expected
         place = _first_difference(model, gm, lambda: run(run_model), lambda call: run(lambda: run_graph(call)))
     raise TraceError(
         f"the {mode} graph of {type(model).__name__} does not compute what the model computes{place}: its forward "
         f"does something that tracing cannot see (a branch on Python state, a value kept between calls). {_ADVICE}"
     )
+
+
+def _custom_functions(result: Any) -> set[str]:
+    """Return the names of the user's own autograd functions behind the tensors of a nested value."""
+    found, seen, todo = set[str](), set[Any](), list[Any]()
+    map_tensors(lambda t: todo.append(t.grad_fn), result)
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                found.add(type(node).__name__.removesuffix("Backward"))
+            todo.extend(below for below, _ in node.next_functions)
+    return found
+
+
+def _check_equal_gradients(
+    model: nn.Module, run_model: Callable[[], Any], run_graph: Callable[[], Any], custom: set[str]
+) -> None:
+    """Raise unless the graph has the model's gradients, to rounding: a backward of one's own may round differently."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(call: Callable[[], Any]) -> list[Tensor]:
+        with keep_state(model), torch.enable_grad():
+            seed_everything(0)
+            outputs: list[Tensor] = []
+            map_tensors(outputs.append, call())
+            roots = [output for output in outputs if output.requires_grad]
+            noise = [torch.randn_like(root) for root in roots]
+            found = torch.autograd.grad(roots, parameters, noise, allow_unused=True)
+            return [torch.zeros(()) if g is None else g for g in found]
+
+    for expected, actual in zip(gradients(run_model), gradients(run_graph), strict=True):
+        if not (actual - expected).norm() <= 1e-3 * expected.norm():
+            raise TraceError(
+                f"{type(model).__name__} has a backward of its own ({', '.join(sorted(custom))}, a "
+                "torch.autograd.Function) that the graph has lost: its gradients differ. Put the function into a "
+                "module and name that in leaf_modules=[...]."
+            )
 
 
 def same_bits(first: Any, second: Any) -> bool:

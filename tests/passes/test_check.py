@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sedona_fx
 from sedona_fx.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.passes import trace
@@ -94,3 +95,66 @@ def test_a_model_that_does_not_run():
 def test_what_the_model_returned_has_no_graph():
     model, gm = broken()
     assert not check_equal_forward(model, gm, Args(torch.randn(3, 4)), training=True).requires_grad
+
+
+class Reversal(torch.autograd.Function):
+    """The gradient of its own that autograd would never derive."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class SameByHand(torch.autograd.Function):
+    """The gradient that autograd would derive, written by hand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * x.cos()
+
+
+class Applies(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+class OwnBackward(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.middle, self.b = nn.Linear(4, 4), Applies(function), nn.Linear(4, 3)
+
+    def forward(self, x):
+        if x.shape[1] != 4:  # for torch.export, which forgets backwards
+            raise ValueError("four features")
+        return self.b(self.middle(self.a(x)))
+
+
+def test_a_lost_backward_is_seen():
+    x = torch.randn(2, 4)
+    assert trace(OwnBackward(SameByHand), Args(x=x)).front_end == "export"
+    with pytest.raises(TraceError, match=r"has a backward of its own \(Reversal.*leaf_modules"):
+        trace(OwnBackward(Reversal), Args(x=x))
+
+
+def test_a_module_kept_whole_keeps_its_backward():
+    model = nn.Sequential(nn.Linear(4, 4), Applies(Reversal), nn.Linear(4, 3))
+    x, y = torch.randn(2, 4), torch.tensor([0, 1])
+    net = sedona_fx.decouple(model, (x, y), blocks=1, search="uniform", leaf_modules=["1"])
+    net.backward(x, y)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.model.parameters(), model.parameters(), strict=True))
