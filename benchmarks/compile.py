@@ -1,83 +1,139 @@
-"""How long the compiler takes: model to blocks (balanced cuts, K = 4, no search), per model.
+"""How long the compiler takes: model to blocks (balanced cuts, K = 4, no search), beside PyTorch's pipeline splitter.
 
     python benchmarks/compile.py --json benchmarks/results/compile.json
 
-Everything is in the time: the copy, both traces, the four forwards that prove them, both analyses, heads, lowering and
-partitioning. Models are built beforehand, with small inputs.
+Everything is in the time: the copy, both traces, the forwards and comparisons that prove them, both analyses, heads,
+lowering and partitioning. Models are built beforehand, with the small inputs of the support table; "forwards" is what
+the four forwards of the proof take by themselves. ``torch.distributed.pipelining.pipeline`` splits the same models at
+the same places, where these are ends of modules; it captures one mode, analyses nothing and makes no heads.
+
+A chain of layers shows how time grows with the number of nodes.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import statistics
 import time
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torchvision.models as zoo
+from catalogue import Entry, catalogue
 from common import goal, options, report
+from torch import nn
+from torch.distributed.pipelining import SplitPoint, pipeline
 
 import sedona_fx
 from sedona_fx.graph import cut_points
+from sedona_fx.report import table
 
-SIZES = {"inception_v3": 299, "alexnet": 64, "vgg11_bn": 32}
-NAMES = (
-    "resnet152",
-    "alexnet",
-    "vgg11_bn",
-    "resnet18",
-    "resnet50",
-    "densenet121",
-    "googlenet",
-    "inception_v3",
-    "mobilenet_v3_small",
-    "efficientnet_b0",
-    "regnet_y_400mf",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
-    "convnext_tiny",
-    "swin_t",
-    "vit_b_16",
-    "mnasnet0_5",
+LARGE = 100_000_000
+"""Parameters above which a model is left out: there, copying them is all that is measured."""
+PIPELINED = (
+    *("resnet18", "resnet152", "densenet121", "convnext_tiny", "vit_b_16", "swin_t", "maxvit_t"),
+    "lraspp_mobilenet_v3_large",
 )
+CHAIN = (1000, 4000, 16000)
 
 
 def main() -> None:
     """Measure and print."""
-    chosen = options(__doc__, repeats=3)
+    chosen = options(__doc__, repeats=2)
+    warnings.simplefilter("ignore")
     rows = []
-    for name in NAMES:
-        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        size = SIZES.get(name, 64)
-        if name == "vit_b_16":
-            extra["image_size"] = size
-        torch.manual_seed(0)
-        model = getattr(zoo, name)(**extra)
-        pair = (torch.randn(2, 3, size, size), torch.tensor([0, 1]))
-        times = []
-        for turn in range(chosen.repeats + 1):  # the first warms PyTorch's caches up
-            start = time.perf_counter()
-            net = sedona_fx.decouple(model, pair, blocks=4, search="balanced", progress=False)
-            if turn:
-                times.append(time.perf_counter() - start)
-        graph = net.graph_module.graph
-        rows.append(
-            {
-                "model": name,
-                "nodes": len(graph.nodes),
-                "legal cuts": sum(1 for _ in cut_points(graph)),
-                "base layers": len(net.plan.base_layers),
-                "million parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-                "seconds": statistics.median(times),
-            }
-        )
-        print(f"{name}: {rows[-1]['seconds']:.2f} s", flush=True)
-    seconds = {row["model"]: float(row["seconds"]) for row in rows}
+    for key, entry in catalogue().items():
+        if not key.startswith("torchvision") or "detection" in key or "flow" in key:
+            continue
+        if row := _row(entry, chosen.repeats):
+            rows.append(row)
+            print(f"{row['model']}: {row['seconds']:.2f} s", flush=True)
+    chains = [_chain(nodes, chosen.repeats) for nodes in CHAIN]
+    seconds = {row["model"]: row["seconds"] for row in rows}
     goals = [
-        goal("ResNet-152, seconds", seconds["resnet152"], 1.5),
-        goal("slowest of the others, seconds", max(v for k, v in seconds.items() if k != "resnet152"), 5.0),
+        goal("median over torchvision, seconds", statistics.median(seconds.values()), 0.5),
+        goal("mvit_v2_s, seconds", seconds["mvit_v2_s"], 5.0),
+        goal("maxvit_t, seconds", seconds["maxvit_t"], 5.0),
+        goal("slowest, seconds", max(seconds.values()), 5.0),
+        goal("chain, 16,000 against 1,000 nodes, over n log n", _growth(chains), 1.0),
     ]
+    print("\n" + table(["chain, nodes", "seconds"], [[str(c["nodes"]), f"{c['seconds']:.2f}"] for c in chains]))
     report(
-        rows, goals, chosen, f"trace to blocks, balanced, K = 4, median of {chosen.repeats}, {chosen.threads} threads"
+        [*rows, *({"model": f"chain of {c['nodes']} nodes", **c} for c in chains)],
+        goals,
+        chosen,
+        f"model to blocks, balanced, K = 4, median of {chosen.repeats}, {chosen.threads} threads",
     )
+
+
+def _row(entry: Entry, repeats: int) -> dict[str, Any] | None:
+    model, pair = entry.make(), entry.pair()
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > LARGE:
+        return None
+    how = {"blocks": 4, **entry.options, "loss": entry.criterion, "search": "balanced", "progress": False}
+    seconds = _median(lambda: sedona_fx.decouple(model, pair, **how), repeats)
+    net = sedona_fx.decouple(model, pair, **how)
+    graph = net.graph_module.graph
+    return {
+        "model": entry.name,
+        "nodes": len(graph.nodes),
+        "legal cuts": sum(1 for _ in cut_points(graph)),
+        "base layers": len(net.plan.base_layers),
+        "million parameters": parameters / 1e6,
+        "seconds": seconds,
+        "forwards": _forwards(model, pair[0]),
+        "pipelining": _pipelining(model, pair[0], net.plan.cuts) if entry.name in PIPELINED else "",
+    }
+
+
+def _median(call: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for turn in range(repeats + 1):  # the first warms PyTorch's caches up
+        start = time.perf_counter()
+        call()
+        if turn:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _forwards(model: nn.Module, inputs: torch.Tensor) -> float:
+    model, few = copy.deepcopy(model), inputs[:2]
+    start = time.perf_counter()
+    for training in (True, True, False, False):
+        model.train(training)(few)
+    return time.perf_counter() - start
+
+
+def _pipelining(model: nn.Module, inputs: torch.Tensor, cuts: tuple[str, ...]) -> float | str:
+    """Return the seconds of PyTorch's splitter for the same cuts, or how it fails."""
+    spec = {path: SplitPoint.END for path in cuts if path in dict(model.named_modules())}
+    if len(spec) < len(cuts):
+        return "a cut is no end of a module"
+    model = copy.deepcopy(model)
+    start = time.perf_counter()
+    try:
+        pipeline(model, (inputs,), split_spec=spec)
+    except Exception as error:
+        return f"{type(error).__name__}"
+    return time.perf_counter() - start
+
+
+def _chain(nodes: int, repeats: int) -> dict[str, Any]:
+    """Compile a chain of linear layers and activations, two nodes each."""
+    layers = [layer for _ in range(nodes // 2) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    model, pair = nn.Sequential(*layers[:-2], nn.Linear(8, 3)), (torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
+    how = {"blocks": 4, "search": "balanced", "heads": "linear", "progress": False}
+    return {"nodes": nodes, "seconds": _median(lambda: sedona_fx.decouple(model, pair, **how), repeats)}
+
+
+def _growth(chains: list[dict[str, Any]]) -> float:
+    """Return how much faster than n log n the time grows from the shortest chain to the longest; 1 is n log n."""
+    short, long = chains[0], chains[-1]
+    n, m = short["nodes"], long["nodes"]
+    return (long["seconds"] / short["seconds"]) / (m * math.log(m) / (n * math.log(n)))
 
 
 if __name__ == "__main__":

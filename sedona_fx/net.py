@@ -20,7 +20,7 @@ from sedona_fx.graph import direct_children
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
-from sedona_fx.placing import place, relink
+from sedona_fx.placing import place, redirect, relink
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.signature import Signature
@@ -86,6 +86,7 @@ class Net(nn.Module):
         if moves:
             place(self._blocks, model)
             relink(self._all_graphs(), model)
+            redirect(self._all_graphs(), self._blocks, example_device(example))
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -230,10 +231,13 @@ class Net(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Net:
         """Move or convert all tensors, as ``net.to(...)`` does, and show every graph the tensors that were replaced."""
+        before = self._blocks[0].device
         super()._apply(fn, recurse)
         for block, device in zip(self._blocks, _devices(self.plan, self.model), strict=True):
             block.device = device
         relink(self._all_graphs(), self.model, fn)
+        if self._blocks[0].device != before:
+            redirect(self._all_graphs(), self._blocks, before)
         return self
 
     def _all_graphs(self) -> list[fx.GraphModule]:
@@ -252,6 +256,11 @@ class Net(nn.Module):
                     f"{'train' if self.training else 'eval'} mode. A graph is chosen for the net at once: name this "
                     "module in leaf_modules=[...] to give it a mode of its own."
                 )
+
+
+def example_device(example: Args) -> torch.device:
+    """Return the device of the first tensor of a batch: where its model was when it was traced."""
+    return next((tensor.device for tensor in example.tensors()), torch.device("cpu"))
 
 
 def share_copy(module: nn.Module) -> Any:

@@ -7,11 +7,14 @@ tensor of the model shows it to them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError
+from sedona_fx.graph import info
 from sedona_fx.train.engine import Block
 
 
@@ -46,6 +49,33 @@ def relink(
                 ours._buffers[name] = changed.setdefault(id(constant), change(constant))
 
 
+def redirect(graphs: Iterable[fx.GraphModule], blocks: Sequence[Block], before: torch.device) -> None:
+    """Let operators that name a device (``arange(device=cpu)``, as captured programs have them) name their block's.
+
+    The constants of a graph are moved as well: each graph has its own.
+    """
+
+    def moved(value: Any, device: torch.device) -> Any:
+        return pytree.tree_map(
+            lambda leaf: device if leaf == before and isinstance(leaf, torch.device) else leaf, value
+        )
+
+    for gm in {id(gm): gm for gm in graphs}.values():
+        changed = False
+        for node in gm.graph.nodes:
+            record = info(node)
+            device = blocks[record.block if record.block is not None else 0].device
+            if _is_constant(str(node.target)) and node.op == "get_attr":
+                gm._buffers[str(node.target)] = getattr(gm, str(node.target)).to(device)
+            if node.op != "call_function" or record.boundary:
+                continue
+            args, kwargs = moved(node.args, device), moved(node.kwargs, device)
+            if (args, kwargs) != (node.args, node.kwargs):
+                node.args, node.kwargs, changed = args, kwargs, True
+        if changed:
+            gm.recompile()
+
+
 def place(blocks: Sequence[Block], model: nn.Module) -> None:
     """Move the tensors of every block to its device. What several blocks read lives with the first of them.
 
@@ -70,7 +100,14 @@ def place(blocks: Sequence[Block], model: nn.Module) -> None:
                 replacement = nn.Parameter(moved, requires_grad=parameter.requires_grad)
                 _put(name, replacement, (block.module, block.eval_module, model))
         for name, buffer in list(block.module.named_buffers()):
+            if _is_constant(name):
+                continue
             _put(name, buffer.to(block.device), (block.module, block.eval_module, model))
+
+
+def _is_constant(name: str) -> bool:
+    """Whether fx gave a tensor that the forward makes from nothing this name."""
+    return name.startswith("_tensor_constant")
 
 
 def _put(name: str, tensor: Tensor, owners: Iterable[nn.Module]) -> None:

@@ -63,3 +63,30 @@ def test_inputs_on_another_device_are_refused():
     for call in (lambda: net(x.to("meta")), lambda: net.backward(x.to("meta"), y)):
         with pytest.raises(DataError, match=r"the input 'x' is on meta, the model is on cpu: .*x.to\('cpu'\)"):
             call()
+
+
+class Captured(nn.Module):
+    """Makes tensors on a device, in code that only torch.export can record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 4:
+            raise ValueError("four features")
+        h = self.a(x) + torch.arange(4, device=x.device)
+        return self.b(h.tanh() * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device))
+
+
+def test_a_captured_model_makes_its_tensors_where_it_has_been_moved():
+    x, y = pair()
+    net = sedona_fx.decouple(Captured(), (x, y), cuts=["a"], heads="linear")
+    assert net.plan.provenance["front_end"] == "export"
+    expected = net(x)
+    net.to("meta")
+    assert net(x.to("meta")).device.type == "meta"
+    assert net.losses(x.to("meta"), y.to("meta"))[0].device.type == "meta"
+    split = sedona_fx.decouple(Captured(), (x, y), cuts=["a"], devices=["cpu", "meta"], heads="linear")
+    assert split(x).device.type == "meta"
+    assert split(x).shape == expected.shape
