@@ -199,7 +199,7 @@ def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None
     """
     if loss is None:
         return
-    few = first_examples(target, example.batch_size(), 2)
+    few = first_examples(target, example.batch_size(), 2) if traced.free_batch else target
     primary = pick(traced.few, traced.output.key)
     try:
         with torch.no_grad():

@@ -70,7 +70,7 @@ def test_files_say_what_they_are_and_fit_on_a_few_screens(path):
 
 
 def test_every_pass_has_its_test():
-    helpers = {"__init__", "inplace", "sites", "symbolic", "tracer", "watch"}
+    helpers = {"__init__", "convert", "inplace", "sites", "symbolic", "tracer", "watch"}
     names = {p.stem for p in (ROOT / "passes").glob("*.py")} - helpers
     assert {p.stem.removeprefix("test_") for p in (ROOT.parent / "tests" / "passes").glob("test_*.py")} == names
 

@@ -315,3 +315,22 @@ def test_attributes_that_are_written_before_they_are_read_are_no_obstacle():
     assert model.pyramid == []
     with pytest.raises(TraceError, match="changes the attribute 'pyramid'"):
         trace(Remembers(), Args(x=images()))
+
+
+class AsksForTheBatch(Looks):
+    def __init__(self, asks):
+        super().__init__()
+        self.asks = asks
+
+    def forward(self, x):
+        return self.body(x) * (2 if self.asks(x.shape[0]) else 1)
+
+
+@pytest.mark.parametrize("asks", [lambda n: n > 100, lambda n: n % 2 == 0, lambda n: n == 4])
+def test_a_forward_that_branches_on_the_batch_is_held_to_the_example(asks):
+    model, x = AsksForTheBatch(asks), images(4)
+    net = sedona_fx.decouple(model, (x, torch.arange(4)), cuts=["mid"], heads="linear")
+    assert net.plan.provenance["free_batch"] is False
+    assert torch.equal(net.eval()(x), model.eval()(x))
+    with pytest.raises(DataError, match=r"traced with \(4, 3, 8, 8\)"):
+        net(images(6))
