@@ -42,14 +42,11 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
         gm.add_submodule(name, SplitPoint(heads[str(record.cut)]))
         behind = {n for n, k in position.items() if k > position[node] and not info(n).training_only}
         crossing = {node: [n for n in node.users if n in behind and not (n.op == "output" and n.args[0] is node)]}
-        for value in position:
-            if value is node or value.op == "get_attr" or not info(value).is_live or blocks[value] > index:
-                continue
-            if position[value] > position[node]:  # dead code, or it would stand in front of the end that needs it
-                continue
-            users = gates.get(value, value).users
-            if readers := [n for n in users if n in behind and blocks[n] > index]:
-                crossing[value] = readers
+        # What stands behind the end and still belongs in front of it is dead code.
+        for value in (v for v in position if v in blocks and blocks[v] <= index and position[v] < position[node]):
+            if info(value).is_live and value.op != "get_attr":
+                readers = [n for n in gates.get(value, value).users if n in behind and blocks[n] > index]
+                crossing |= {value: readers} if readers else {}
         with graph.inserting_after(node):
             split = graph.call_module(name, tuple(gates.get(value, value) for value in crossing))
         split.meta["sedona"] = _boundary(record)
@@ -57,18 +54,12 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
             if heads[str(record.cut)]:
                 locals_.append(graph.call_function(operator.getitem, (split, 1)))
                 locals_[-1].meta["sedona"] = _boundary(record)
-            for k, (value, readers) in enumerate(crossing.items()):
-                overwritten = any(info(n).mutates & info(value).storages for n in behind)
-                through = graph.call_function(operator.getitem, (split, k + 1 if k else 0))
-                through.meta["sedona"] = _boundary(info(value))
-                gate = through
-                if overwritten:
-                    with graph.inserting_after(through):
-                        gate = graph.call_function(torch.clone, (through,))
-                        gate.meta["sedona"] = _boundary(info(value))
-                for user in readers:
-                    user.replace_input_with(gates.get(value, value), gate)
-                gates[value] = gate
+        for k, (value, readers) in enumerate(crossing.items()):
+            overwritten = any(info(n).mutates & info(value).storages for n in behind)
+            gate = _gate(split, k + 1 if k else 0, info(value), overwritten=overwritten)
+            for user in readers:
+                user.replace_input_with(gates.get(value, value), gate)
+            gates[value] = gate
     result = output_node(graph)
     result.args = ((*locals_, result.args[0]),)
     gm.recompile()
@@ -87,6 +78,19 @@ def _boundary(record: NodeInfo) -> NodeInfo:
         channel_dim=record.channel_dim,
         boundary=True,
     )
+
+
+def _gate(split: fx.Node, item: int, record: NodeInfo, *, overwritten: bool) -> fx.Node:
+    """Return what stands for a value behind a split point: the split point's result, or a copy of it."""
+    graph = split.graph
+    with graph.inserting_after(split):
+        gate = graph.call_function(operator.getitem, (split, item))
+    gate.meta["sedona"] = _boundary(record)
+    if overwritten:
+        with graph.inserting_after(gate):
+            gate = graph.call_function(torch.clone, (gate,))
+        gate.meta["sedona"] = _boundary(record)
+    return gate
 
 
 def _unpack_at_once(graph: fx.Graph) -> None:
