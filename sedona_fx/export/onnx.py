@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.errors import ExportError
+from sedona_fx.export.attention import unfuse_attention
 from sedona_fx.files import replacing
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
     module = copy.deepcopy(net.inference_module()).cpu()
     inputs = {name: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for name, value in example.kwargs.items()}
     batch = torch.export.Dim("batch", min=1)
-    size = Args(**inputs).batch_size()
+    size = Args(**inputs).batch_size() if net.plan.provenance.get("free_batch", True) else None
     shapes = {
         name: pytree.tree_map(
             lambda t: {0: batch} if size is not None and isinstance(t, Tensor) and t.dim() > 0 else None, value
@@ -63,16 +64,16 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
     order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
     with replacing(path) as temporary:
         with _quiet():
+            given = tuple(_resized(inputs[name], size, 2) for name in order)
+            dynamic = tuple(shapes[name] for name in order)
             try:
-                torch.onnx.export(
-                    module,
-                    tuple(_resized(inputs[name], size, 2) for name in order),
-                    str(temporary),
-                    dynamo=True,
-                    dynamic_shapes=tuple(shapes[name] for name in order),
-                    external_data=False,
-                    verbose=False,
-                )
+                try:
+                    _write(module, given, dynamic, temporary)
+                except Exception:
+                    plain = copy.deepcopy(module)
+                    if not unfuse_attention(plain):
+                        raise
+                    _write(plain, given, dynamic, temporary)
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
                 raise ExportError(
@@ -83,6 +84,10 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
         for count in (1, 2, 5) if size is not None else (None,):
             _compare(module, session, [_resized(inputs[name], size, count) for name in order], str(path))
     return Path(path)
+
+
+def _write(module: fx.GraphModule, inputs: tuple[Any, ...], shapes: tuple[Any, ...], path: Path) -> None:
+    torch.onnx.export(module, inputs, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
 
 
 def _resized(value: Any, size: int | None, count: int | None) -> Any:
