@@ -2,7 +2,7 @@
 
     python benchmarks/support.py                        # all of them; what is done already is not done again
     python benchmarks/support.py --family timm --jobs 1
-    python benchmarks/support.py --only 'swin*' --again
+    python benchmarks/support.py --only 'swin*,vit*' --again
 
 Each model has a process of its own with a limit of time and of memory, so that no crash and no hang stops the table.
 Rows are kept in ``benchmarks/results/support.json``, one JSON object a line, and are done again when the compiler
@@ -57,7 +57,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="*", help="names, as a shell pattern")
+    parser.add_argument("--only", default="*", help="names, as shell patterns with commas between them")
     parser.add_argument("--family", default="", help="how the family's name begins: torchvision, timm, transformers")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     parser.add_argument("--seconds", type=float, default=300, help="limit of time of a model")
@@ -69,7 +69,7 @@ def _options() -> argparse.Namespace:
 
 def _matches(key: str, chosen: argparse.Namespace) -> bool:
     family, _, name = key.partition("/")
-    return family.startswith(chosen.family) and fnmatch.fnmatch(name, chosen.only)
+    return family.startswith(chosen.family) and any(fnmatch.fnmatch(name, one) for one in chosen.only.split(","))
 
 
 def _one(context: Any, key: str, chosen: argparse.Namespace) -> Row:
