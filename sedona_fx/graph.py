@@ -173,7 +173,7 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     ======== ==============================================================================================
     TRACED   placeholders first, one output, every target exists, every node has a site of its own; nothing of ours
     ANALYSED as TRACED; every cut point is one live tensor, on the way to the primary output, with a name of its own
-    RELAXED  each split point reads one cut point; nothing behind a cut reads around its split point
+    RELAXED  each split point reads a cut point, and other live values; nothing reads around it behind the cut
     PRUNED   as RELAXED; each split point holds one head
     LOWERED  every node has a block; nothing reads a later block; every live value crosses through a detach
     BLOCK    no split point, no detach of ours; the output is ``(exports, local output)``
@@ -243,6 +243,7 @@ def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
             continue
         sources = node.all_input_nodes
         require(bool(sources) and info(sources[0]).cut is not None, node, "a split point reads a cut point first")
+        require(all(info(s).is_live for s in sources), node, "what a split point lets through carries gradients")
         source = sources[0]
         for user in source.users:
             training_only = info(user).training_only
@@ -260,11 +261,12 @@ def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
         block = info(node).block
         require(block is not None, node, "every node belongs to a block")
         for source in node.all_input_nodes:
-            if source.op in ("placeholder", "get_attr"):
+            if source.op == "placeholder":
                 continue
             source_block = info(source).block
             require(source_block is not None and source_block <= (block or 0), node, "no node reads a later block")
             isolated = info(node).boundary or info(source).boundary or not info(source).is_live
+            isolated = isolated or source.op == "get_attr"  # every block reads the model's tensors itself
             require(
                 source_block == block or isolated, node, f"reads {source.name!r} of block {source_block} undetached"
             )
