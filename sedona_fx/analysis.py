@@ -164,10 +164,9 @@ def _place(train: fx.GraphModule, spec: str | tuple[str, str]) -> str:
 
 def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where, also: Collection[str]) -> None:
     """Offer the cut points that both modes have, with as few activations crossing as give the blocks asked for."""
-    counts = {name: info(node).crossing for name, node in possible(train.graph).items()}
-    other = {name: info(node).crossing for name, node in possible(evaluation.graph).items()}
-    counts = {name: max(count, other[name]) for name, count in counts.items() if name in other}
-    named = {name for name, node in possible(train.graph).items() if not set(also).isdisjoint(aliases(info(node)))}
+    places, other = possible(train.graph), possible(evaluation.graph)
+    counts = {n: max(info(node).crossing, info(other[n]).crossing) for n, node in places.items() if n in other}
+    named = {name for name, node in places.items() if not set(also).isdisjoint(aliases(info(node)))}
 
     def choose(limit: int) -> None:
         keep = {name for name, count in counts.items() if count <= limit} | named

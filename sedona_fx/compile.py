@@ -37,11 +37,6 @@ def own(model: nn.Module, *, inplace: bool) -> nn.Module:
         ) from error
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first tensor."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 @uncollected()
 def compile_net(
     model: nn.Module,

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.analysis import Analysed, Where, analyse, check_target
 from sedona_fx.args import Args
-from sedona_fx.compile import compile_net, device_of, own
+from sedona_fx.compile import compile_net, own
 from sedona_fx.data import Source, first_pair, search_sources, to_device
 from sedona_fx.decisions import (
     Cuts,
@@ -32,6 +32,7 @@ from sedona_fx.local_loss import LocalLosses, one_a_block
 from sedona_fx.net import Net, example_like
 from sedona_fx.outputs import Key
 from sedona_fx.passes.cuts import base_layers
+from sedona_fx.placing import device_of
 from sedona_fx.plan import Plan
 from sedona_fx.search import SEARCHES, Decision, Problem, Search
 from sedona_fx.search.problem import HeadSpec

@@ -164,7 +164,12 @@ def split_point_nodes(graph: fx.Graph) -> list[fx.Node]:
 
 def head_nodes(graph: fx.Graph) -> list[fx.Node]:
     """Return the auxiliary head calls of a LOWERED graph or of a block, in order."""
-    return [n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(HEADS + ".")]
+    return [node for node in graph.nodes if is_head(node)]
+
+
+def is_head(node: fx.Node) -> bool:
+    """Whether a node is a call of an auxiliary head."""
+    return node.op == "call_module" and str(node.target).startswith(HEADS + ".")
 
 
 def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:

@@ -20,7 +20,7 @@ from sedona_fx.graph import direct_children
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
-from sedona_fx.placing import place, redirect, relink
+from sedona_fx.placing import device_of, place, redirect, relink
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.signature import Signature
@@ -84,9 +84,10 @@ class Net(nn.Module):
         same = graphs[False] is graphs[True]
         self._plain[False] = self._plain[True] if same else direct_children(strip(graphs[False], keep_moves=moves))
         if moves:
+            traced_on = device_of(model)
             place(self._blocks, model)
             relink(self._all_graphs(), model)
-            redirect(self._all_graphs(), self._blocks, example_device(example))
+            redirect(self._all_graphs(), self._blocks, traced_on)
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -258,11 +259,6 @@ class Net(nn.Module):
                 )
 
 
-def example_device(example: Args) -> torch.device:
-    """Return the device of the first tensor of a batch: where its model was when it was traced."""
-    return next((tensor.device for tensor in example.tensors()), torch.device("cpu"))
-
-
 def share_copy(module: nn.Module) -> Any:
     """Copy the structure of a module; parameters and buffers are the same objects."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
@@ -271,8 +267,7 @@ def share_copy(module: nn.Module) -> Any:
 def _devices(plan: Plan, model: nn.Module) -> list[torch.device]:
     if plan.devices is not None:
         return [torch.device(name) for name in plan.devices]
-    first = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return [first] * plan.blocks
+    return [device_of(model)] * plan.blocks
 
 
 def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:

@@ -18,6 +18,11 @@ from sedona_fx.graph import info
 from sedona_fx.train.engine import Block
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def relink(
     graphs: Iterable[fx.GraphModule], model: nn.Module, change: Callable[[Tensor], Tensor] | None = None
 ) -> None:

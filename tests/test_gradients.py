@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from catalogue.entry import perturb
 from reference import net_gradients, reference_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import SHORT, ZOO, Entry, perturb, tensors
+from zoo import SHORT, ZOO, Entry, tensors
 
 import sedona_fx
 from sedona_fx.analysis import analyse

@@ -1,20 +1,15 @@
 """A slice of the support table: a small model of each kind, and every promise that its row would claim."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import promises
+import pytest
+import torch
 from catalogue import catalogue
 from gradient_promise import gradients
 from row import KEPT, NUMBERS, SKIPPED, measure
 from support_page import page, works
+from torch import nn
 
 ENTRIES = catalogue()
 

@@ -6,6 +6,8 @@ from functools import partial
 
 import torch
 import torchvision
+from catalogue.entry import perturb
+from catalogue.vision import narrow, small_inception
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,24 +46,6 @@ def _paper(name: str, width: float = 1.0) -> Entry:
     return Entry(partial(getattr(sedona_fx.models, name), num_classes=10, width=width))
 
 
-def _narrow(name: str) -> nn.Module:
-    """Build a model whose classifier is made of vast linear layers, with narrow ones: it saves time and memory."""
-    model = getattr(torchvision.models, name)(num_classes=10)
-    width = None
-    for at, layer in enumerate(model.classifier):
-        if isinstance(layer, nn.Linear):
-            model.classifier[at] = nn.Linear(width or layer.in_features, min(layer.out_features, 64))
-            width = 64
-    return model
-
-
-def _small_inception() -> nn.Module:
-    """Build an Inception v3 that takes images of 107 pixels; its auxiliary classifier's 5x5 kernel would need 299."""
-    model = torchvision.models.inception_v3(num_classes=10, init_weights=False)
-    model.AuxLogits.conv1 = torchvision.models.inception.BasicConv2d(128, 768, kernel_size=1)
-    return model
-
-
 def _small_vit() -> nn.Module:
     return torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=6, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
@@ -69,13 +53,13 @@ def _small_vit() -> nn.Module:
 
 
 ZOO: dict[str, Entry] = {
-    "alexnet": Entry(partial(_narrow, "alexnet"), size=64),
-    "vgg11_bn": Entry(partial(_narrow, "vgg11_bn")),
+    "alexnet": Entry(partial(narrow, "alexnet"), size=64),
+    "vgg11_bn": Entry(partial(narrow, "vgg11_bn")),
     "resnet18": _vision("resnet18"),
     "resnet50": _vision("resnet50"),
     "densenet121": _vision("densenet121"),
     "googlenet": _vision("googlenet", auxiliary=("aux1", "aux2"), init_weights=False),
-    "inception_v3": Entry(_small_inception, size=107, auxiliary=("AuxLogits",)),
+    "inception_v3": Entry(small_inception, size=107, auxiliary=("AuxLogits",)),
     "mobilenet_v3_small": _vision("mobilenet_v3_small"),
     "efficientnet_b0": _vision("efficientnet_b0"),
     "regnet_y_400mf": _vision("regnet_y_400mf"),
@@ -108,14 +92,6 @@ SHORT = {
         )
     ),
 }
-
-
-def perturb(module: nn.Module) -> None:
-    """Add noise to every parameter: some start at zero, and zero weights hide wrong gradients."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
 def settle(model: nn.Module, x: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,16 +75,20 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
 
 def _custom_functions(result: Any) -> set[str]:
     """Return the names of the user's own autograd functions behind the tensors of a nested value."""
-    found, seen, todo = set[str](), set[Any](), list[Any]()
-    map_tensors(lambda t: todo.append(t.grad_fn), result)
+    own = torch.autograd.function.BackwardCFunction
+    return {type(node).__name__.removesuffix("Backward") for node in nodes_behind(result) if isinstance(node, own)}
+
+
+def nodes_behind(value: Any) -> Iterator[Any]:
+    """Yield the nodes of autograd's graph behind the tensors of a nested value, each once."""
+    seen, todo = set[Any](), list[Any]()
+    map_tensors(lambda t: todo.append(t.grad_fn), value)
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                found.add(type(node).__name__.removesuffix("Backward"))
+            yield node
             todo.extend(below for below, _ in node.next_functions)
-    return found
 
 
 def _check_equal_gradients(

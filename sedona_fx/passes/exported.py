@@ -27,7 +27,7 @@ from sedona_fx.passes.check import same_bits
 from sedona_fx.passes.convert import Converter
 from sedona_fx.passes.symbolic import is_impure
 from sedona_fx.passes.tracer import watch_training_flags
-from sedona_fx.passes.watch import StateWatch, keep_state, seed_everything, user_line
+from sedona_fx.passes.watch import StateWatch, keep_parameters, keep_state, seed_everything, user_line
 
 _BATCHES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
@@ -101,12 +101,17 @@ def _serves_every_batch(
     guards = getattr(source, "_guards_fn", None)
     if guards is None:  # older versions of PyTorch keep them elsewhere
         return True
+    # As export orders them: by the signature, not as they were given.
+    order = pytree.tree_unflatten(list(range(len(inputs))), program.call_spec.in_spec)[1]
+    leaves = pytree.tree_leaves({name: given[name] for name in order})
+
+    def resized(leaf: Any, count: int) -> Any:
+        sized = isinstance(leaf, Tensor) and leaf.dim()
+        return leaf[:1].expand(count, *leaf.shape[1:]).to("meta") if sized else leaf
+
     for count in _BATCHES:
-        args = Args(**given).map(lambda t: t[:1].expand(count, *t.shape[1:]).to("meta") if t.dim() else t)  # noqa: B023
-        # As export orders them: by the signature, not as they were given.
-        named = pytree.tree_unflatten(list(range(len(inputs))), program.call_spec.in_spec)[1]
         try:
-            guards(*pytree.tree_leaves({name: args.kwargs[name] for name in named}))
+            guards(*(resized(leaf, count) for leaf in leaves))
         except AssertionError:
             return False
     return True
@@ -122,15 +127,11 @@ def _are_scratch(model: nn.Module, given: Mapping[str, Any], notes: list[tuple[A
             seed_everything(0)
             return model(**map_tensors(torch.clone, Args(**given).first(2).kwargs))
 
-    weights = [(p, p._version, p.detach().clone()) for p in model.parameters()]
-    try:
-        same = same_bits(run(poisoned=False), run(poisoned=True))
-    except Exception:
-        same = False
-    overwritten = [(p, value) for p, version, value in weights if p._version != version]
-    for parameter, value in overwritten:
-        parameter.data.copy_(value)
-    return same and not overwritten
+    with keep_parameters(model) as overwritten:
+        try:
+            return same_bits(run(poisoned=False), run(poisoned=True)) and not overwritten()
+        except Exception:
+            return False
 
 
 @contextmanager

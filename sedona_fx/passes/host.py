@@ -22,6 +22,7 @@ from sedona_fx.args import Args
 from sedona_fx.errors import CutError, TraceError
 from sedona_fx.graph import INFO, NodeInfo, TensorSpec, info, output_node
 from sedona_fx.outputs import map_tensors
+from sedona_fx.passes.check import nodes_behind
 from sedona_fx.passes.tracer import holds_tensor
 from sedona_fx.passes.watch import keep_modes, keep_state, random_states, seed_everything, set_random_states
 
@@ -238,25 +239,10 @@ def reads_of(model: nn.Module, root: str, seen: Seen) -> Reads:
     output's own graph cannot tell from the way through: it counts as read behind, too.
     """
     names = {parameter: name for name, parameter in outside(model.named_parameters(), root)}
-    entering = _leaves_behind(seen.given)
+    entering = {node.variable for node in nodes_behind(seen.given) if hasattr(node, "variable")}
     before = tuple(name for parameter, name in names.items() if parameter in entering)
     buffers = tuple(name for name, _ in outside(model.named_buffers(), root))
     return Reads(before, (*names.values(), *buffers))
-
-
-def _leaves_behind(value: Any) -> set[Tensor]:
-    """Return the leaves of autograd's graph behind the tensors in a nested value."""
-    found, seen, todo = set[Tensor](), set[Any](), list[Any]()
-    map_tensors(lambda t: todo.append(t.grad_fn), value)
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        todo.extend(below for below, _ in node.next_functions)
-    return found
 
 
 def _record(value: Any) -> Any:

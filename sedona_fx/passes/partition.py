@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from sedona_fx.graph import (
-    HEADS,
     SPLIT_POINTS,
     Phase,
     copy_graph,
     copy_info,
     direct_children,
     info,
+    is_head,
     output_node,
     split_point_nodes,
     verify,
@@ -126,7 +126,8 @@ def _block(
     read = {_source(a) for n in later if not _crossing(n) or _source(n) is not n for a in n.all_input_nodes}
     if not last:
         read -= {local} if local is not None else set()
-    exported = [n for n in body if n in read and n.op != "get_attr" and not _is_head(n)] if not last else []
+    leaving = [n for n in body if n in read and n.op != "get_attr"] if not last else []
+    exported = [n for n in leaving if not is_head(n) and not _is_mixture(n)]
     result = fx.map_arg(output, lambda n: env[_source(n)]) if last else (env[local] if local is not None else None)
     done = new.output((tuple(env[n] for n in exported), result))
     info(done).block = index
@@ -142,5 +143,5 @@ def _block(
     )
 
 
-def _is_head(node: fx.Node) -> bool:
-    return node.op == "call_module" and str(node.target).startswith((SPLIT_POINTS + ".", HEADS + "."))
+def _is_mixture(node: fx.Node) -> bool:
+    return node.op == "call_module" and str(node.target).startswith(SPLIT_POINTS + ".")

@@ -25,7 +25,7 @@ from sedona_fx.passes.host import graph_around, reads_of, watch_root
 from sedona_fx.passes.retype import retype
 from sedona_fx.passes.sites import match_sites, name_sites, same_graphs
 from sedona_fx.passes.symbolic import find_leaves, record_symbolically
-from sedona_fx.passes.watch import StateWatch, keep_modes
+from sedona_fx.passes.watch import StateWatch, keep_modes, keep_parameters
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then); decouple only a part of "
@@ -126,13 +126,10 @@ def _settle(model: nn.Module, example: Args) -> StateWatch:
         What it takes to put back the notes, too.
     """
     watch = StateWatch(model)
-    weights = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
-    with keep_modes(model), torch.no_grad(), suppress(Exception):
-        model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-    watch.settle()
-    for parameter, value in weights:
-        if not torch.equal(parameter, value):
-            parameter.data.copy_(value)
+    with keep_parameters(model):
+        with keep_modes(model), torch.no_grad(), suppress(Exception):
+            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
+        watch.settle()
     return watch
 
 

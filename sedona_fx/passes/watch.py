@@ -171,6 +171,22 @@ def keep_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def keep_parameters(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Give the parameters their numbers back at the end; the function says whether they were overwritten until now."""
+    kept = [(parameter, parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
+
+    def overwritten() -> bool:
+        return any(p._version != version or not torch.equal(p, value) for p, version, value in kept)
+
+    try:
+        yield overwritten
+    finally:
+        for parameter, _, value in kept:
+            if not torch.equal(parameter, value):
+                parameter.data.copy_(value)
+
+
+@contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
     """Give every module its ``training`` flag back at the end."""
     flags = [(module, module.training) for module in model.modules()]

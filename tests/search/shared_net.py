@@ -8,13 +8,14 @@ sedona_fx: layer j's gradient is `autograd.grad` of its own Lt_j with respect to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
 
 LAYERS, WORDS, WIDTH = 4, 5, 4
 SGD = {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-2}
@@ -101,16 +102,6 @@ class Layer(nn.Module):
         exports, end = FORWARD[self.i](self, *args)
         last = self.i == LAYERS - 1
         return tuple(exports[n] for n in EXPORTS[self.i]), end if last else head(self, end, self.beta)
-
-
-@dataclass(frozen=True)
-class Block:
-    module: nn.Module
-    eval_module: nn.Module
-    inputs: tuple[str, ...]
-    exports: tuple[str, ...]
-    boundary: str | None
-    beta: str | None
 
 
 def make_blocks(tied: bool = True) -> list[Block]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedona_fx.search.hypergradient import HyperGradient, batch_statistics, hypergradient
+from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
 from sedona_fx.search.relaxed import State, relaxed_gradients, sgd_momentum_step
 
 WIDTHS, CLASSES = (2, 4, 5, 4, 3), 3
@@ -50,16 +51,6 @@ class Layer(nn.Module):
         one = self.head_fc(act(self.head_norm(self.head_conv(h))).mean((2, 3)))
         s = self.mix.softmax(0)
         return (h, x.shape[0]), s[0] * one + s[1] * self.linear(h.mean((2, 3)))
-
-
-@dataclass(frozen=True)
-class Block:
-    module: nn.Module
-    eval_module: nn.Module
-    inputs: tuple[str, ...]
-    exports: tuple[str, ...]
-    boundary: str | None
-    beta: str | None
 
 
 def make_blocks(act: str) -> list[Block]:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sedona_fx.search import sedona
 from sedona_fx.search.budget import RelaxedWork, share
 from sedona_fx.search.decode import decode
+from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona import NonFiniteSearch, Sedona, SedonaResult
 
 RELEASED = Path(__file__).parents[2] / "../shared/data/sedona_released.json"
@@ -42,16 +43,6 @@ class Layer(nn.Module):
             return (), self.out(h)
         s = self.mix.softmax(0)
         return (h,), s[0] * self.heads[0](h) + s[1] * self.heads[1](h)
-
-
-@dataclass(frozen=True)
-class Block:
-    module: nn.Module
-    eval_module: nn.Module
-    inputs: tuple[str, ...]
-    exports: tuple[str, ...]
-    boundary: str | None
-    beta: str | None
 
 
 def make_blocks() -> list[Block]:
