@@ -13,10 +13,11 @@ from sedona_fx.analysis import Analysed, uncollected
 from sedona_fx.args import Args
 from sedona_fx.cost import block_costs, head_cost
 from sedona_fx.errors import DataError
+from sedona_fx.exits import share_copy
 from sedona_fx.graph import info
 from sedona_fx.heads import build_head
 from sedona_fx.local_loss import LocalLoss
-from sedona_fx.net import Net, share_copy
+from sedona_fx.net import Net
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.plan import Plan
 from sedona_fx.search.problem import HeadSpec
@@ -70,6 +71,7 @@ def compile_net(
     ]
     return Net(
         model,
+        {True: traced.train, False: traced.eval},
         graphs,
         parts,
         [built[cut][0] if built[cut] else None for cut in plan.cuts],

@@ -29,13 +29,14 @@ from sedona_fx.decisions import (
 from sedona_fx.errors import CutError, DataError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads import head_name
 from sedona_fx.local_loss import LocalLosses, one_a_block
-from sedona_fx.net import Net, example_like
+from sedona_fx.net import Net
 from sedona_fx.outputs import Key
 from sedona_fx.passes.cuts import base_layers
 from sedona_fx.placing import device_of
 from sedona_fx.plan import Plan
 from sedona_fx.search import SEARCHES, Decision, Problem, Search
 from sedona_fx.search.problem import HeadSpec
+from sedona_fx.signature import example_like
 from sedona_fx.train.engine import Loss
 
 

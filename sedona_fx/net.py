@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.cost import Cost
 from sedona_fx.errors import CheckpointError, ScheduleError
+from sedona_fx.exits import EarlyExit, ensemble, share_copy
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
 from sedona_fx.graph import direct_children
@@ -24,8 +23,10 @@ from sedona_fx.placing import device_of, place, redirect, relink
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.signature import Signature
+from sedona_fx.train.block import Block, StepResult
 from sedona_fx.train.checkpoint import mismatch
-from sedona_fx.train.engine import Block, Engine, Loss, OnBlock, StepResult
+from sedona_fx.train.engine import Batch, Engine, How, Loss, OnBlock
+from sedona_fx.variants import Variants
 
 
 class Net(nn.Module):
@@ -44,6 +45,7 @@ class Net(nn.Module):
     def __init__(
         self,
         model: nn.Module,
+        analysed: Mapping[bool, fx.GraphModule],
         graphs: Mapping[bool, fx.GraphModule],
         partitions: Mapping[bool, Sequence[BlockGraph]],
         heads: Sequence[nn.Module | None],
@@ -79,6 +81,7 @@ class Net(nn.Module):
             )
         )
         self.engine = Engine(self._blocks, output, loss, seed)
+        self.variants = Variants(analysed, self._blocks, plan.cuts, device_of(model))
         moves = plan.devices is not None
         self._plain = {True: direct_children(strip(graphs[True], keep_moves=moves))}
         same = graphs[False] is graphs[True]
@@ -87,7 +90,7 @@ class Net(nn.Module):
             traced_on = device_of(model)
             place(self._blocks, model)
             relink(self._all_graphs(), model)
-            redirect(self._all_graphs(), self._blocks, traced_on)
+            redirect(self._own_graphs(), where, traced_on)
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Net(nn.Module):
 
     def _run(self, args: Args) -> Any:
         self._check_modes()
-        values = self._named(args)
+        values = self.bind(args)
         if self._signature.hosted:  # the host's own code is at hand, and runs its way to `root` once
             return self.model(**{name: value for name, value in values.items() if value is not None})
         graph = self._plain[self.training]
@@ -128,8 +131,7 @@ class Net(nn.Module):
 
     def losses(self, x: Any, y: Any) -> list[Tensor]:
         """Return the K local losses of a batch, graphs kept; gradients do not cross between blocks."""
-        self._check_modes()
-        return self.engine.local_losses(self._named(Args.of(x)), y, training=self.training, step=self.steps)
+        return self.engine.local_losses(self.batch(x, y))
 
     def backward(
         self, x: Any, y: Any, scaler: Any = None, weight: float = 1.0, *, on_block: OnBlock | None = None
@@ -153,41 +155,46 @@ class Net(nn.Module):
                 buffers of all blocks (with `on_block`, of the failing one) are as before. Gradients may be half there:
                 ``zero_grad`` before the next batch.
         """
-        return self.run_blocks(x, y, scaler=scaler, weight=weight, on_block=on_block)
-
-    def run_blocks(
-        self,
-        x: Any,
-        y: Any,
-        *,
-        scaler: Any = None,
-        weight: float = 1.0,
-        on_block: OnBlock | None = None,
-        defer: bool = False,
-    ) -> StepResult:
-        """Do what :meth:`backward` does, for schedules: with `defer`, `on_block` steps through ``net.engine.guard``.
-
-        On an accelerator the host then waits for no loss before the next step.
-        """
-        self._check_modes()
-        result = self.engine.backward(
-            self._named(Args.of(x)),
-            y,
-            step=self.steps,
-            training=self.training,
-            scaler=scaler,
-            weight=weight,
-            on_block=on_block,
-            defer=defer,
-        )
+        scalers = [scaler] * len(self._blocks) if scaler is not None else None
+        result = self.engine.backward(self.batch(x, y), How(weight, scalers), on_block)
         self.steps += 1
         return result
+
+    @property
+    def example(self) -> Args:
+        """The batch that the net was traced with."""
+        return self._example
+
+    def lowered(self, *, training: bool) -> fx.GraphModule:
+        """Return the LOWERED graph of a mode."""
+        return self._graphs[training]
+
+    def bind(self, args: Args) -> dict[str, Any]:
+        """Return the net's inputs by argument name.
+
+        Raises:
+            DataError: they are not what the net was traced with.
+        """
+        return self._signature.bind(args, self._blocks[0].device if self.plan.devices is None else None)
+
+    def batch(self, x: Any, y: Any) -> Batch:
+        """Return a batch as the engine takes it, after a look at its arguments and at the modes of the modules."""
+        self._check_modes()
+        return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
 
     # ---- getting things out -----------------------------------------------------------------------------------------
 
     def inference_module(self) -> fx.GraphModule:
         """Return the eval graph without heads and boundaries, in eval mode; it shares this net's tensors."""
         return direct_children(share_copy(strip(self._graphs[False]))).eval()
+
+    def early_exit(self, threshold: float) -> EarlyExit:
+        """Return a module that stops at the first head that is sure: it gives the output, and the blocks left at."""
+        return EarlyExit(self, threshold)
+
+    def ensemble(self, n: int) -> fx.GraphModule:
+        """Return a graph of the last `n` heads' summed log-softmax, the model's own output one of them."""
+        return ensemble(self, n)
 
     def original_state_dict(self) -> dict[str, Any]:
         """Return the state of the user's model; loads with ``strict=True`` into a fresh copy of it."""
@@ -238,15 +245,17 @@ class Net(nn.Module):
             block.device = device
         relink(self._all_graphs(), self.model, fn)
         if self._blocks[0].device != before:
-            redirect(self._all_graphs(), self._blocks, before)
+            devices = [block.device for block in self._blocks]
+            redirect([*self._own_graphs(), *self.variants.graphs()], devices, before)
+            self.variants.traced_on = devices[0]
         return self
 
-    def _all_graphs(self) -> list[fx.GraphModule]:
+    def _own_graphs(self) -> list[fx.GraphModule]:
         blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
         return [*blocks, *self._plain.values(), *self._graphs.values()]
 
-    def _named(self, args: Args) -> dict[str, Any]:
-        return self._signature.bind(args, self._blocks[0].device if self.plan.devices is None else None)
+    def _all_graphs(self) -> list[fx.GraphModule]:
+        return [*self._own_graphs(), *self.variants.graphs()]
 
     def _check_modes(self) -> None:
         for path, module, (in_train, in_eval) in self._modal:
@@ -259,30 +268,7 @@ class Net(nn.Module):
                 )
 
 
-def share_copy(module: nn.Module) -> Any:
-    """Copy the structure of a module; parameters and buffers are the same objects."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
-
-
 def _devices(plan: Plan, model: nn.Module) -> list[torch.device]:
     if plan.devices is not None:
         return [torch.device(name) for name in plan.devices]
     return [device_of(model)] * plan.blocks
-
-
-def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
-    """Make an example batch from a plan's description of the inputs: zeros for integers, seeded noise for floats."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(spec: Any) -> Any:
-        if not is_spec(spec):
-            return spec  # an argument without tensors
-        dtype = getattr(torch, spec["dtype"])
-        if dtype.is_floating_point:
-            return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)
-        return torch.zeros(spec["shape"], dtype=dtype, device=device)
-
-    def is_spec(value: Any) -> bool:
-        return isinstance(value, Mapping) and set(value) == {"shape", "dtype"}
-
-    return Args(**{name: pytree.tree_map(make, value, is_leaf=is_spec) for name, value in inputs.items()})

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError
 from sedona_fx.graph import info
-from sedona_fx.train.engine import Block
+from sedona_fx.train.block import Block
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -54,7 +54,7 @@ def relink(
                 ours._buffers[name] = changed.setdefault(id(constant), change(constant))
 
 
-def redirect(graphs: Iterable[fx.GraphModule], blocks: Sequence[Block], before: torch.device) -> None:
+def redirect(graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], before: torch.device) -> None:
     """Let operators that name a device (``arange(device=cpu)``, as captured programs have them) name their block's.
 
     The constants of a graph are moved as well: each graph has its own.
@@ -69,7 +69,7 @@ def redirect(graphs: Iterable[fx.GraphModule], blocks: Sequence[Block], before: 
         changed = False
         for node in gm.graph.nodes:
             record = info(node)
-            device = blocks[record.block if record.block is not None else 0].device
+            device = devices[record.block if record.block is not None else 0]
             if _is_constant(str(node.target)) and node.op == "get_attr":
                 gm._buffers[str(node.target)] = getattr(gm, str(node.target)).to(device)
             if node.op != "call_function" or record.boundary:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args, same_plain
 from sedona_fx.errors import DataError, shape_text
@@ -75,3 +76,21 @@ class Signature:
                     f"({wanted}): of a model captured by torch.export only the size of the batch is free. Pad or crop "
                     "the input, or decouple the model anew for this size."
                 )
+
+
+def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
+    """Make an example batch from a plan's description of the inputs: zeros for integers, seeded noise for floats."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(spec: Any) -> Any:
+        if not is_spec(spec):
+            return spec  # an argument without tensors
+        dtype = getattr(torch, spec["dtype"])
+        if dtype.is_floating_point:
+            return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)
+        return torch.zeros(spec["shape"], dtype=dtype, device=device)
+
+    def is_spec(value: Any) -> bool:
+        return isinstance(value, Mapping) and set(value) == {"shape", "dtype"}
+
+    return Args(**{name: pytree.tree_map(make, value, is_leaf=is_spec) for name, value in inputs.items()})

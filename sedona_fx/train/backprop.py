@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sedona_fx.outputs import map_tensors
-from sedona_fx.train.engine import Block, StepResult, no_autocast
+from sedona_fx.train.block import Block, StepResult
+from sedona_fx.train.precision import casting
 from sedona_fx.train.schedule import Schedule
 
 
@@ -25,17 +26,20 @@ class Backprop(Schedule):
 
     def step(self, inputs: Any, target: Any) -> StepResult:
         """Train on one batch; return the final loss, alone in the list, and the output."""
-        self._zero_grad()
         net, engine, last = self.net, self.net.engine, self.net.blocks[-1]
-        engine.guard.raise_pending()
-        with engine.guard.protecting(list(net.model.buffers())) as snapshot:
-            output = net.call(inputs)
-            loss = engine.local_loss(last, output, target)
-            engine.guard.check(last.index, net.steps, loss)
-            with no_autocast(last.device):
-                loss.backward()
-            engine.guard.settle(last.index, snapshot)
-        net.steps += 1
-        for block in net.blocks:
-            self._update(block.index, {last.index})
+        with self._window() as ends:
+            engine.guard.raise_pending()
+            with engine.guard.protecting(list(net.model.buffers())) as snapshot:
+                with casting(last.device, self.autocast):
+                    output = net.call(inputs)
+                    loss = engine.local_loss(last, output, target)
+                engine.guard.check(last.index, net.steps, loss)
+                engine.walk_back(last, loss, self.scalers[last.index] if self.scalers else None, self._weight)
+                engine.guard.settle(last.index, snapshot)
+            net.steps += 1
+            for block in net.blocks if ends else ():
+                self._update(block.index, {last.index})
         return StepResult([loss.detach()], map_tensors(Tensor.detach, output))
+
+    def _one_scaler(self) -> bool:
+        return True  # one loss, one scale

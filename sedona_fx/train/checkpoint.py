@@ -17,7 +17,7 @@ from sedona_fx.train.schedule import Schedule
 if TYPE_CHECKING:
     from sedona_fx.net import Net
 
-FORMAT = 2
+FORMAT = 3
 FIELDS = {
     "epoch": int,
     "batch": int,

@@ -6,86 +6,60 @@ from below is detached here (the exports of a block are not), and what enters it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat, map_tensors
 from sedona_fx.passes.partition import BlockGraph
+from sedona_fx.train.block import Block, StepResult, run_graph
 from sedona_fx.train.guard import FiniteGuard
+from sedona_fx.train.precision import casting, no_autocast
 from sedona_fx.train.random import block_random
 
 Loss = Callable[[Any, Any], Tensor]
 OnBlock = Callable[[int], None]
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a training step gave: the K local losses (detached scalars) and the model's output (detached)."""
+class Batch:
+    """One batch on its way through the blocks: the net's inputs by argument name, the target, and the step's number."""
 
-    losses: list[Tensor]
-    output: Any
+    inputs: Mapping[str, Any]
+    target: Any
+    step: int
+    training: bool = True
 
 
-class Block:
-    """One block of a net: its train graph and its eval graph over the same modules, and its head.
+Objective = Callable[[Block, Batch, Values, Values, Tensor], Tensor]
+"""What a block walks back: from its inputs, its exports (undetached) and its local loss."""
 
-    Attributes:
-        index: 0 is nearest the input.
-        module: the train graph (head included), ``(exports, local output) = module(*inputs)``.
-        eval_module: the same for evaluation; one object with `module` where the modes do not differ.
-        head: the auxiliary head, or None (last block, or a net without heads).
-        device: where the block lives.
-        objective: what the block learns instead of the model's task, or None.
-    """
 
-    def __init__(
-        self,
-        train: BlockGraph,
-        evaluation: BlockGraph,
-        head: nn.Module | None,
-        device: torch.device,
-        objective: LocalLoss | None = None,
-    ) -> None:
-        self.index = train.index
-        self.train_graph, self.eval_graph = train, evaluation
-        self.module: fx.GraphModule = train.module
-        self.eval_module: fx.GraphModule = evaluation.module
-        self.head, self.device, self.objective = head, device, objective
+@dataclass(frozen=True)
+class How:
+    """How local steps are done: factor of the losses, one scaler a block, autocast, deferred verdicts, and what is
+    added to the local losses (with the graphs that show what it looks at)."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the block's parameters, those of its head included, each once."""
-        return self.module.parameters()
+    weight: float = 1.0
+    scalers: Sequence[Any] | None = None
+    autocast: torch.dtype | None = None
+    defer: bool = False
+    objective: Objective | None = None
+    graphs: Sequence[BlockGraph] | None = None
 
-    def base_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that belong to the user's model."""
-        heads = {id(p) for p in self.head.parameters()} if self.head is not None else set()
-        return (p for p in self.module.parameters() if id(p) not in heads)
+    def scaler(self, block: Block) -> Any:
+        """Return the scaler of a block's gradients, or None."""
+        return self.scalers[block.index] if self.scalers is not None else None
 
-    def buffers(self) -> list[Tensor]:
-        """Return the block's buffers, those of its head included."""
-        return list(self.module.buffers())
 
-    def graph(self, training: bool) -> BlockGraph:
-        """Return the block's graph of a mode."""
-        return self.train_graph if training else self.eval_graph
-
-    def __call__(self, values: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], Any]:
-        """Run the block on named values; return its exports by name, undetached, and its local output."""
-        graph = self.graph(training)
-        exports, local = graph.module(*[values[name] for name in graph.inputs])
-        return dict(zip(graph.exports, exports, strict=True)), local
-
-    def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.parameters())
-        return f"Block({self.index}, {count:,} parameters, head={type(self.head).__name__}, device={self.device})"
+PLAIN = How()
 
 
 class Engine:
@@ -94,66 +68,73 @@ class Engine:
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
         self.guard = FiniteGuard()
-        self._last_reader = {
-            mode: {name: block.index for block in self.blocks for name in block.graph(mode).inputs}
-            for mode in (True, False)
-        }
+        self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
-    def local_losses(self, inputs: Mapping[str, Any], target: Any, *, training: bool, step: int) -> list[Tensor]:
+    def local_losses(self, batch: Batch) -> list[Tensor]:
         """Return the K local losses with their graphs, block by block; nothing flows between blocks."""
         self.require_heads("net.losses")
-        values, losses = dict(inputs), []
+        values, losses = dict(batch.inputs), []
         for block in self.blocks:
-            with self._random(block, step):
-                exports, local = block(values, training)
-            losses.append(self.local_loss(block, local, target, inputs))
-            self._hand_on(block, values, exports, training)
+            with self.random(block, batch.step):
+                exports, local = block(values, batch.training)
+            losses.append(self.local_loss(block, local, batch.target, batch.inputs))
+            self.hand_on(block, values, exports, batch.training)
         return losses
 
-    def backward(
-        self,
-        inputs: Mapping[str, Any],
-        target: Any,
-        *,
-        step: int,
-        training: bool = True,
-        scaler: Any = None,
-        weight: float = 1.0,
-        on_block: OnBlock | None = None,
-        defer: bool = False,
-    ) -> StepResult:
+    def backward(self, batch: Batch, how: How = PLAIN, on_block: OnBlock | None = None) -> StepResult:
         """Forward, local loss, backward and free, one block after the other; gradients go to ``.grad``.
 
         `on_block` is called when a block's gradients are complete: the next block has not run yet, and reads the
         activation from before whatever `on_block` does to the parameters. Without `on_block` it is all or nothing: the
         buffers of every block are put back if any loss is not finite, and the host waits for the losses once, at the
-        end. With it, a block stands for itself; the host waits for each loss, or with `defer` not at all: `on_block`
-        then steps through the guard.
+        end. With it, a block stands for itself; the host waits for each loss, or with ``how.defer`` not at all:
+        `on_block` then steps through the guard.
         """
         self.require_heads("net.backward")
-        if not torch.is_grad_enabled():
-            raise ScheduleError("net.backward inside torch.no_grad() (or inference mode) has no graph to walk back.")
+        require_grad_mode("net.backward")
         self.guard.raise_pending()
         whole = on_block is None
-        values, losses, local = dict(inputs), [], None
-        with self.guard.protecting(self._buffers()) if whole else nullcontext():
+        values, losses, local = dict(batch.inputs), [], None
+        with self.guard.protecting(self.buffers()) if whole else nullcontext():
             for block in self.blocks:
-                with self.guard.protecting([] if whole else block.buffers()) as snapshot:
-                    with self._random(block, step):
-                        exports, local = block(values, training)
-                    loss = self.local_loss(block, local, target, inputs)
-                    self.guard.check(block.index, step, loss, defer=defer or whole)
-                    self._walk_back(block, loss, scaler, weight)
-                    self.guard.settle(block.index, snapshot)
-                losses.append(loss.detach())
-                self._hand_on(block, values, exports, training)
-                local = map_tensors(Tensor.detach, local)
-                del exports, loss  # the graph of this block dies here, before the next block runs
+                loss, exports, local = self.local_step(block, batch, values, how, alone=not whole)
+                losses.append(loss)
+                self.hand_on(block, values, exports, batch.training)
                 if on_block is not None:
                     on_block(block.index)
             if whole:
                 self.guard.raise_pending()
         return StepResult(losses, local)
+
+    def local_step(
+        self, block: Block, batch: Batch, values: Mapping[str, Any], how: How, *, alone: bool
+    ) -> tuple[Tensor, Values, Any]:
+        """Run one block and walk its local loss back; its graph is dead when this returns.
+
+        Args:
+            block: which one.
+            batch: whose inputs, target and step number.
+            values: what the block reads, by name.
+            how: see there.
+            alone: whether the block stands for itself: its buffers are put back if its loss is not finite. Else all
+                verdicts are deferred, and whoever calls protects the buffers.
+
+        Returns:
+            The local loss, the exports by name, and the local output, all detached.
+        """
+        graph = how.graphs[block.index] if how.graphs is not None else block.graph(batch.training)
+        with self.guard.protecting(block.buffers() if alone else []) as snapshot:
+            with casting(block.device, how.autocast):
+                with self.random(block, batch.step):
+                    exports, local = run_graph(graph, values)
+                loss = self.local_loss(block, local, batch.target, batch.inputs)
+                total = loss
+                if how.objective is not None:
+                    total = how.objective(block, batch, dict(values), exports, loss)
+            self.guard.check(block.index, batch.step, total, defer=how.defer or not alone)
+            self.walk_back(block, total, how.scaler(block), how.weight)
+            self.guard.settle(block.index, snapshot)
+        return loss.detach(), detached(exports), map_tensors(Tensor.detach, local)
 
     def local_loss(self, block: Block, local: Any, target: Any, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """Return the loss on a block's local output; an objective of the user's gets the net's `inputs`, too.
@@ -190,10 +171,20 @@ class Engine:
         if missing:
             raise ScheduleError(
                 f"{who} trains every block by a local loss, but blocks {missing} have no head. Lower the net with "
-                "heads (leave out heads=False), or train it with a schedule that needs none (sedona_fx.train.Backprop)."
+                "heads (leave out heads=False), or train it with a schedule that needs none "
+                "(sedona_fx.train.Backprop, sedona_fx.train.Delayed)."
             )
 
-    def _walk_back(self, block: Block, loss: Tensor, scaler: Any, weight: float) -> None:
+    def walk_back(self, block: Block, loss: Tensor, scaler: Any, weight: float, *, keep: bool = False) -> None:
+        """Take the gradient of a block's loss, times `weight` and the scaler's scale, into ``.grad``.
+
+        Args:
+            block: whose loss it is.
+            loss: with its graph, which dies unless `keep`.
+            scaler: of the block's gradients, or None.
+            weight: factor of the loss.
+            keep: keep the graph for another walk.
+        """
         if not loss.requires_grad:
             if any(p.requires_grad for p in block.parameters()):
                 raise DataError(
@@ -201,40 +192,46 @@ class Engine:
                     "stay a tensor with a graph: no .item(), .detach() or numpy on the way."
                 )
             return  # a frozen block
-        scaled = loss * weight if weight != 1.0 else loss
+        weighted = loss * weight if weight != 1.0 else loss
         with no_autocast(block.device):
-            (scaler.scale(scaled) if scaler is not None else scaled).backward()
+            (scaler.scale(weighted) if scaler is not None else weighted).backward(retain_graph=keep)
 
-    def _hand_on(self, block: Block, values: dict[str, Any], exports: dict[str, Any], training: bool) -> None:
+    def hand_on(self, block: Block, values: Values, exports: Mapping[str, Any], training: bool) -> None:
         """Pass a block's exports on, cut off from its graph, and drop what no later block reads."""
-        values.update({name: map_tensors(Tensor.detach, value) for name, value in exports.items()})
-        last_reader = self._last_reader[training]
-        for name in [name for name in values if last_reader.get(name, -1) <= block.index]:
-            del values[name]
+        hand_on(values, exports, block.index, self._last_reader[training])
 
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """Return the buffers of all blocks, each once."""
         return list({id(buffer): buffer for block in self.blocks for buffer in block.buffers()}.values())
 
-    def _random(self, block: Block, step: int) -> AbstractContextManager[None]:
-        # One block is backprop, which draws from the global stream as the plain model does.
+    def random(self, block: Block, step: int) -> AbstractContextManager[None]:
+        """Seed a block's draws of a step. One block is backprop, which draws from the global stream."""
         if len(self.blocks) == 1:
             return nullcontext()
         return block_random(self.seed, block.index, step, block.device)
 
 
-@contextmanager
-def no_autocast(device: torch.device) -> Iterator[None]:
-    """Leave the user's autocast region: backward runs in the dtypes that forward chose.
+def last_readers(graphs: Iterable[Iterable[BlockGraph]]) -> dict[str, int]:
+    """Return the last block that reads each value, for blocks of one or more graphs."""
+    return {name: index for index, parts in enumerate(graphs) for graph in parts for name in graph.inputs}
 
-    The weights that autocast has cast and cached are dropped at the end: a region may span several steps, and what is
-    cached is from before the update.
-    """
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-        torch.clear_autocast_cache()
-    else:
-        yield
+
+def hand_on(values: Values, exports: Mapping[str, Any], index: int, last_reader: Mapping[str, int]) -> None:
+    """Add the exports of block `index`, cut off from its graph, and drop what no later block reads."""
+    values.update(detached(exports))
+    for name in [name for name in values if last_reader.get(name, -1) <= index]:
+        del values[name]
+
+
+def detached(values: Mapping[str, Any]) -> Values:
+    """Cut named values off from their graphs."""
+    return {name: map_tensors(Tensor.detach, value) for name, value in values.items()}
+
+
+def require_grad_mode(who: str) -> None:
+    """Raise where there would be no graph to walk back."""
+    if not torch.is_grad_enabled():
+        raise ScheduleError(f"{who} inside torch.no_grad() (or inference mode) has no graph to walk back.")
 
 
 def _shapes(value: Any) -> str:

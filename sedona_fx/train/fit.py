@@ -63,7 +63,7 @@ def fit(
     epochs: int,
     schedule: Schedule,
     val_loader: Any = None,
-    lr_scheduler: LRFactory | None = None,
+    lr_scheduler: LRFactory | Sequence[LRFactory | None] | None = None,
     lr_interval: Literal["epoch", "step"] = "epoch",
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -84,7 +84,7 @@ def fit(
         epochs: in total, those before a resume included.
         schedule: how to train, for example ``Greedy(net, optimizer=...)``.
         val_loader: evaluated after each epoch.
-        lr_scheduler: called once with each block's optimizer.
+        lr_scheduler: called once with each block's optimizer; or a list with one a block, or None for none.
         lr_interval: what a step of the LR schedulers is.
         checkpoint: file to write after each epoch, and to go on from.
         checkpoint_every: write it every so many training steps of an epoch too.
@@ -104,7 +104,7 @@ def fit(
         raise ScheduleError(f"lr_interval={lr_interval!r} is neither 'epoch' nor 'step'.")
     if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
         raise ScheduleError(f"checkpoint_every={checkpoint_every} needs checkpoint=FILE, and to be 1 or more.")
-    rates = [lr_scheduler(o) for o in schedule.optimizers if o is not None] if lr_scheduler is not None else []
+    rates = _make_rates(lr_scheduler, schedule)
     if any(isinstance(rate, ReduceLROnPlateau) for rate in rates):
         raise ScheduleError("ReduceLROnPlateau needs a metric at each step: step it yourself, around fit(epochs=1).")
     run = _Run(net, schedule, rates, loader, seed, Path(checkpoint) if checkpoint is not None else None)
@@ -122,6 +122,16 @@ def fit(
             shown = {"train_loss": run.history.epochs[-1].losses[-1], **{f"val_{k}": v for k, v in result.items()}}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
     return run.history
+
+
+def _make_rates(given: LRFactory | Sequence[LRFactory | None] | None, schedule: Schedule) -> list[LRScheduler]:
+    """Make the LR schedulers, one for each optimizer that is to have one."""
+    count = len(schedule.optimizers)
+    factories = list(given) if isinstance(given, Sequence) else [given] * count
+    if len(factories) != count:
+        raise ScheduleError(f"lr_scheduler lists {len(factories)} factories; the net has {count} blocks.")
+    pairs = zip(factories, schedule.optimizers, strict=True)
+    return [factory(optimizer) for factory, optimizer in pairs if factory is not None and optimizer is not None]
 
 
 _ADVICE = "Hand a DataLoader or a list of batches."

@@ -99,17 +99,19 @@ class FiniteGuard:
 
         Not before it: BatchNorm's backward holds the running statistics and refuses those written to in between.
         """
-        for verdict in self._pending[-1:]:
+        for verdict in self._pending:
             if verdict.block == block:
                 snapshot.restore(unless=verdict.finite)
 
-    def step_optimizer(self, optimizer: torch.optim.Optimizer, blocks: Collection[int]) -> None:
+    def step_optimizer(
+        self, optimizer: torch.optim.Optimizer, blocks: Collection[int], scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Step an optimizer unless the loss of one of `blocks`, those whose losses its parameters had a part in, is
-        known not to be finite."""
+        known not to be finite. A `scaler` has its own say about the gradients."""
         verdicts = [verdict for verdict in self._pending if verdict.block in blocks]
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         # A fused optimizer that skips its very first step keeps state that was never written (SGD's momentum).
-        if verdicts and fused and optimizer in self._stepped:
+        if verdicts and fused and scaler is None and optimizer in self._stepped:
             bad = torch.stack([~verdict.finite.to(verdicts[0].finite.device) for verdict in verdicts]).any()
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             try:
@@ -117,7 +119,10 @@ class FiniteGuard:
             finally:
                 del optimizer.found_inf  # type: ignore[attr-defined]
         elif all(math.isfinite(verdict.value()) for verdict in verdicts):
-            optimizer.step()
+            if scaler is not None:
+                scaler.step(optimizer)
+            else:
+                optimizer.step()
             self._stepped.add(optimizer)
 
     def raise_pending(self) -> None:
