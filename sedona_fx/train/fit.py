@@ -156,7 +156,6 @@ class _Run:
     _streams: list[torch.Tensor] = field(default_factory=list)  # the loader's own generators as this epoch began
     _resumed: dict[str, Any] | None = None
     _proved: bool = False
-    _stepped: bool = False
 
     def train_epoch(self, bar: Any, label: str, lr_interval: str, every: int | None) -> None:
         bar.set_description(label)
@@ -167,7 +166,6 @@ class _Run:
         start = time.perf_counter()
         for args, target in self._batches():
             result = self.schedule.step(args.map(lambda t: t.to(device)), target)
-            self._stepped = True
             if lr_interval == "step":
                 self._step_rates()
             losses = [loss.double() for loss in result.losses]
@@ -197,8 +195,8 @@ class _Run:
 
     def _step_rates(self) -> None:
         with warnings.catch_warnings():
-            if not self._stepped:  # resumed behind an epoch's last batch: the optimizer stepped, in another process
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            # An optimizer may have stepped in another process, before a resume, or not yet: blocks may be late.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for rate in self.rates:
                 rate.step()
 
@@ -267,8 +265,8 @@ class _Run:
             history = History([Epoch(**entry) for entry in state["history"]])
         except TypeError as error:
             raise CheckpointError(f"{str(self.path)!r} is damaged: its history is no list of epochs.") from error
+        self.net.load_state_dict(state["net"])  # first: the schedule may run stashed batches again
         self.schedule.load_state_dict(state["schedule"])
-        self.net.load_state_dict(state["net"])
         for rate, (_, saved) in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(saved)
         for generator, saved in zip(streams, state["streams"], strict=True):

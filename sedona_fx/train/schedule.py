@@ -210,7 +210,7 @@ class Schedule:
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Go on from a state. Load the net's own state before.
 
         Raises:
             CheckpointError: the state belongs to another schedule, plan or optimizer; nothing is loaded then.
