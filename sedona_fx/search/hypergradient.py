@@ -17,17 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
-from sedona_fx.search.relaxed import (
-    Batch,
-    LocalLoss,
-    RelaxedBlock,
-    State,
-    Tensors,
-    clones,
-    relaxed_gradients,
-    run_block,
-    sgd_momentum_step,
-)
+from sedona_fx.search.ascent import run_block
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, Tensors, clones, sgd_momentum_step
 from sedona_fx.search.vjp import gradients, named
 
 

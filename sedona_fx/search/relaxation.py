@@ -18,7 +18,7 @@ from sedona_fx.plan import Plan
 from sedona_fx.search.budget import RelaxedWork
 from sedona_fx.search.decode import decode
 from sedona_fx.search.problem import Decision, Problem, candidate_cost
-from sedona_fx.search.relaxed import Batch, LocalLoss
+from sedona_fx.search.state import Batch, LocalLoss
 
 if TYPE_CHECKING:
     from sedona_fx.search.sedona import Sedona, SedonaResult
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RelaxedGraphBlock:
-    """A base layer of the relaxed net, as :class:`~sedona_fx.search.relaxed.RelaxedBlock` describes it."""
+    """A base layer of the relaxed net, as :class:`~sedona_fx.search.state.RelaxedBlock` describes it."""
 
     module: nn.Module
     eval_module: nn.Module

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from sedona_fx.search.budget import Budget, RelaxedWork, share
 from sedona_fx.search.hypergradient import hypergradient
+from sedona_fx.search.one_step import one_step_hypergradient
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.relaxation import search_sedona
-from sedona_fx.search.relaxed import Batch, LocalLoss, RelaxedBlock, State, relaxed_gradients, sgd_momentum_step
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, sgd_momentum_step
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Sedona:
         warmup_steps: relaxed training steps before the search proper. None: half of the cost.
         meta_steps: updates of alpha and beta. None: what the rest of the cost allows.
         snapshots: states of the relaxed net to search at, spread over the warm-up. None: at most 10.
-        unroll: training steps T that the validation loss is differentiated through.
+        unroll: training steps T that the validation loss is differentiated through; one takes no second-order graph.
         lr: learning rate of relaxed training; cosine to a hundredth of it over the warm-up.
         momentum: of relaxed training.
         weight_decay: of relaxed training.
@@ -207,18 +209,12 @@ class _Search:
             self.where = f"meta-iteration {step}"
             snapshot = self.snapshots[int(torch.randint(len(self.snapshots), (), generator=draws))]
             batches = [next(train) for _ in range(s.unroll)]
-            found = hypergradient(
-                self.blocks,
-                snapshot.state,
-                self.alpha,
-                self.beta,
-                batches,
-                next(val),
-                self.local_loss,
-                lr=snapshot.lr,
-                momentum=s.momentum,
-                weight_decay=s.weight_decay,
-            )
+            at = (self.blocks, snapshot.state, self.alpha, self.beta)
+            sgd = {"lr": snapshot.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
+            if s.unroll == 1:
+                found = one_step_hypergradient(*at, *batches, next(val), self.local_loss, **sgd)
+            else:
+                found = hypergradient(*at, batches, next(val), self.local_loss, **sgd)
             gradients = [found.alpha_grad, *found.beta_grads]
             if not all(bool(t.isfinite().all()) for t in (found.val_loss, *gradients)):
                 raise NonFiniteSearch(f"at {self.where}, in the validation loss or its gradient", self.result(False))

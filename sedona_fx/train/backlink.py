@@ -86,7 +86,7 @@ class BackLink(Headed):
             batch, how = net.batch(inputs, target), self.how(defer=True)
             values, losses, local = dict(batch.inputs), list[Tensor](), None
             link: Link | None = None
-            with engine.guard.protecting(engine.buffers()) if sync else nullcontext():
+            with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext():
                 for block in net.blocks:
                     below = link
                     loss, exports, local, link = self._local_step(block, batch, values, how, below)
@@ -117,7 +117,7 @@ class BackLink(Headed):
         read = dict(values)
         entered = _leaves(below.exports, read) if below is not None else {}
         scaler = how.scaler(block)
-        with engine.guard.protecting(block.buffers() if alone else []) as snapshot:
+        with engine.guard.protecting(self.buffers_of(block) if alone else []) as snapshot:
             with casting(block.device, how.autocast):
                 with engine.random(block, batch.step):
                     shown: Values = run_graph(body[0], read)[0] if body else {}

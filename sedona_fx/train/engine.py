@@ -45,7 +45,7 @@ Objective = Callable[[Block, Batch, Values, Values, Tensor], Tensor]
 @dataclass(frozen=True)
 class How:
     """How local steps are done: factor of the losses, one scaler a block, autocast, deferred verdicts, and what is
-    added to the local losses (with the graphs that show what it looks at)."""
+    added to the local losses (with the graphs that show what it looks at, and the buffers that it may change, too)."""
 
     weight: float = 1.0
     scalers: Sequence[Any] | None = None
@@ -53,6 +53,13 @@ class How:
     defer: bool = False
     objective: Objective | None = None
     graphs: Sequence[BlockGraph] | None = None
+    buffers_of: Callable[..., list[Tensor]] | None = None
+
+    def buffers(self, *blocks: Block) -> list[Tensor]:
+        """Return the buffers that a local step of some blocks may change, each once."""
+        if self.buffers_of is not None:
+            return self.buffers_of(*blocks)
+        return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
 
     def scaler(self, block: Block) -> Any:
         """Return the scaler of a block's gradients, or None."""
@@ -95,7 +102,7 @@ class Engine:
         self.guard.raise_pending()
         whole = on_block is None
         values, losses, local = dict(batch.inputs), [], None
-        with self.guard.protecting(self.buffers()) if whole else nullcontext():
+        with self.guard.protecting(how.buffers(*self.blocks)) if whole else nullcontext():
             for block in self.blocks:
                 loss, exports, local = self.local_step(block, batch, values, how, alone=not whole)
                 losses.append(loss)
@@ -123,7 +130,7 @@ class Engine:
             The local loss, the exports by name, and the local output, all detached.
         """
         graph = how.graphs[block.index] if how.graphs is not None else block.graph(batch.training)
-        with self.guard.protecting(block.buffers() if alone else []) as snapshot:
+        with self.guard.protecting(how.buffers(block) if alone else []) as snapshot:
             with casting(block.device, how.autocast):
                 with self.random(block, batch.step):
                     exports, local = run_graph(graph, values)

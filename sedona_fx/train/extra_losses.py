@@ -90,14 +90,14 @@ class PredSim:
     Attributes:
         weight: beta in the paper, 0.99 there.
         keep: multiplies the local loss; the paper has ``1 - weight``.
-        average: the mean over the N x N entries instead of their sum, so that the loss does not grow with the batch.
-            The released code does that: the paper's beta belongs to the mean.
+        average: the mean over the N x N entries in the place of the paper's sum, so that the loss does not grow with
+            the batch. Released code does that: the paper's beta belongs to the mean.
         channel_dim: where the activation has its channels; -1 for tokens (N, T, D).
     """
 
     weight: float = 0.99
     keep: float = 1.0
-    average: bool = False
+    average: bool = True
     channel_dim: int = 1
     needs_layers: ClassVar[bool] = False
 
@@ -176,14 +176,14 @@ class KineticEnergy:
         weight: what the cost is multiplied by.
         keep: multiplies the local loss.
         tau: the step size of the scheme; the larger, the freer the blocks.
-        average: the mean over the features instead of their sum. The released code does that: its values of tau belong
-            to the mean.
+        average: the mean over the features in the place of the paper's sum. Released code does that: its values of
+            tau belong to the mean.
     """
 
     weight: float = 1.0
     keep: float = 1.0
     tau: float = 1.0
-    average: bool = False
+    average: bool = True
     needs_layers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

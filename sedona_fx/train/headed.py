@@ -84,7 +84,12 @@ class Headed(Schedule):
         if self._layers is not None:
             graphs = self._layers[self.net.training]
         objective = self.objective if self.extra else None
-        return How(self._weight, self.scalers, self.autocast, defer, objective, graphs)
+        return How(self._weight, self.scalers, self.autocast, defer, objective, graphs, self.buffers_of)
+
+    def buffers_of(self, *blocks: Block) -> list[Tensor]:
+        """Return the buffers that a local step of these blocks may change, extra losses included, each once."""
+        found = [b for block in blocks for b in (*block.buffers(), *self.extras[block.index].buffers())]
+        return list({id(buffer): buffer for buffer in found}.values())
 
     def objective(self, block: Block, batch: Batch, values: Values, exports: Values, loss: Tensor) -> Tensor:
         """Return the local loss of a block plus its extra losses."""

@@ -18,6 +18,7 @@ from sedona_fx.train.buffered import Buffer, Stored
 from sedona_fx.train.codec import Codec, make_codec
 from sedona_fx.train.engine import Batch, How, Values, require_grad_mode
 from sedona_fx.train.headed import Headed
+from sedona_fx.train.quantize import VectorQuantizer
 from sedona_fx.train.random import block_seed
 from sedona_fx.train.schedule import OptimizerFactory
 
@@ -89,6 +90,11 @@ class Replay(Headed):
         if len(given) != count or not all(0 <= p < 1 for p in given):
             raise ScheduleError(f"noise={noise!r}: give one probability in [0, 1), or one for each of {count} blocks.")
         self.noise, self.codec = given, make_codec(codec)
+        if isinstance(self.codec, VectorQuantizer) and capacity > self.codec.patience:
+            raise ScheduleError(
+                f"capacity={capacity} is more than the {self.codec.patience} batches whose codes the codec keeps: give "
+                f"VectorQuantizer(patience={capacity}) or fewer batches."
+            )
         device = torch.device(buffer_device) if buffer_device is not None else None
         self.buffers = [
             Buffer(capacity, max_uses, device, self.codec, self._compressible(block)) for block in net.blocks[:-1]
@@ -119,7 +125,7 @@ class Replay(Headed):
             before = [buffer.snapshot() for buffer in self.buffers] if sync else []
             output = None
             try:
-                with engine.guard.protecting(engine.buffers()) if sync else nullcontext():
+                with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext():
                     for block in net.blocks:
                         local = self._turn(block, batch, how, store=store, filling=filling)
                         if block is net.blocks[-1]:
@@ -252,7 +258,7 @@ class Replay(Headed):
         """Go on from a state."""
         super().load_state_dict(state)
         mine = state["replay"]
-        for buffer, saved, block in zip(self.buffers, mine["buffers"], self.net.blocks, strict=True):
+        for buffer, saved, block in zip(self.buffers, mine["buffers"], self.net.blocks[:-1], strict=True):
             buffer.load_state_dict(saved, block.device)
         self.counts = Counts(**mine["counts"])
         self._full, self._stored = mine["full"], int(mine["stored"])

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedona_fx.search.hypergradient import HyperGradient, batch_statistics, hypergradient
+from sedona_fx.search.one_step import one_step_hypergradient
 from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
-from sedona_fx.search.relaxed import State, relaxed_gradients, sgd_momentum_step
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import State, sgd_momentum_step
 
 WIDTHS, CLASSES = (2, 4, 5, 4, 3), 3
 LAYERS = len(WIDTHS) - 1
@@ -85,9 +87,11 @@ class Problem:
     val: tuple[dict[str, Any], Tensor]
     act: str
 
-    def hypergradient(self) -> HyperGradient:
-        args = (self.blocks, self.state, self.alpha, self.beta, self.train, self.val)
-        return hypergradient(*args, loss, **SGD)
+    def hypergradient(self, *, one_step: bool = False) -> HyperGradient:
+        args = (self.blocks, self.state, self.alpha, self.beta)
+        if one_step:
+            return one_step_hypergradient(*args, *self.train, self.val, loss, **SGD)
+        return hypergradient(*args, self.train, self.val, loss, **SGD)
 
 
 def make_problem(act: str, steps: int) -> Problem:
@@ -216,15 +220,30 @@ def loss(block: int, output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("steps", "one_step"), [(1, False), (3, False), (1, True)])
 @pytest.mark.parametrize(("act", "eps"), [("relu", 1e-5), ("softplus", 1e-3)])  # a kink wants a small eps
-def test_agrees_with_central_differences(act: str, eps: float, steps: int) -> None:
+def test_agrees_with_central_differences(act: str, eps: float, steps: int, one_step: bool) -> None:
     p = make_problem(act, steps)
-    got = p.hypergradient()
+    got = p.hypergradient(one_step=one_step)
     by_alpha, by_beta = central_differences(p, eps)
     assert relative(got.alpha_grad.flatten(), by_alpha) < TOLERANCE
     assert relative(torch.cat(got.beta_grads), by_beta) < TOLERANCE
     assert got.val_loss.item() == pytest.approx(oracle_val_loss(p, p.alpha, p.beta), rel=1e-12)
+
+
+@pytest.mark.parametrize("act", ["relu", "softplus", "gelu"])
+def test_one_step_in_forward_mode_equals_reverse_mode(act: str) -> None:
+    p = make_problem(act, 1)
+    tensors, before = everything(p), [t.clone() for t in everything(p)]
+    wanted, got = p.hypergradient(), p.hypergradient(one_step=True)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(tensors, before, strict=True))
+    pairs = [(got.alpha_grad, wanted.alpha_grad), *zip(got.beta_grads, wanted.beta_grads, strict=True)]
+    for ours, theirs in pairs:
+        assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
+    assert torch.equal(got.val_loss, wanted.val_loss)
+    alone = one_step_hypergradient(p.blocks, p.state, p.alpha, p.beta, *p.train, p.val, loss, **SGD, with_beta=False)
+    assert torch.equal(alone.alpha_grad, got.alpha_grad)
+    assert not any(g.any() for g in alone.beta_grads)
 
 
 def test_running_statistics_in_validation_would_be_caught() -> None:

@@ -14,7 +14,9 @@ from shared_net import SGD, Block, central_difference
 from torch import Tensor, nn
 
 from sedona_fx.search.hypergradient import hypergradient
-from sedona_fx.search.relaxed import State, relaxed_gradients
+from sedona_fx.search.one_step import one_step_hypergradient
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import State
 
 
 class Plain(nn.Module):
@@ -275,6 +277,11 @@ def test_the_hypergradient_of_any_net(seed: int) -> None:
     train, state, sgd = [draw(5, 3) for _ in range(3)], State.of(blocks), SGD | {"lr": 0.02}
     beta, batches = [torch.zeros(1, dtype=torch.float64)] * 4, [({"x": x}, None) for x in train]
     got = hypergradient(blocks, state, alpha, beta, batches, ({"x": val}, None), square, **sgd)
+    of_one = [
+        function(blocks, state, alpha, beta, first, ({"x": val}, None), square, **sgd).alpha_grad
+        for function, first in ((hypergradient, batches[:1]), (one_step_hypergradient, batches[0]))
+    ]
+    torch.testing.assert_close(of_one[1], of_one[0], rtol=1e-10, atol=1e-15)
 
     def value() -> float:
         w, m = flat(state.params), flat(state.momentum)

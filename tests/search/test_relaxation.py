@@ -15,7 +15,8 @@ from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.passes import relax
 from sedona_fx.search import Decision, Problem, Sedona
 from sedona_fx.search.relaxation import relaxed_blocks
-from sedona_fx.search.relaxed import State, relaxed_gradients
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import State
 from sedona_fx.split import SplitPoint
 
 SMALL = Sedona(warmup_steps=4, meta_steps=3, snapshots=2, unroll=1)

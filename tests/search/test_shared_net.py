@@ -24,7 +24,9 @@ from shared_net import (
 from torch import Tensor
 
 from sedona_fx.search.hypergradient import HyperGradient, hypergradient
-from sedona_fx.search.relaxed import State, relaxed_gradients, sgd_momentum_step
+from sedona_fx.search.one_step import one_step_hypergradient
+from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.state import State, sgd_momentum_step
 
 
 def flat(dicts: list[dict[str, Tensor]]) -> Weights:
@@ -66,6 +68,10 @@ def solve(blocks: list[Block], state: State, steps: int, tied: bool) -> tuple[Hy
     """Return what the engine finds, and d/d(alpha), d/d(beta) and the loss of the oracle."""
     (alpha, beta), train, val = logits(), [batch() for _ in range(steps)], batch()
     got = hypergradient(blocks, state, alpha, beta, train, val, loss, **SGD)
+    if steps == 1:
+        other = one_step_hypergradient(blocks, state, alpha, beta, *train, val, loss, **SGD)
+        torch.testing.assert_close(other.alpha_grad, got.alpha_grad, rtol=1e-11, atol=1e-16)
+        torch.testing.assert_close(other.beta_grads, got.beta_grads, rtol=1e-11, atol=1e-16)
 
     def value() -> float:
         return oracle_val_loss(flat(state.params), flat(state.momentum), alpha, beta, train, val, tied)
