@@ -72,8 +72,8 @@ def decouple(
         loss: ``loss(output, target)``, a scalar tensor.
         val_data: for the search; None: a map-style loader's indices are split 60/40 by `seed`, other re-iterables by
             whole batches.
-        search: ``"sedona"``, ``"balanced"``, ``"uniform"``, or a configured search such as ``Sedona(unroll=1)``. One
-            single pair of data serves the latter two only.
+        search: ``"sedona"``, ``"rollout"``, ``"balanced"``, ``"uniform"``, or a configured search such as
+            ``Sedona(unroll=1)``. One single pair of data serves the latter two names only.
         cuts: your own cuts instead of a search: module paths, a cut behind each; or a mapping from module paths to
             ``"end"`` or ``"beginning"``.
         heads: candidates by registered name or as factories ``HeadContext -> nn.Module`` (by rule, not by search, the

@@ -58,8 +58,8 @@ def search_sedona(settings: Sedona, problem: Problem) -> Decision:
         result = settings.run(
             blocks,
             _local_loss(problem, len(blocks)),
-            lambda: _named_batches(train, problem.train, device),
-            lambda: _named_batches(val, problem.train, device),
+            lambda: named_batches(train, problem.train, device),
+            lambda: named_batches(val, problem.train, device),
             _work(problem, places),
             problem.seed,
             problem.progress,
@@ -140,7 +140,8 @@ def _local_loss(problem: Problem, count: int) -> LocalLoss:
     return local_loss
 
 
-def _named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
+def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
+    """Go through one epoch, the inputs by the names of a graph's placeholders."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     for args, target in source():
         values = {**dict(zip(names, args.args, strict=False)), **args.kwargs}
@@ -148,7 +149,7 @@ def _named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> 
 
 
 # Work of a head for each byte (or FLOP) of its activations, relative to the net's: heads are many small operators.
-_HEAD_OVERHEAD = 3.5
+HEAD_OVERHEAD = 3.5
 
 
 def _work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
@@ -166,7 +167,7 @@ def _work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
     ]
     by_flops = sum(c.flops for c in costs) / max(1, sum(r.flops for r in records))
     by_bytes = sum(c.activation_bytes for c in costs) / max(1, sum(sum(r.saved.values()) for r in records))
-    return RelaxedWork(net=1.0, heads=_HEAD_OVERHEAD * max(by_flops, by_bytes))
+    return RelaxedWork(net=1.0, heads=HEAD_OVERHEAD * max(by_flops, by_bytes))
 
 
 def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:

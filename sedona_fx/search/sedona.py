@@ -210,9 +210,9 @@ class _Search:
             snapshot = self.snapshots[int(torch.randint(len(self.snapshots), (), generator=draws))]
             batches = [next(train) for _ in range(s.unroll)]
             at = (self.blocks, snapshot.state, self.alpha, self.beta)
-            sgd = {"lr": snapshot.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
+            sgd: dict[str, Any] = {"lr": snapshot.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
             if s.unroll == 1:
-                found = one_step_hypergradient(*at, *batches, next(val), self.local_loss, **sgd)
+                found = one_step_hypergradient(*at, batches[0], next(val), self.local_loss, **sgd)
             else:
                 found = hypergradient(*at, batches, next(val), self.local_loss, **sgd)
             gradients = [found.alpha_grad, *found.beta_grads]

@@ -130,7 +130,11 @@ class Delayed(Schedule):
             batch = net.batch(inputs, target)
             flight = Flight(batch.step, batch.training, [None] * len(net.blocks))
             self._flights.append(flight)
-            values, wait = dict(batch.inputs), self.check == "sync" or self.weights == "current"
+            # A loader may fill the same tensors again: what outlives this step is copied.
+            values = dict(batch.inputs)
+            if len(net.blocks) > 1:
+                values = {name: map_tensors(torch.clone, value) for name, value in values.items()}
+            wait = self.check == "sync" or self.weights == "current"
             protected = engine.buffers() if self.check == "sync" else self._buffers(last)
             try:
                 with engine.guard.protecting(protected) as snapshot:

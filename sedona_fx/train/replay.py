@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.data import to_device
@@ -24,6 +25,10 @@ from sedona_fx.train.schedule import OptimizerFactory
 
 if TYPE_CHECKING:
     from sedona_fx.net import Net
+
+
+def _copied(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 @dataclass
@@ -122,6 +127,8 @@ class Replay(Headed):
             self._raise_pending()
             batch, how = net.batch(inputs, target), self.how(defer=True)
             store, filling = self._look_at(batch)
+            if store and self.buffers:  # a loader may fill the same tensors again
+                batch = replace(batch, inputs=_copied(batch.inputs), target=_copied(batch.target))
             before = [buffer.snapshot() for buffer in self.buffers] if sync else []
             output = None
             try:
