@@ -84,7 +84,8 @@ def analyse(
     where = where if where is not None else Where()
     _check_paths(model, where)
     traced = passes.trace(model, example, leaf_modules=leaf_modules, root=where.root)
-    train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True))
+    memo: passes.Memo = {}  # most operations are in both graphs
+    train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True, memo=memo))
     values = _returned(train)
     key = find_primary(values, output)
     auxiliary: tuple[Key, ...] = ()
@@ -92,7 +93,8 @@ def analyse(
     if traced.eval is traced.train:
         evaluation = train
     else:
-        evaluation = passes.explicit_writes(passes.annotate(traced.eval, example.kwargs, training=False))
+        evaluation = passes.annotate(traced.eval, example.kwargs, training=False, memo=memo)
+        evaluation = passes.explicit_writes(evaluation)
         eval_values = _returned(evaluation)
         eval_key = output if output in dict(fields(eval_values)) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.hosted)

@@ -7,6 +7,7 @@ under ``node.meta["sedona"]``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,7 +106,10 @@ def info(node: fx.Node) -> NodeInfo:
 
 def copy_info(source: fx.Node, target: fx.Node, **changes: Any) -> None:
     """Give ``target`` a copy of the record of ``source``, with some fields changed."""
-    target.meta[INFO] = dataclasses.replace(info(source), **changes)
+    record = copy.copy(info(source))
+    for name, value in changes.items():
+        setattr(record, name, value)
+    target.meta[INFO] = record
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

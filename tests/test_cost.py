@@ -2,12 +2,15 @@
 
 import copy
 import time
+from contextlib import nullcontext
 
 import chain
 import pytest
 import torch
 from graphs import analysed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from sedona_fx.cost import Cost, Meter, block_costs, head_cost, step_seconds, stretch_costs
 from sedona_fx.graph import TensorSpec, info
@@ -97,6 +100,55 @@ def test_seconds_are_medians_of_interleaved_runs():
     assert order == ["a", "b", "b", "a"] * 2  # every other turn goes backwards
     assert 0 <= made["a"] < made["b"]
     assert made["b"] >= 0.002
+
+
+CALLS = {
+    "batch norm": lambda x, c: F.batch_norm(x, c, c, c, c, training=True),
+    "batch norm, no weights": lambda x, c: F.batch_norm(x, None, None, training=True),
+    "batch norm, evaluating": lambda x, c: F.batch_norm(x, c, c, c, c),
+    "relu": lambda x, c: F.relu(x),
+    "linear": lambda x, c: F.linear(x.flatten(1), torch.empty(5, 48, dtype=x.dtype, device=x.device), c[:1].repeat(5)),
+    "normal": lambda x, c: x.normal_(),
+    "uniform": lambda x, c: x.uniform_(),
+}
+LAYOUTS = {
+    "plain": lambda x: x,
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "strided": lambda x: torch.cat([x, x])[::2],
+    "half": torch.Tensor.bfloat16,
+    "double": torch.Tensor.double,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("call", CALLS)
+def test_short_cuts_for_tensors_without_numbers_are_what_pytorch_says(call, device, layout):
+    def run(meter):
+        kept = []
+        with FakeTensorMode() if device == "cpu" else nullcontext(), meter:
+            x = LAYOUTS[layout](torch.empty(2, 3, 4, 4, device=device))
+            c = torch.empty(3, device=device, dtype=x.dtype)
+            x = x if call in ("normal", "uniform") else x.requires_grad_().clone()
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                result = CALLS[call](x, c)
+        return [
+            (t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.untyped_storage().nbytes())
+            for t in (result, *kept)
+        ]
+
+    assert run(Meter()) == run(nullcontext())
+
+
+def test_short_cuts_leave_numbers_alone():
+    x = torch.randn(2, 3)
+    with Meter():
+        torch.manual_seed(0)
+        drawn = x.clone().normal_()
+        positive = F.relu(x)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, x.clone().normal_())
+    assert torch.equal(positive, x.clamp_min(0))
 
 
 def test_the_meter_counts_real_tensors_and_leaves_parameters_out():

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1] / "sedona_fx"
 ORDER = (
     *("errors", "files", "args", "plan", "graph", "flow", "outputs", "cost", "memory", "pointwise_pool"),
     *("head_layers", "head_fit", "heads", "local_loss", "split", "data", "models", "passes", "train", "search"),
-    *("distributed", "export", "report", "signature", "placing", "variants", "exits", "net", "analysis", "compile", "decisions"),
-    *("decouple", "__init__", "cli", "__main__"),
+    *("distributed", "export", "report", "signature", "placing", "variants", "exits", "net", "analysis", "compile"),
+    *("decisions", "decouple", "__init__", "cli", "__main__"),
 )
 FILES = sorted(ROOT.rglob("*.py"))
 SAME_LEVEL = {frozenset({"export", "report"})}

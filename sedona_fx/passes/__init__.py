@@ -9,6 +9,7 @@ from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
 from sedona_fx.passes.lower import lower
+from sedona_fx.passes.memo import Memo
 from sedona_fx.passes.partition import BlockGraph, partition
 from sedona_fx.passes.prune import prune
 from sedona_fx.passes.relax import relax
@@ -17,6 +18,7 @@ from sedona_fx.passes.trace import Traced, trace
 
 __all__ = [
     "BlockGraph",
+    "Memo",
     "Traced",
     "annotate",
     "base_layers",

@@ -1,13 +1,14 @@
 """TRACED -> what every node costs and touches, found without computing: a forward on fake tensors.
 
 Fake tensors run the real operators' shape and aliasing rules, so shapes, in-place writes, views, the tensors that
-autograd keeps for backward, and FLOPs come from PyTorch itself and not from tables of ours.
+autograd keeps for backward, and FLOPs come from PyTorch itself and not from tables of ours. They cost a millisecond an
+operator, so what an operation did is remembered where it can be (:mod:`sedona_fx.passes.memo`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,34 +25,44 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.cost import Meter
 from sedona_fx.errors import TraceError
-from sedona_fx.graph import Phase, TensorSpec, describe, info, operation
+from sedona_fx.graph import NodeInfo, Phase, TensorSpec, describe, info, operation
+from sedona_fx.passes.abstract import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.passes.base import graph_pass
+from sedona_fx.passes.channels import channel_dim
 from sedona_fx.passes.host import HostCall, Recorded
+from sedona_fx.passes.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.passes.watch import keep_modes, keep_state
 
-_CHANNELS_SECOND = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-)
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
-_CHANNELS_SECOND_WORDS = ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm")
-_CHANNELS_LAST_WORDS = ("layer_norm", "linear", "rms_norm", "embedding", "addmm")
 _STOPS = ("detach", "detach_")
 
 
 @graph_pass(Phase.TRACED)
-def annotate(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool) -> fx.GraphModule:
+def annotate(
+    gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo: Memo | None = None
+) -> fx.GraphModule:
     """Fill in every node's value, parameters, FLOPs, bytes kept for backward, storages, writes and channel dimension.
 
     Args:
         gm: a TRACED graph. Only the records of its nodes change.
         inputs: placeholder name -> example value; shapes, dtypes and devices are used, numbers never.
         training: the mode the graph belongs to.
+        memo: what operations did before, to be added to: an operation in it is not run again. None: all are run.
 
     Raises:
         TraceError: a node cannot run on these shapes.
     """
+    try:
+        _run(gm, inputs, training, memo)
+    except (CannotMake, TraceError):
+        if memo is None:
+            raise
+        _run(gm, inputs, training, None)  # the last word, on errors as well
+    _spread(gm)
+    _refuse_forgotten_no_grad(gm)
+    return gm
+
+
+def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], training: bool, memo: Memo | None) -> None:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = {
         name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
@@ -59,23 +70,22 @@ def annotate(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool) -
     }
     with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
         gm.train(training)
-        runner = _Annotator(gm, fake_mode)
+        runner = _Annotator(gm, fake_mode, memo)
         runner.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
-    _spread(gm)
-    _refuse_forgotten_no_grad(gm)
-    return gm
 
 
 class _Annotator(fx.Interpreter):
-    """Runs the graph on fake tensors and writes down what each node did."""
+    """Runs the graph on fake tensors, but for what a memo says the result of, and writes down what each node did."""
 
-    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
-        self.fake_mode = fake_mode
+    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode, memo: Memo | None) -> None:
+        self.fake_mode, self.memo = fake_mode, memo
         super().__init__(gm, garbage_collect_values=False)
         self.names = {p: name for name, p in gm.named_parameters()}  # tied parameters have one name
-        own = [*gm.parameters(), *gm.buffers()]
-        # Operators made of others (linear) keep a view of the parameter's fake, which is the same one every time.
-        self.meter = Meter([*own, *map(fake_mode.from_tensor, own)])
+        self.own = [*gm.parameters(), *gm.buffers()]
+        self.storages = Storages(fake_mode, self.own)
+        self.meter = Meter()
+        if memo is None:
+            self._know(self.own)
 
     def run(self, *args: Any) -> Any:  # type: ignore[override]
         with self.meter.measuring():
@@ -83,34 +93,81 @@ class _Annotator(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Hand out lists and dictionaries of Python's own: a function kept whole may write to what it is given."""
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._made(self.env[a]))
         return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
 
+    def _made(self, value: Any) -> Any:
+        """Return a value with every abstract tensor made."""
+        if isinstance(value, Abstract):
+            return self.storages.make(value)
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Abstract) for leaf in pytree.tree_leaves(value)):
+            return pytree.tree_map_only(Abstract, self.storages.make, value)
+        return value
+
     def run_node(self, n: fx.Node) -> Any:
-        record = info(n)
         if n.op == "output":
-            return super().run_node(n)
-        before = [(t, t._version) for t in _tensors([self.env[a] for a in n.all_input_nodes])]
-        self.meter.saved, flops = {}, self.meter.flops
-        try:
-            result = _as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            self.meter.saved, self.meter.flops = {}, flops
-            result = self._run_on_noise(n)
-        except Exception as error:
-            shapes = [_spec_tree(self.env[a]) for a in n.all_input_nodes]
-            raise TraceError(
-                f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in shapes]}: {error}"
-            ) from error
-        record.value = _spec_tree(result)
-        record.flops = self.meter.flops - flops
-        record.saved = self.meter.saved
-        record.storages = frozenset(t.untyped_storage()._cdata for t in _tensors(result))
-        record.mutates = frozenset(t.untyped_storage()._cdata for t, version in before if t._version != version)
+            return None
+        record = info(n)
+        call = None
+        if self.memo is not None and n.op in ("call_module", "call_function", "call_method"):
+            module = self.submodules[str(n.target)] if n.op == "call_module" else None
+            call = call_of(n, module, self.env, self.storages)
+        effect = self.memo.get(call.key) if self.memo is not None and call is not None else None
+        if effect is not None and call is not None:
+            result, saved, mutates = replay(effect, call, self.storages)
+            record.value, record.flops = effect.value, effect.flops
+        else:
+            result, saved, mutates = self._really(n, record, call)
+        record.saved = {storage.number: size for storage, size in saved.items()}
+        record.storages = frozenset(self.storages.of(t).number for t in _tensors(result))
+        record.mutates = frozenset(storage.number for storage in mutates)
         read = list(self._parameters(n))
         record.parameters = tuple(self.names[parameter] for parameter in read)
         record.weighty = any(parameter.dim() >= 2 for parameter in read)
         return result
+
+    def _really(self, n: fx.Node, record: NodeInfo, call: Call | None) -> tuple[Any, dict[Storage, int], list[Storage]]:
+        """Run a node and see what it did; remember it as what the call does."""
+        given = [t for a in n.all_input_nodes for t in _tensors(self._made(self.env[a]))]
+        before = [(t, t._version, _looks(t), self.storages.of(t)) for t in given]
+        # Code of the user's may read any of the model's tensors.
+        self._know(self.own if call is None and not does_only_its_own(n) else (*given, *(call.tensors if call else ())))
+        known = self.storages.count
+        self.meter.saved, flops = {}, self.meter.flops
+        try:
+            result = _as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self.meter.saved, self.meter.flops, call = {}, flops, None
+            result = self._run_on_noise(n)
+        except Exception as error:
+            shapes = [_spec_tree(self._made(self.env[a])) for a in n.all_input_nodes]
+            raise TraceError(
+                f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in shapes]}: {error}"
+            ) from error
+        record.value, record.flops = _spec_tree(result), self.meter.flops - flops
+        kept = {self.storages.at(address, size): size for address, size in self.meter.saved.items()}
+        saved = {storage: size for storage, size in kept.items() if not storage.own}
+        mutates = list(dict.fromkeys(storage for t, version, _, storage in before if t._version != version))
+        for tensor, _, seen, storage in before:
+            if _looks(tensor) != seen or self.storages.of(tensor) is not storage:
+                call = None
+                if not storage.is_known_to_autograd:
+                    raise CannotMake
+        if self.memo is not None and call is not None:
+            run = Run(result, record.value, saved, mutates, record.flops, known)
+            effect = effect_of(call, run, self.storages)
+            if effect is not None:
+                self.memo[call.key] = effect
+        return result, saved, mutates
+
+    def _know(self, tensors: Iterable[Any]) -> None:
+        """Learn where the fakes of real tensors lie.
+
+        Operators made of others (linear) keep a view of the parameter's fake, which is the same one every time.
+        """
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor | Abstract):
+                self.storages.convert(tensor)
 
     def _parameters(self, n: fx.Node) -> Iterator[nn.Parameter]:
         if n.op == "call_module":
@@ -173,8 +230,15 @@ def _made_up(fake: Tensor, noise: torch.Generator) -> Tensor:
     return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+def _tensors(value: Any) -> list[Any]:
+    """Return the tensors of a nested value, abstract ones, too."""
+    if isinstance(value, Tensor | Abstract):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | Abstract)]
+
+
+def _looks(tensor: Tensor) -> tuple[Any, ...]:
+    return geometry(tensor), tensor.requires_grad
 
 
 def _spec_tree(value: Any) -> Any:
@@ -202,64 +266,9 @@ def _spread(gm: fx.GraphModule) -> None:
         record.depends = not stops and (bool(record.parameters) or any(s.depends for s in sources))
         record.from_input = node.op == "placeholder" or any(s.from_input for s in sources)
         if record.is_tensor and len(record.value.shape) > 1:
-            record.channel_dim = _channel_dim(gm, node)
+            record.channel_dim = channel_dim(gm, node)
 
 
 def _without_grad(node: fx.Node) -> bool:
     """Whether a node is a region under ``torch.no_grad()``, as ``torch.export`` keeps them."""
     return operation(node) == "wrap_with_set_grad_enabled" and node.args[0] is False
-
-
-def _channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """Say which dimension holds the channels: as the last layer that has an opinion left it, permutations followed."""
-    record = info(node)
-    rank = len(record.value.shape)
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        if isinstance(module, _CHANNELS_SECOND):
-            return 1
-        if isinstance(module, _CHANNELS_LAST):
-            return rank - 1
-    name = operation(node)
-    if name in _CHANNELS_SECOND_WORDS:
-        return 1
-    if name in _CHANNELS_LAST_WORDS:
-        return rank - 1
-    sources = [info(a) for a in node.all_input_nodes if info(a).channel_dim is not None]
-    if not sources:
-        return None
-    source = next((s for s in sources if len(s.value.shape) == rank), sources[0])
-    assert source.channel_dim is not None
-    moved = _permutation(gm, node, rank)
-    if moved is not None:
-        return moved.index(source.channel_dim)
-    return _same_place(source.value.shape, source.channel_dim, record.value.shape)
-
-
-def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
-    """Return which source dimension each dimension of the result is, if the node permutes dimensions."""
-    name = operation(node)
-    if node.op == "call_module":
-        dims = getattr(gm.get_submodule(str(node.target)), "dims", None)
-        return [d % rank for d in dims] if isinstance(dims, (list, tuple)) and len(dims) == rank else None
-    numbers = [a for a in pytree.tree_leaves((node.args[1:], node.kwargs)) if isinstance(a, int)]
-    if name == "permute" and len(numbers) == rank:
-        return [d % rank for d in numbers]
-    if name == "transpose" and len(numbers) == 2:
-        order = list(range(rank))
-        first, second = numbers[0] % rank, numbers[1] % rank
-        order[first], order[second] = order[second], order[first]
-        return order
-    return None
-
-
-def _same_place(source: tuple[int, ...], channel_dim: int, result: tuple[int, ...]) -> int | None:
-    """Find the channels again after an operation that keeps, pools, flattens or joins dimensions."""
-    if len(source) == len(result):
-        return channel_dim
-    if len(result) == 2:  # flattened or pooled: what is not the batch is features
-        return 1
-    channels = source[channel_dim]
-    if channel_dim == len(source) - 1:
-        return len(result) - 1 if result[-1] == channels else None
-    return 1 if len(result) > 1 and result[1] == channels else None

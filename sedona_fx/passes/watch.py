@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import operator
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from torch import nn
 _NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, np.__file__, __file__))
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _CONTAINERS = (dict, list, set, deque)
+_WATCHED = (torch.Tensor, *_CONTAINERS)
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
 _NOTES = (bool, int, float, str, type(None))
 _CONSTANT = re.compile(r"_tensor_constant\d+")  # where fx keeps tensors that a forward makes from nothing
@@ -59,7 +61,7 @@ class StateWatch:
             seen.add(id(value))
             self.containers.append((where, value, value.copy()))
             for name, inner in _items(value):
-                if isinstance(name, str) and name in _MACHINERY:
+                if not isinstance(inner, _WATCHED) or (isinstance(name, str) and name in _MACHINERY):
                     continue
                 self._remember(f"{where}.{name}", inner, seen)
 
@@ -71,7 +73,7 @@ class StateWatch:
         if not _same_states(self.random, random_states()):
             return "draws random numbers outside of PyTorch's modules"
         for where, container, copy in self.containers:
-            if not tensors and where.rpartition(".")[2] in _REGISTRIES:
+            if _untouched(container, copy) or (not tensors and where.rpartition(".")[2] in _REGISTRIES):
                 continue
             before, after = dict(_items(copy)), dict(_items(container))
             for name in (*before, *(n for n in after if n not in before)):
@@ -105,8 +107,7 @@ class StateWatch:
         """Return what changed, after putting everything back."""
         changed = self.changed()
         for _, container, copy in self.containers:
-            now, then = list(_items(container)), list(_items(copy))
-            if len(now) != len(then) or any(a != b or x is not y for (a, x), (b, y) in zip(now, then, strict=True)):
+            if not _untouched(container, copy):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
         with torch.no_grad():
@@ -241,6 +242,16 @@ def _items(container: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(container, set):
         return ((item, item) for item in container)
     return iter(enumerate(container))
+
+
+def _untouched(container: Any, copy: Any) -> bool:
+    """Whether a container holds the very same items in the same order as its copy."""
+    if len(container) != len(copy):
+        return False
+    if isinstance(container, dict):
+        same_names = list(container) == list(copy)
+        return same_names and all(map(operator.is_, container.values(), copy.values()))
+    return all(map(operator.is_, container, copy))
 
 
 def _name(where: str) -> str:
