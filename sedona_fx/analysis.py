@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
 from sedona_fx.args import Args
+from sedona_fx.cost import Cost
 from sedona_fx.data import first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean
 from sedona_fx.graph import cut_points, info, output_node
@@ -49,7 +50,8 @@ class Analysed:
     """A model's ANALYSED graphs (one object where the modes do not differ) and what was learned about its output.
 
     ``contexts`` says for every legal cut point what a head has to fit; ``few`` is what the model returned in train mode
-    for the first two examples. ``named`` are the user's cuts, each by the name of its cut point.
+    for the first two examples. ``named`` are the user's cuts, each by the name of its cut point; ``head_costs`` is what
+    heads were found to cost so far.
     """
 
     train: fx.GraphModule
@@ -62,6 +64,7 @@ class Analysed:
     front_end: str = "symbolic"
     free_batch: bool = True
     hosted: bool = False
+    head_costs: dict[Hashable, Cost] = field(default_factory=dict)
 
 
 @contextmanager

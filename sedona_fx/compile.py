@@ -11,16 +11,15 @@ from torch import fx, nn
 from sedona_fx import passes
 from sedona_fx.analysis import Analysed, uncollected
 from sedona_fx.args import Args
-from sedona_fx.cost import block_costs, head_cost
+from sedona_fx.cost import block_costs
 from sedona_fx.errors import DataError
 from sedona_fx.exits import share_copy
-from sedona_fx.graph import info
 from sedona_fx.heads import build_head
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.plan import Plan
-from sedona_fx.search.problem import HeadSpec
+from sedona_fx.search.problem import HeadSpec, cost_of_head
 from sedona_fx.train.engine import Loss
 
 
@@ -64,9 +63,7 @@ def compile_net(
     parts[False] = parts[True] if graphs[False] is graphs[True] else passes.partition(graphs[False])
     ends = [resolve(traced.train.graph)[cut] for cut in plan.cuts]
     costs = [
-        head_cost(lambda spec=spec, cut=cut: build_head(spec, traced.contexts[cut]), info(end).value)  # type: ignore[misc]
-        if spec is not None
-        else None
+        cost_of_head(traced.head_costs, spec, traced.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)
     ]
     return Net(

@@ -146,6 +146,7 @@ def decouple(
             (_named(sources[0], owned), _named(sources[1], owned), sources[2]) if sources is not None else None,
             seed,
             progress,
+            traced.head_costs,
         )
         decision = chosen.decide(problem)
     if own_heads:

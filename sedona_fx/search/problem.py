@@ -95,10 +95,13 @@ def first_heads(problem: Problem, cuts: Sequence[str]) -> list[HeadSpec | None]:
 def candidate_cost(problem: Problem, cut: str, node: fx.Node, index: int = 0) -> Cost:
     """Return the cost of a candidate head at a cut point (nothing without heads)."""
     specs = problem.candidates[cut]
-    if not specs:
-        return Cost()
-    context = problem.contexts[cut]
-    key = (specs[index], info(node).value, replace(context, place=""))
-    if key not in problem.costs:  # a deep net has many cut points of few shapes
-        problem.costs[key] = head_cost(lambda: build_head(specs[index], context), info(node).value)
-    return problem.costs[key]
+    return cost_of_head(problem.costs, specs[index], problem.contexts[cut], node) if specs else Cost()
+
+
+def cost_of_head(known: dict[Hashable, Cost], spec: HeadSpec, context: HeadContext, node: fx.Node) -> Cost:
+    """Return the cost of a head on the value of a node, and note it: a deep net has many cut points of few shapes."""
+    value = info(node).value
+    key = (spec, value, replace(context, place=""))
+    if key not in known:
+        known[key] = head_cost(lambda: build_head(spec, context), value)
+    return known[key]
