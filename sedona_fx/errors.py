@@ -55,10 +55,10 @@ class ExportError(SedonaError):
 
 
 class NonFiniteLossError(SedonaError):
-    """A local loss turned infinite or NaN. `block` and `step` are 0-based."""
+    """A local loss turned infinite or NaN. `block` and `step` are 0-based; `blocks` are all whose loss did."""
 
-    def __init__(self, block: int, step: int, value: float, advice: str = "") -> None:
-        self.block, self.step, self.value = block, step, value
+    def __init__(self, block: int, step: int, value: float, advice: str = "", blocks: Sequence[int] = ()) -> None:
+        self.block, self.step, self.value, self.blocks = block, step, value, list(blocks) or [block]
         super().__init__(
             f"the loss of block {block} is {value} at step {step}. The parameters, optimizer state and BatchNorm "
             f"statistics of block {block} keep their values from before this step. "

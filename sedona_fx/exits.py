@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.args import Args
-from sedona_fx.errors import HeadError
+from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.graph import copy_graph, copy_info, direct_children, info, is_head, output_node
 from sedona_fx.outputs import pick
 from sedona_fx.train.engine import hand_on, last_readers
@@ -87,7 +87,7 @@ class EarlyExit(nn.Module):
         graph = self._graphs[index]
         exports, local = self.blocks[index](*[values[name] for name in graph.inputs])
         hand_on(values, dict(zip(graph.exports, exports, strict=True)), index, self._last_reader)
-        return pick(local, self._key) if index == len(self.blocks) - 1 else local
+        return local if isinstance(local, Tensor) else pick(local, self._key)
 
     def _find_batched(self, net: Net) -> set[str] | None:
         """Return the values that hold one row an example, or None if others depend on the number of examples, too."""
@@ -133,7 +133,7 @@ def ensemble(net: Net, count: int) -> fx.GraphModule:
     outputs: Sequence[Any] = result.args[0]  # type: ignore[assignment]
     with graph.inserting_before(result):
         primary, key = outputs[-1], net.engine.output.key
-        if key is not None:
+        if key is not None and not (isinstance(primary, fx.Node) and info(primary).is_tensor):
             known = not isinstance(primary, fx.Node)
             primary = pick(primary, key) if known else graph.call_function(pick, (primary, key))
         total = None
@@ -169,6 +169,10 @@ def share_copy(module: nn.Module) -> Any:
 
 def _confidence(logits: Tensor) -> Tensor:
     """Return how sure a head is of each example, (N,)."""
+    if logits.dim() < 2:
+        raise HeadError(
+            f"early_exit asks heads for probabilities of classes, and they give {shape_text(logits.shape)}."
+        )
     largest = torch.softmax(logits.float(), class_dim(logits)).amax(class_dim(logits))
     return largest.flatten(1).mean(1) if largest.dim() > 1 else largest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sedona_fx.graph import direct_children
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip
+from sedona_fx.passes.host import rehost
 from sedona_fx.placing import device_of, place, redirect, relink
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
@@ -234,6 +236,13 @@ class Net(nn.Module):
 
     def __repr__(self) -> str:
         return net_report(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Net:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        rehost(twin._all_graphs(), twin.model)
+        return twin
 
     # ---- below the surface ------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ def show_layers(block: BlockGraph, layers: Collection[str]) -> tuple[BlockGraph,
     graph, _ = copy_graph(block.module.graph)
     result = output_node(graph)
     exports, local = _returned(result)
-    ends = [node for node in graph.nodes if node.op != "output" and info(node).cut in layers and info(node).is_tensor]
+    body = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    ends = [node for node in body if info(node).cut in layers and info(node).is_tensor]
     shown: dict[str, fx.Node] = dict(zip(block.exports, exports, strict=True))
     names = []
     for end in ends:

@@ -26,6 +26,7 @@ _FOLLOWERS = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.dropout._DropoutNd,
+    nn.Identity,  # where one of the others was taken out
 )
 _FOLLOWER_WORDS = ("norm", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "mish", "elu", "pool", "dropout", "drop")
 

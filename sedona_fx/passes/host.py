@@ -9,6 +9,7 @@ user's names.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,21 @@ class Leave(HostCall):
         if calls != 1:
             raise TraceError(f"the model called {self.root!r} {calls} times: root= names a module called once.")
         return result
+
+
+def rehost(graphs: Iterable[fx.GraphModule], host: nn.Module) -> None:
+    """Let the calls in copied graphs run another host, the copy: fx copies no call targets."""
+    made: dict[HostCall, HostCall] = {}
+    for gm in {id(gm): gm for gm in graphs}.values():
+        calls = [node for node in gm.graph.nodes if isinstance(node.target, HostCall)]
+        for node in calls:
+            old: HostCall = node.target
+            if old not in made:
+                made[old] = copy.copy(old)
+                made[old].host = host
+            node.target = made[old]
+        if calls:
+            gm.recompile()
 
 
 @contextmanager

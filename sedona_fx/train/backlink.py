@@ -44,7 +44,8 @@ class BackLink(Headed):
 
     Errors of block i+2 never reach block i. Where more than one activation leaves the tail, the link goes through all
     of them. `reach=0` is :class:`~sedona_fx.train.Greedy`, bit for bit. The graph of a tail lives until the next block
-    has walked back: for blocks of n base layers, activations take at most (n + reach)/n of Greedy's bytes.
+    has walked back: for blocks of n equal base layers, activations take about (n + reach)/n of Greedy's bytes, and a
+    little more, since a graph that is to be walked again frees nothing on the way.
 
     Args:
         net: a net with heads.

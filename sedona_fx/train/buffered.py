@@ -14,6 +14,9 @@ from sedona_fx.data import to_device
 from sedona_fx.train.codec import Codec, encodable
 from sedona_fx.train.ring import Ring
 
+Entry = dict[str, Any]
+"""A batch as it lies in the ring: containers, tensors and plain values."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -23,7 +26,7 @@ class Stored:
     values: dict[str, Any]
     inputs: Mapping[str, Any]
     target: Any
-    entry: dict[str, Any] | None = None
+    entry: Entry | None = None
 
 
 class Buffer:
@@ -45,13 +48,13 @@ class Buffer:
         codec: Codec | None,
         compressible: Collection[str],
     ) -> None:
-        self._ring: Ring[dict[str, Any]] = Ring(capacity, max_uses)
+        self._ring: Ring[Entry] = Ring(capacity, max_uses)
         self.capacity, self.max_uses = capacity, max_uses
         self._device, self._codec, self._compressible = device, codec, set(compressible)
         self._codecs: dict[str, Codec] = {}
 
-    def write(self, batch: Stored) -> None:
-        """Store a batch over the oldest one."""
+    def write(self, batch: Stored) -> Entry:
+        """Store a batch over the oldest one; return its entry."""
         plain, encoded = {}, {}
         for name, value in batch.values.items():
             codec = self._codec_of(name, value)
@@ -59,15 +62,15 @@ class Buffer:
                 plain[name] = self._here(value)
             else:
                 encoded[name] = self._here(codec.encode(value))
-        self._ring.write(
-            {
-                "values": plain,
-                "encoded": encoded,
-                "inputs": {name: self._here(value) for name, value in batch.inputs.items()},
-                "target": self._here(batch.target),
-                "plain_bytes": _bytes([batch.values, dict(batch.inputs), batch.target]),
-            }
-        )
+        entry: Entry = {
+            "values": plain,
+            "encoded": encoded,
+            "inputs": {name: self._here(value) for name, value in batch.inputs.items()},
+            "target": self._here(batch.target),
+            "plain_bytes": _bytes([batch.values, dict(batch.inputs), batch.target]),
+        }
+        self._ring.write(entry)
+        return entry
 
     def take(self, device: torch.device) -> Stored | None:
         """Return the batch whose turn it is, on a device, or None."""
@@ -78,10 +81,9 @@ class Buffer:
         values = {**to_device(entry["values"], device), **decoded}
         return Stored(values, to_device(entry["inputs"], device), to_device(entry["target"], device), entry)
 
-    def drop(self, batch: Stored) -> None:
-        """Take a batch out that :meth:`take` gave."""
-        if batch.entry is not None:
-            self._ring.drop(batch.entry)
+    def drop(self, entry: Entry) -> None:
+        """Take a batch out."""
+        self._ring.drop(entry)
 
     def bytes(self) -> tuple[int, int]:
         """Return the bytes held, codebooks included, and those of the same batches uncompressed."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from sedona_fx.errors import NonFiniteLossError, ScheduleError
 from sedona_fx.outputs import map_tensors
 from sedona_fx.train.block import Block, StepResult, run_graph
 from sedona_fx.train.engine import Batch, Values, hand_on, last_readers, require_grad_mode
+from sedona_fx.train.flight import Flight, Held
 from sedona_fx.train.headed import Check, check_mode
 from sedona_fx.train.precision import casting, no_autocast, scaled, unscaled
 from sedona_fx.train.schedule import OptimizerFactory, Schedule
@@ -24,31 +24,6 @@ if TYPE_CHECKING:
     from sedona_fx.net import Net
 
 Weights = Literal["stashed", "current"]
-
-
-@dataclass
-class Held:
-    """What a block keeps of a batch until its gradient arrives: what it read; with stashed weights its exports and
-    their graph, too, and what it takes to make that graph again."""
-
-    inputs: Values
-    exports: Values = field(default_factory=dict)
-    weights: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class Flight:
-    """A batch on its way: its step, what the blocks hold of it, and the gradients that later blocks handed down."""
-
-    step: int
-    training: bool
-    held: list[Held | None]
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-
-    def abandon(self) -> None:
-        """Let nothing come back of this batch."""
-        self.held, self.gradients = [None] * len(self.held), {}
 
 
 class Delayed(Schedule):
@@ -62,8 +37,9 @@ class Delayed(Schedule):
 
         w_k(t+1) = w_k(t) - lr * grad_k f_batch(s) (w(s))
 
-    at the *old* weights: each batch runs on a copy of its weights, and its graph lives until it is walked back, K-k of
-    them at block k. (The paper's released code walks old activations through new weights: a third gradient.)
+    at the *old* weights: each batch runs on a copy of its weights, and its graph lives until it is walked back, at
+    most K-k of them at block k. (The paper's released code walks old activations through new weights: a third
+    gradient.)
 
     ``weights="current"``: Features Replay (Huo, Gu, Huang 2018, Algorithm 1). Only the block's input is kept; it runs
     again with the *current* weights w_k(t), with the draws of its first run, and without a second update of BatchNorm's
@@ -78,8 +54,8 @@ class Delayed(Schedule):
         optimizer: called once a block with the parameters of the user's model in that block.
         weights: see above.
         check: ``"async"``: blocks step without waiting for the loss of this batch, which has no part in their step yet;
-            if it is not finite, the last block is unharmed and the batch is abandoned. ``"sync"``: no block steps, and
-            no buffer changes, either.
+            if it is not finite, the last block and all buffers are unharmed and the batch is abandoned. ``"sync"``: no
+            block steps, either.
         options: see :class:`~sedona_fx.train.schedule.Schedule`.
 
     Raises:
@@ -113,6 +89,8 @@ class Delayed(Schedule):
         }
         self._flights: deque[Flight] = deque(maxlen=len(net.blocks))
 
+    parts: ClassVar[tuple[str, ...]] = ("flights",)
+
     def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
         """Return the parameters of the user's model in a block, without the head's."""
         return block.base_parameters()
@@ -122,11 +100,7 @@ class Delayed(Schedule):
         net, engine, last = self.net, self.net.engine, self.net.blocks[-1]
         with self._window() as ends:
             require_grad_mode("Delayed")
-            try:
-                engine.guard.raise_pending()
-            except NonFiniteLossError:
-                self._flights[-1].abandon()
-                raise
+            self.raise_pending()
             batch = net.batch(inputs, target)
             flight = Flight(batch.step, batch.training, [None] * len(net.blocks))
             self._flights.append(flight)
@@ -135,9 +109,8 @@ class Delayed(Schedule):
             if len(net.blocks) > 1:
                 values = {name: map_tensors(torch.clone, value) for name, value in values.items()}
             wait = self.check == "sync" or self.weights == "current"
-            protected = engine.buffers() if self.check == "sync" else self._buffers(last)
             try:
-                with engine.guard.protecting(protected) as snapshot:
+                with engine.guard.protecting(engine.buffers()) as snapshot:
                     for block in net.blocks[:-1]:
                         held, exports = self._forward(block, flight, values)
                         flight.held[block.index] = held
@@ -163,6 +136,14 @@ class Delayed(Schedule):
                 self._update(last.index, {last.index})
                 self._zero_grad(last.index)
         return StepResult([loss.detach()], output)
+
+    def raise_pending(self) -> None:
+        """Raise for a loss of the last step that was not finite; nothing comes back of that batch then."""
+        try:
+            super().raise_pending()
+        except NonFiniteLossError:
+            self._flights[-1].abandon()
+            raise
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ class _Run:
         if not self.batch:
             what = "exhausted: an iterator gives its batches once" if self.epoch else "empty: the loader gave no batch"
             raise DataError(f"the training data is {what} (epoch {self.epoch}). {_ADVICE}")
-        self.net.engine.guard.raise_pending()
+        self.schedule.raise_pending()
         self.sums = [s.item() for s in sums]
         self.seconds += time.perf_counter() - start
         if lr_interval == "epoch":

@@ -128,8 +128,9 @@ class FiniteGuard:
     def raise_pending(self) -> None:
         """Raise for the first deferred verdict on a loss that was not finite; waits for the losses."""
         pending, self._pending = self._pending, []
-        for verdict in pending:
-            verdict.raise_if_bad()
+        bad = [verdict for verdict in pending if not math.isfinite(verdict.value())]
+        if bad:
+            raise NonFiniteLossError(bad[0].block, bad[0].step, bad[0].value(), blocks=[v.block for v in bad])
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteGuard:
         return FiniteGuard(self.deferred)  # what is pending is the original's to raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,7 @@ from sedona_fx.outputs import pick
 from sedona_fx.train.block import Block
 from sedona_fx.train.engine import Batch, How, Values
 from sedona_fx.train.extra_losses import Extra, Sight
-from sedona_fx.train.schedule import OptimizerFactory, Schedule
+from sedona_fx.train.schedule import OptimizerFactory, Schedule, described
 
 if TYPE_CHECKING:
     from sedona_fx.net import Net
@@ -44,6 +44,8 @@ class Headed(Schedule):
         extras: for each block, the modules of its extra losses.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("extras",)
+
     def __init__(
         self,
         net: Net,
@@ -56,7 +58,9 @@ class Headed(Schedule):
         net.engine.require_heads(type(self).__name__)
         check_mode(check)
         self.check, self.extra = check, list(extra)
-        self._extras = [list(self._build_extras(net, block)) for block in net.blocks]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(net.engine.seed)  # as heads are drawn
+            self._extras = [list(self._build_extras(net, block)) for block in net.blocks]
         self.extras = nn.ModuleList(nn.ModuleList(modules) for modules in self._extras)
         self._layers = net.variants.with_layers() if any(one.needs_layers for one in self.extra) else None
         super().__init__(net, optimizer, **options)
@@ -67,7 +71,7 @@ class Headed(Schedule):
 
     def options(self) -> dict[str, Any]:
         """Return the options that a state depends on."""
-        return {**super().options(), "extra": [repr(one) for one in self.extra]}
+        return {**super().options(), "extra": [described(one) for one in self.extra]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped; loads with ``weights_only=True``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ from sedona_fx.args import Args
 from sedona_fx.data import to_device
 from sedona_fx.errors import NonFiniteLossError, ScheduleError
 from sedona_fx.train.block import Block, StepResult
-from sedona_fx.train.buffered import Buffer, Stored
+from sedona_fx.train.buffered import Buffer, Entry, Stored
 from sedona_fx.train.codec import Codec, make_codec
 from sedona_fx.train.engine import Batch, How, Values, require_grad_mode
 from sedona_fx.train.headed import Headed
 from sedona_fx.train.quantize import VectorQuantizer
 from sedona_fx.train.random import block_seed
-from sedona_fx.train.schedule import OptimizerFactory
+from sedona_fx.train.schedule import OptimizerFactory, described
 
 if TYPE_CHECKING:
     from sedona_fx.net import Net
@@ -108,7 +108,10 @@ class Replay(Headed):
         self._full: int | None = None  # examples of a full batch
         self._stored = 0  # full batches so far, to `capacity`
         self._latest: list[Tensor | None] = [None] * count
-        self._taken: list[Stored | None] = [None] * count
+        self._taken: list[Entry | None] = [None] * count  # in the last step
+        self._made: list[Entry | None] = [None] * count
+
+    parts: ClassVar[tuple[str, ...]] = ("extras", "replay")
 
     def _compressible(self, block: Block) -> set[str]:
         """Return the names of the activations that may lie in the buffer behind a block."""
@@ -124,7 +127,7 @@ class Replay(Headed):
         net, engine, sync = self.net, self.net.engine, self.check == "sync"
         with self._window() as ends:
             require_grad_mode("Replay")
-            self._raise_pending()
+            self.raise_pending()
             batch, how = net.batch(inputs, target), self.how(defer=True)
             store, filling = self._look_at(batch)
             if store and self.buffers:  # a loader may fill the same tensors again
@@ -144,7 +147,7 @@ class Replay(Headed):
             except NonFiniteLossError as error:
                 for buffer, state in zip(self.buffers, before, strict=False):
                     buffer.restore(state)
-                self._drop(error.block)
+                self._drop(error.blocks)
                 raise
             for block in net.blocks if ends and sync else ():
                 self._step_block(block.index)
@@ -162,10 +165,11 @@ class Replay(Headed):
 
     def _turn(self, block: Block, batch: Batch, how: How, *, store: bool, filling: bool) -> Any:
         """Give one worker its turn; return its local output, or None if it skips."""
-        self._taken[block.index] = stored = None
+        self._taken[block.index] = self._made[block.index] = stored = None
         skips = not filling and self._draws_a_skip(block.index, batch.step)
         if not skips and block.index:
-            self._taken[block.index] = stored = self.buffers[block.index - 1].take(block.device)
+            stored = self.buffers[block.index - 1].take(block.device)
+            self._taken[block.index] = stored.entry if stored is not None else None
             skips = stored is None
         if skips:
             self.counts.skipped[block.index] += 1
@@ -180,7 +184,8 @@ class Replay(Headed):
         self._latest[block.index] = loss
         self.counts.turns[block.index] += 1
         if block is not self.net.blocks[-1] and (store or block.index):
-            self.buffers[block.index].write(Stored(values, batch.inputs if self._inputs_wanted else {}, batch.target))
+            kept = Stored(values, batch.inputs if self._inputs_wanted else {}, batch.target)
+            self._made[block.index] = self.buffers[block.index].write(kept)
         return local
 
     def _draws_a_skip(self, worker: int, step: int) -> bool:
@@ -200,18 +205,22 @@ class Replay(Headed):
             self._update(index, self.contributors[index])
             self._zero_grad(index)
 
-    def _raise_pending(self) -> None:
+    def raise_pending(self) -> None:
+        """Raise for a loss of the last step that was not finite; its batch is taken out of the buffers."""
         try:
-            self.net.engine.guard.raise_pending()
+            super().raise_pending()
         except NonFiniteLossError as error:
-            self._drop(error.block)
+            self._drop(error.blocks)
             raise
 
-    def _drop(self, block: int) -> None:
-        """Take the batch on which a block failed out of its buffer, or it would fail again."""
-        stored = self._taken[block]
-        if stored is not None:
-            self.buffers[block - 1].drop(stored)
+    def _drop(self, blocks: Sequence[int]) -> None:
+        """Take what blocks failed on out of their buffers, or they would fail again; and what they made of it."""
+        for block in blocks:
+            taken, made = self._taken[block], self._made[block]
+            if taken is not None:
+                self.buffers[block - 1].drop(taken)
+            if made is not None:
+                self.buffers[block].drop(made)
 
     # ---- what it did, and state -------------------------------------------------------------------------------------
 
@@ -246,11 +255,10 @@ class Replay(Headed):
         """Return the options that a state depends on."""
         first = self.buffers[0] if self.buffers else None
         limits = {"capacity": first.capacity, "max_uses": first.max_uses} if first is not None else {}
-        return {**super().options(), **limits, "noise": self.noise, "codec": repr(self.codec)}
+        return {**super().options(), **limits, "noise": self.noise, "codec": described(self.codec)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped, buffers included."""
-        self._raise_pending()
         state = super().state_dict()
         state["replay"] = {
             "buffers": [buffer.state_dict() for buffer in self.buffers],

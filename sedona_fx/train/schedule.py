@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,7 +38,10 @@ class Schedule:
         scalers: one a block, or None.
         parameters: for each block, the parameters that its optimizer steps.
         contributors: for each block, the blocks whose losses have a part in the gradients of `parameters`.
+        parts: what a state of this kind of schedule holds besides what all have.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -76,6 +79,10 @@ class Schedule:
         """Train on one batch."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to train a step")
 
+    def raise_pending(self) -> None:
+        """Raise for a loss of the last step that was not finite, where that was not known yet; waits for the losses."""
+        self.net.engine.guard.raise_pending()
+
     def shared(self) -> dict[str, list[int]]:
         """Return the trained parameters that several blocks use, by name, with these blocks."""
         names = {parameter: name for name, parameter in self.net.model.named_parameters()}
@@ -112,7 +119,11 @@ class Schedule:
         """Return one scaler a block; one for all, where blocks add up the gradients of a parameter that they share."""
         if self._one_scaler():
             return [torch.amp.GradScaler(self.net.blocks[-1].device.type)] * len(self.net.blocks)
-        return [torch.amp.GradScaler(block.device.type) for block in self.net.blocks]
+        scalers: list[torch.amp.GradScaler] = []
+        for block, parameters in zip(self.net.blocks, self.parameters, strict=True):
+            # Nothing of a frozen block ever finds that its scale is too large: it follows the block below.
+            scalers.append(torch.amp.GradScaler(block.device.type) if parameters or not scalers else scalers[-1])
+        return scalers
 
     def _one_scaler(self) -> bool:
         return bool(self.shared())
@@ -133,7 +144,13 @@ class Schedule:
             self._zero_grad()
             self._calls = 0
             raise
-        self._calls = (self._calls + 1) % self.accumulate
+        else:
+            self._calls = (self._calls + 1) % self.accumulate
+        finally:
+            self._update_scalers()
+
+    def _update_scalers(self) -> None:
+        """Let the scalers of the blocks that stepped adapt; also where a later block failed."""
         for scaler in {id(s): s for s in self.scalers or [] if id(s) in self._scaled}.values():
             scaler.update()
 
@@ -163,7 +180,7 @@ class Schedule:
         Raises:
             NonFiniteLossError: of the last step, where that was not known yet.
         """
-        self.net.engine.guard.raise_pending()
+        self.raise_pending()
         return {
             **self._identity(),
             "steps": self.net.steps,
@@ -196,7 +213,7 @@ class Schedule:
                 )
         saved = state.get("optimizers")
         if (
-            not {"steps", "calls", "gradients", "scalers"} <= state.keys()
+            not {"steps", "calls", "gradients", "scalers", *self.parts} <= state.keys()
             or not isinstance(saved, list)
             or len(saved) != len(self.optimizers)
         ):
@@ -235,8 +252,8 @@ class Schedule:
         """Return what must be the same here and in a state that is loaded."""
         return {
             "schedule": type(self).__name__,
-            "options": {"accumulate": self.accumulate, "autocast": str(self.autocast), **self.options()},
             "cuts": list(self.net.plan.cuts),
+            "options": {"accumulate": self.accumulate, "autocast": str(self.autocast), **self.options()},
             "optimizer_types": [type(o).__name__ for o in self.optimizers],
             "optimizer_shapes": [[list(p.shape) for p in parameters] for parameters in self.parameters],
         }
@@ -256,6 +273,12 @@ def _make(factory: OptimizerFactory, parameters: list[nn.Parameter], index: int)
             "torch.optim.SGD(params, lr=0.1)."
         )
     return made
+
+
+def described(thing: Any) -> str:
+    """Return what an object of the user's is, without its address: its repr, or the name of its class."""
+    kind = type(thing)
+    return repr(thing) if kind.__repr__ is not object.__repr__ else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _short(value: Any) -> str:

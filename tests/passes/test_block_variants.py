@@ -1,16 +1,12 @@
 """One block's graph in other forms: without its head, and showing the values behind its base layers."""
 
-import copy
-
 import chain
 import pytest
 import torch
-from graphs import analysed
-from torch import nn
 from torch.nn import functional as F
 
 from sedona_fx.graph import HEADS, Phase, is_head, verify
-from sedona_fx.passes import base_layers, lower, partition, prune, relax
+from sedona_fx.passes import partition
 from sedona_fx.passes.block_variants import show_layers, without_head
 
 ALL = ("a", "act", "b", ":mul", "act#2", "c", "act#3", ":mul#2")
@@ -112,7 +108,7 @@ def test_values_behind_layers_are_shown_from_before_they_are_overwritten(blocks,
     for (graph, names), block, cuts in zip(made, blocks, wanted, strict=True):
         assert graph.exports == (*block.exports, *names)
         assert (graph.boundary, graph.live_exports) == (block.boundary, block.live_exports)
-        assert len(names) == len(cuts)
+        assert [name.partition("@")[0] for name in names] == cuts
         for name, cut in zip(names, cuts, strict=True):
             assert torch.equal(values[name], expected[cut]), cut
 
@@ -125,43 +121,3 @@ def test_gradients_flow_through_what_is_shown(blocks):
     model = chain.model()
     model.a(x).square().sum().backward()
     torch.testing.assert_close(blocks[0].module.get_submodule("a").weight.grad, model.a.weight.grad, rtol=1e-12, atol=0)
-
-
-class Residual(nn.Module):
-    """Base layers whose values are added to in place two layers later."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(4))
-        self.out = nn.Linear(4, 3)
-
-    def forward(self, x):
-        a = self.layers[0](x)
-        b = self.layers[1](a)
-        b += 1.0
-        c = self.layers[2](b)
-        c.mul_(2.0)
-        c += a
-        return self.out(self.layers[3](c))
-
-
-def test_a_layer_overwritten_twice_is_shown_as_it_was():
-    model = Residual().double()
-    x = torch.randn(5, 4, dtype=torch.float64)
-    gm = analysed(model, x).train
-    layers = base_layers(gm)
-    lowered = lower(prune(relax(gm, {"layers.0": [nn.Linear(4, 3).double()]}), {"layers.0": 0}))
-    made = [show_layers(block, layers) for block in partition(lowered)]
-    values, locals_ = run([graph for graph, _ in made], x)
-    assert torch.equal(locals_[-1], model(x))
-    assert [name.partition("@")[0].partition(".1")[0] for _, names in made for name in names][:2] == ["layers.0", "layers.1"]
-    a = model.layers[0](x)
-    b = model.layers[1](a)
-    c = model.layers[2](b + 1.0)
-    shown = [values[name] for _, names in made for name in names]
-    assert torch.equal(shown[0], a)
-    assert torch.equal(shown[1], b) or torch.equal(shown[1], b + 1.0)
-    for value in shown:
-        assert any(torch.equal(value, known) for known in (a, b, b + 1.0, c, 2.0 * c, 2.0 * c + a, model.layers[3](2.0 * c + a)))
-    assert copy.deepcopy(gm).code == gm.code
