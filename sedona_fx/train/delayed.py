@@ -62,6 +62,8 @@ class Delayed(Schedule):
         ScheduleError: a parameter shared by blocks, with ``"stashed"``.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("flights",)
+
     def __init__(
         self,
         net: Net,
@@ -88,8 +90,6 @@ class Delayed(Schedule):
             for mode, graphs in self._graphs.items()
         }
         self._flights: deque[Flight] = deque(maxlen=len(net.blocks))
-
-    parts: ClassVar[tuple[str, ...]] = ("flights",)
 
     def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
         """Return the parameters of the user's model in a block, without the head's."""

@@ -76,6 +76,8 @@ class Replay(Headed):
         ScheduleError: a parameter that blocks share: it would have no one version to step.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("extras", "replay")
+
     def __init__(
         self,
         net: Net,
@@ -110,8 +112,6 @@ class Replay(Headed):
         self._latest: list[Tensor | None] = [None] * count
         self._taken: list[Entry | None] = [None] * count  # in the last step
         self._made: list[Entry | None] = [None] * count
-
-    parts: ClassVar[tuple[str, ...]] = ("extras", "replay")
 
     def _compressible(self, block: Block) -> set[str]:
         """Return the names of the activations that may lie in the buffer behind a block."""
