@@ -20,6 +20,11 @@ class Backprop(Schedule):
     stream.
     """
 
+    @property
+    def draws_globally(self) -> bool:
+        """Whether draws come from the global streams."""
+        return True
+
     def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
         """Return the parameters of the user's model in a block, without the head's."""
         return block.base_parameters()

@@ -12,6 +12,7 @@ from torch import nn
 from sedona_fx.errors import CheckpointError, ScheduleError
 from sedona_fx.train.block import Block, StepResult
 from sedona_fx.train.precision import check_autocast
+from sedona_fx.train.random import random_states, restore_random
 
 if TYPE_CHECKING:
     from sedona_fx.net import Net
@@ -187,6 +188,7 @@ class Schedule:
             "optimizers": [o.state_dict() if o is not None else None for o in self.optimizers],
             "scalers": [scaler.state_dict() for scaler in self.scalers] if self.scalers is not None else None,
             "calls": self._calls,
+            "random": random_states({block.device for block in self.net.blocks}) if self.draws_globally else None,
             "gradients": [[p.grad for p in ps] for ps in self.parameters] if self._calls else None,
         }
 
@@ -213,7 +215,7 @@ class Schedule:
                 )
         saved = state.get("optimizers")
         if (
-            not {"steps", "calls", "gradients", "scalers", *self.parts} <= state.keys()
+            not {"steps", "calls", "gradients", "scalers", "random", *self.parts} <= state.keys()
             or not isinstance(saved, list)
             or len(saved) != len(self.optimizers)
         ):
@@ -227,7 +229,7 @@ class Schedule:
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Load the net's own state before.
+        """Go on from a state. Load the net's own state before; global random streams go on, too, where they are used.
 
         Raises:
             CheckpointError: the state belongs to another schedule, plan or optimizer; nothing is loaded then.
@@ -239,10 +241,17 @@ class Schedule:
         for scaler, saved in zip(self.scalers or [], state["scalers"] or [], strict=True):
             scaler.load_state_dict(saved)
         self.net.steps, self._calls = int(state["steps"]), int(state["calls"])
+        if self.draws_globally and state["random"] is not None:
+            restore_random(state["random"])
         self._zero_grad()
         for parameters, gradients in zip(self.parameters, state["gradients"] or [], strict=False):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.to(parameter.device, copy=True) if gradient is not None else None
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether draws come from the global streams, whose states then belong to the schedule's."""
+        return len(self.net.blocks) == 1
 
     def options(self) -> dict[str, Any]:
         """Return the options of this kind of schedule that a state depends on, as plain values."""

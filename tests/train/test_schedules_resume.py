@@ -133,6 +133,31 @@ def test_stopped_after_any_step(name, optimizer, tmp_path):
     assert_equal(everything(stopping), everything(straight), "to look at the state changes nothing")
 
 
+@pytest.mark.parametrize(
+    ("kind", "cuts"),
+    [(Backprop, ["stages.0", "stages.1", "stages.2"]), (Backprop, []), (Greedy, []), (Delayed, [])],
+    ids=["backprop", "backprop, one block", "greedy, one block", "delayed, one block"],
+)
+def test_draws_of_the_global_stream_go_on_too(kind, cuts, tmp_path):
+    """Backpropagation draws as the plain model does: where the stream stands belongs to its state."""
+
+    def begin():
+        return kind(make_net(cuts=cuts, drop=0.5), sgd)
+
+    straight, pairs = begin(), batches(6)
+    torch.manual_seed(3)
+    results = [straight.step(x, y) for x, y in pairs[:3]]
+    torch.save([straight.net.state_dict(), straight.state_dict()], tmp_path / "s.pt")
+    results += [straight.step(x, y) for x, y in pairs[3:]]
+    disturb()
+    again = begin()
+    net, state = torch.load(tmp_path / "s.pt", weights_only=True)
+    again.net.load_state_dict(net)
+    again.load_state_dict(state)
+    assert_equal([again.step(x, y).losses for x, y in pairs[3:]], [r.losses for r in results[3:]])
+    assert_equal(dict(again.net.state_dict()), dict(straight.net.state_dict()))
+
+
 def test_what_replay_counts_goes_on_too(tmp_path):
     """And the tests above mean something: workers did skip, batches were left out, codecs did change the numbers."""
     schedule, again = start("replay max uses"), start("replay max uses")
