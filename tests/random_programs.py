@@ -93,7 +93,8 @@ class _Draft:
         kind = self.result(op, args)
         self.body.append(Instruction(op, args, kind, source, other, tied))
         self.kinds.append(kind)
-        self.memory.append(self.memory[args[0]] if op in VIEWS else number)
+        # In evaluation dropout hands its argument on: what may not be overwritten there may not be here.
+        self.memory.append(self.memory[args[0]] if op in (*VIEWS, "dropout") else number)
         if op in KEEPS_ARGUMENTS:
             self.fixed |= {self.memory[a] for a in args}
         if op in KEEPS_RESULT:
