@@ -99,11 +99,11 @@ class Headed(Schedule):
         """Return the local loss of a block plus its extra losses."""
         graph = block.graph(batch.training)
         end = exports[graph.boundary] if graph.boundary is not None else None
-        total = loss
-        keep = 1.0
-        terms = []
+        total, keep, terms = loss, 1.0, list[Tensor]()
         for one, module in zip(self._extras_of(self.net, block), self._extras[block.index], strict=True):
             layers = self._show_layers(block, batch.training, values, exports) if one.needs_layers else ()
+            if end is None and not layers:
+                continue  # the last block, without a base layer of its own
             activation = end if end is not None else layers[-1]
             terms.append(one.weight * module(Sight(activation, layers, batch.inputs, batch.target)))
             keep *= getattr(one, "keep", 1.0)

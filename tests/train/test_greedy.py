@@ -1,5 +1,7 @@
 """Greedy against a loop written by hand; and what all schedules share: optimizers, clipping, frozen blocks."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import nn
 
 import sedona_fx
 from sedona_fx.errors import CheckpointError, ScheduleError
-from sedona_fx.train import Backprop, Greedy, block_seed
+from sedona_fx.train import Backprop, Greedy, KineticEnergy, block_seed
 
 
 def greedy_by_hand(net, data, clip=None):
@@ -254,3 +256,12 @@ def test_foreign_states_are_refused_before_anything_is_loaded():
 def test_a_schedule_must_say_how_to_step():
     with pytest.raises(NotImplementedError, match="Schedule does not say"):
         sedona_fx.train.Schedule(make_net(), sgd).step(*batch())
+
+
+def test_a_last_block_without_layers_has_nothing_to_move():
+    net = make_net(nn.Linear(6, 3), cuts=[])
+    twin = copy.deepcopy(net)
+    x, y = batch()
+    Greedy(net, sgd, extra=[KineticEnergy(1.0)]).step(x, y)
+    Greedy(twin, sgd).step(x, y)
+    same(net.model, twin.model)
