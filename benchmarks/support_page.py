@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from page import markdown
+
 Row = Mapping[str, Any]
 
 NUMBERS = ("1", "2", "3", "4", "5", "6", "7", "8")
@@ -53,12 +55,12 @@ def _summary(rows: Sequence[Row], families: Sequence[str]) -> str:
             ]
         )
     head = ["family", "models", "decoupled", "all promises kept", "refused as they should be", "front end"]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _table(rows: Sequence[Row]) -> str:
     head = ["model", "parameters", "front end", "nodes", "cuts", *NUMBERS, "seconds", "why not, notes"]
-    return _markdown(head, [_line(row) for row in rows])
+    return markdown(head, [_line(row) for row in rows])
 
 
 def _line(row: Row) -> list[str]:
@@ -87,8 +89,3 @@ def _millions(count: int) -> str:
 def _clip(text: str, length: int = 240) -> str:
     text = text.replace("|", "\\|")
     return text if len(text) <= length else text[: text.rindex(" ", 0, length)] + " ..."
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

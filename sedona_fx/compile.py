@@ -6,14 +6,14 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from sedona_fx import passes
 from sedona_fx.analysis import Analysed, uncollected
 from sedona_fx.args import Args
 from sedona_fx.cost import block_costs
 from sedona_fx.errors import DataError
-from sedona_fx.exits import share_copy
+from sedona_fx.graph import share_copy
 from sedona_fx.heads import build_head
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net
@@ -57,8 +57,8 @@ def compile_net(
         for cut, spec in zip(plan.cuts, heads, strict=True):
             made = [build_head(spec, traced.contexts[cut])] if spec is not None else []
             built[cut] = [head.to(like.device, like.dtype).train(model.training) for head in made]
-    graphs = {True: _lower(traced.train, built, devices)}
-    graphs[False] = graphs[True] if traced.eval is traced.train else _lower(traced.eval, built, devices)
+    graphs = {True: passes.lower_at(traced.train, built, devices)}
+    graphs[False] = graphs[True] if traced.eval is traced.train else passes.lower_at(traced.eval, built, devices)
     parts = {True: passes.partition(graphs[True])}
     parts[False] = parts[True] if graphs[False] is graphs[True] else passes.partition(graphs[False])
     ends = [resolve(traced.train.graph)[cut] for cut in plan.cuts]
@@ -81,10 +81,3 @@ def compile_net(
         objectives=objectives,
         seed=seed,
     )
-
-
-def _lower(
-    gm: fx.GraphModule, heads: dict[str, list[nn.Module]], devices: Sequence[torch.device] | None
-) -> fx.GraphModule:
-    relaxed = passes.relax(gm, heads)
-    return passes.lower(passes.prune(relaxed, dict.fromkeys(heads, 0)), devices)

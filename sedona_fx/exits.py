@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.args import Args
 from sedona_fx.errors import HeadError, shape_text
-from sedona_fx.graph import copy_graph, copy_info, direct_children, info, is_head, output_node
+from sedona_fx.graph import copy_graph, copy_info, direct_children, info, is_head, output_node, share_copy
 from sedona_fx.outputs import pick
 from sedona_fx.train.engine import hand_on, last_readers
 
@@ -160,11 +159,6 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def class_dim(logits: Tensor) -> int:
     """Return which dimension of a primary output holds the classes: (N, C), (N, T, C), or (N, C, ...)."""
     return 2 if logits.dim() == 3 else 1
-
-
-def share_copy(module: nn.Module) -> Any:
-    """Copy the structure of a module; parameters and buffers are the same objects."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def _confidence(logits: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import GraphSpecError
@@ -154,6 +154,11 @@ def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
         if type(module) is torch.nn.Module or module is gm:  # the containers that fx made, and no module of the user's
             vars(module).update(module._modules)
     return gm
+
+
+def share_copy(module: nn.Module) -> Any:
+    """Copy the structure of a module; parameters and buffers are the same objects."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:

@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from sedona_fx.args import Args
 from sedona_fx.cost import Cost
 from sedona_fx.errors import CheckpointError, ScheduleError
-from sedona_fx.exits import EarlyExit, ensemble, share_copy
+from sedona_fx.exits import EarlyExit, ensemble
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
-from sedona_fx.graph import direct_children
+from sedona_fx.graph import direct_children, share_copy
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes import BlockGraph, strip

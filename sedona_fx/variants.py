@@ -129,9 +129,7 @@ class Variants:
                 heads[str(info(resolve(gm.graph)[cut]).cut)] = [block.head] if block.head is not None else []
             devices.append(block.device)
         spread = len(set(devices)) > 1
-        lowered = passes.lower(
-            passes.prune(passes.relax(gm, heads), dict.fromkeys(heads, 0)), devices if spread else None
-        )
+        lowered = passes.lower_at(gm, heads, devices if spread else None)
         pieces = iter(passes.partition(lowered))
         blocks = [[next(pieces) for _ in range(2 if start is not None else 1)] for start in [*starts, None]]
         for index, parts in enumerate(blocks):

@@ -4,6 +4,13 @@
 and ``strip`` back to the graph that was traced.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx, nn
+
 from sedona_fx.passes.alias import explicit_writes
 from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.crossings import crossings
@@ -16,6 +23,14 @@ from sedona_fx.passes.relax import relax
 from sedona_fx.passes.strip import strip
 from sedona_fx.passes.trace import Traced, trace
 
+
+def lower_at(
+    gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]], devices: Sequence[torch.device] | None = None
+) -> fx.GraphModule:
+    """ANALYSED -> LOWERED for a decision: cut name -> its one head, or none."""
+    return lower(prune(relax(gm, heads), dict.fromkeys(heads, 0)), devices)
+
+
 __all__ = [
     "BlockGraph",
     "Memo",
@@ -26,6 +41,7 @@ __all__ = [
     "cuts",
     "explicit_writes",
     "lower",
+    "lower_at",
     "partition",
     "prune",
     "relax",

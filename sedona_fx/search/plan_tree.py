@@ -195,7 +195,7 @@ class PlanTree:
 
     def _partition(self, gm: Any, cuts: Sequence[str]) -> list[BlockGraph]:
         chosen: dict[str, list[nn.Module]] = {str(info(self._problem.node(cut)).cut): [] for cut in cuts}
-        parts = passes.partition(passes.lower(passes.prune(passes.relax(gm, chosen), dict.fromkeys(chosen, 0))))
+        parts = passes.partition(passes.lower_at(gm, chosen))
         seen: set[int] = set()
         for part in parts:
             mine = {id(parameter) for parameter in part.module.parameters()}

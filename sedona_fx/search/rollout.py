@@ -23,7 +23,7 @@ from sedona_fx.search.balanced import Balanced
 from sedona_fx.search.plan_tree import Choice, PlanTree
 from sedona_fx.search.problem import Decision, Problem, candidate_cost
 from sedona_fx.search.relaxation import HEAD_OVERHEAD, named_batches
-from sedona_fx.search.state import Batch
+from sedona_fx.search.state import Batch, endless
 from sedona_fx.search.uniform import uniform_layers
 
 
@@ -86,9 +86,12 @@ class Rollout:
             torch.manual_seed(problem.seed)
             tree = PlanTree(problem, plans, self._sgd, loss, device)
             steps = self._steps(problem, tree)
-            stream = _endless(lambda: named_batches(train, problem.train, device))
+            stream = endless(lambda: named_batches(train, problem.train, device), "training")
             fixed = list(itertools.islice(named_batches(val, problem.train, device), self.val_batches))
-            return self._run(problem, tree, steps, stream, fixed)
+            try:
+                return self._run(problem, tree, steps, stream, fixed)
+            except ValueError as error:
+                raise DataError(str(error)) from error
 
     def _run(
         self, problem: Problem, tree: PlanTree, steps: int, stream: Iterator[Batch], val: Sequence[Batch]
@@ -223,13 +226,3 @@ def _loss_of(output: OutputFormat, loss: Any) -> Any:
         return output.final_loss(loss, local, target) if last else output.head_loss(loss, local, target)
 
     return local_loss
-
-
-def _endless(batches: Any) -> Iterator[Batch]:
-    while True:
-        empty = True
-        for batch in batches():
-            empty = False
-            yield batch
-        if empty:
-            raise DataError("the search's training data is empty")

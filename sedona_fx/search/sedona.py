@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,11 +26,9 @@ from sedona_fx.search.one_step import one_step_hypergradient
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.relaxation import search_sedona
 from sedona_fx.search.relaxed import relaxed_gradients
-from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, sgd_momentum_step
+from sedona_fx.search.state import Batch, Batches, LocalLoss, RelaxedBlock, State, endless, sgd_momentum_step
 
 log = logging.getLogger(__name__)
-
-Batches = Callable[[], Iterator[Batch]]
 
 _FINAL_LR_FRACTION = 0.01  # the paper's 0.1 -> 0.001
 _TRAJECTORY_POINTS = 200
@@ -180,7 +178,7 @@ class _Search:
         log.info("%s (%d snapshots)", budget, budget.snapshots)
         total = math.ceil(budget.equivalent_steps)
         with tqdm(total=total, desc=str(budget), unit="step", disable=not progress) as self.bar:
-            train_stream, val_stream = _endless(train, "training"), _endless(val, "validation")
+            train_stream, val_stream = endless(train, "training"), endless(val, "validation")
             self._warm_up(budget, train_stream)
             self._search(budget, train_stream, val_stream, torch.Generator().manual_seed(seed))
 
@@ -270,17 +268,6 @@ class _Search:
                 "snapshot_bytes": sum(s.state.state_bytes for s in self.snapshots),
             }
         return SedonaResult(*self.kept, list(self.trajectory), cost, interrupted)
-
-
-def _endless(batches: Batches, what: str) -> Iterator[Batch]:
-    while True:
-        epoch = iter(batches())
-        batch = next(epoch, None)
-        if batch is None:
-            raise ValueError(f"the search's {what} data is empty")
-        while batch is not None:
-            yield batch
-            batch = next(epoch, None)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 LocalLoss = Callable[[int, Any, Any], Tensor]
 Batch = tuple[dict[str, Any], Any]
+Batches = Callable[[], Iterator[Batch]]
 Tensors = dict[str, Tensor]
 Slot = tuple[int, str]  # where a state holds a tensor: the block, the name there
 
@@ -142,3 +143,19 @@ def named_tensors(module: nn.Module) -> Tensors:
 def clones(dicts: Sequence[Tensors]) -> list[Tensors]:
     """Copies without graph."""
     return [{n: t.detach().clone() for n, t in d.items()} for d in dicts]
+
+
+def endless(batches: Batches, what: str) -> Iterator[Batch]:
+    """Go through epoch after epoch.
+
+    Raises:
+        ValueError: one is empty.
+    """
+    while True:
+        epoch = iter(batches())
+        batch = next(epoch, None)
+        if batch is None:
+            raise ValueError(f"the search's {what} data is empty")
+        while batch is not None:
+            yield batch
+            batch = next(epoch, None)

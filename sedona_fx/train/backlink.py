@@ -84,7 +84,7 @@ class BackLink(Headed):
         with self._window() as ends:
             require_grad_mode("BackLink")
             engine.guard.raise_pending()
-            batch, how = net.batch(inputs, target), self.how(defer=True)
+            batch, how = net.batch(inputs, target), self.how()
             values, losses, local = dict(batch.inputs), list[Tensor](), None
             link: Link | None = None
             with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext():
@@ -104,10 +104,6 @@ class BackLink(Headed):
                 self._step_block(block.index)
             net.steps += 1
         return StepResult(losses, local)
-
-    def _step_block(self, index: int) -> None:
-        self._update(index, self.contributors[index])
-        self._zero_grad(index)
 
     def _local_step(
         self, block: Block, batch: Batch, values: Mapping[str, Any], how: How, below: Link | None

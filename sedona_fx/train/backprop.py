@@ -39,7 +39,7 @@ class Backprop(Schedule):
                     output = net.call(inputs)
                     loss = engine.local_loss(last, output, target)
                 engine.guard.check(last.index, net.steps, loss)
-                engine.walk_back(last, loss, self.scalers[last.index] if self.scalers else None, self._weight)
+                engine.walk_back(last, loss, self._scaler(last.index), self._weight)
                 engine.guard.settle(last.index, snapshot)
             net.steps += 1
             for block in net.blocks if ends else ():

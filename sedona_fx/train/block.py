@@ -74,6 +74,11 @@ class Block:
         return f"Block({self.index}, {count:,} parameters, head={type(self.head).__name__}, device={self.device})"
 
 
+def buffers_of(*blocks: Block) -> list[Tensor]:
+    """Return the buffers of some blocks, each once."""
+    return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
+
+
 def run_graph(graph: BlockGraph, values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Run a block's graph on named values; return its exports by name, undetached, and its local output."""
     exports, local = graph.module(*[values[name] for name in graph.inputs])

@@ -133,8 +133,7 @@ class Delayed(Schedule):
             for block in net.blocks[:-1] if wait else ():
                 self._turn(block, ends)
             if ends:
-                self._update(last.index, {last.index})
-                self._zero_grad(last.index)
+                self._step_block(last.index, {last.index})
         return StepResult([loss.detach()], output)
 
     def raise_pending(self) -> None:
@@ -211,7 +210,7 @@ class Delayed(Schedule):
 
     def _walk_back_loss(self, flight: Flight, loss: Tensor, held: Held) -> None:
         last = self.net.blocks[-1]
-        self.net.engine.walk_back(last, loss, self._scaler(last), self._weight)
+        self.net.engine.walk_back(last, loss, self._scaler(last.index), self._weight)
         self._hand_down(last, flight, held)
 
     def _turn(self, block: Block, ends: bool) -> None:
@@ -227,13 +226,12 @@ class Delayed(Schedule):
                 self._run_again(block, held, flight)
             roots = {name: held.exports[name] for name in gradients if held.exports[name].requires_grad}
             with no_autocast(block.device):
-                given = [scaled(gradients[name], root, self._scaler(block)) for name, root in roots.items()]
+                given = [scaled(gradients[name], root, self._scaler(block.index)) for name, root in roots.items()]
                 if roots:
                     torch.autograd.backward(list(roots.values()), given)
             self._hand_down(block, flight, held)
-        if ends and any(parameter.grad is not None for parameter in self.parameters[block.index]):
-            self._update(block.index, ())
-            self._zero_grad(block.index)
+        if ends:
+            self._step_block(block.index, ())
 
     def _run_again(self, block: Block, held: Held, flight: Flight) -> None:
         """Run a block on what it kept; the buffers that this run updates are thrown away with its graph."""
@@ -246,13 +244,10 @@ class Delayed(Schedule):
         """Add the gradients of what a block read to those that wait for the blocks below, in true units."""
         for name, leaf in held.inputs.items():
             if isinstance(leaf, Tensor) and leaf.grad is not None:
-                gradient = unscaled(leaf.grad, self._scaler(block))
+                gradient = unscaled(leaf.grad, self._scaler(block.index))
                 before = flight.gradients.get(name)
                 flight.gradients[name] = gradient if before is None else before.to(gradient.device) + gradient
                 leaf.grad = None
-
-    def _scaler(self, block: Block) -> Any:
-        return self.scalers[block.index] if self.scalers is not None else None
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.outputs import OutputFormat, map_tensors
 from sedona_fx.passes.partition import BlockGraph
-from sedona_fx.train.block import Block, StepResult, run_graph
+from sedona_fx.train.block import Block, StepResult, buffers_of, run_graph
 from sedona_fx.train.guard import FiniteGuard
 from sedona_fx.train.precision import casting, no_autocast
 from sedona_fx.train.random import block_random
@@ -53,13 +53,7 @@ class How:
     defer: bool = False
     objective: Objective | None = None
     graphs: Sequence[BlockGraph] | None = None
-    buffers_of: Callable[..., list[Tensor]] | None = None
-
-    def buffers(self, *blocks: Block) -> list[Tensor]:
-        """Return the buffers that a local step of some blocks may change, each once."""
-        if self.buffers_of is not None:
-            return self.buffers_of(*blocks)
-        return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
+    buffers_of: Callable[..., list[Tensor]] = buffers_of
 
     def scaler(self, block: Block) -> Any:
         """Return the scaler of a block's gradients, or None."""
@@ -102,7 +96,7 @@ class Engine:
         self.guard.raise_pending()
         whole = on_block is None
         values, losses, local = dict(batch.inputs), [], None
-        with self.guard.protecting(how.buffers(*self.blocks)) if whole else nullcontext():
+        with self.guard.protecting(how.buffers_of(*self.blocks)) if whole else nullcontext():
             for block in self.blocks:
                 loss, exports, local = self.local_step(block, batch, values, how, alone=not whole)
                 losses.append(loss)
@@ -130,7 +124,7 @@ class Engine:
             The local loss, the exports by name, and the local output, all detached.
         """
         graph = how.graphs[block.index] if how.graphs is not None else block.graph(batch.training)
-        with self.guard.protecting(how.buffers(block) if alone else []) as snapshot:
+        with self.guard.protecting(how.buffers_of(block) if alone else []) as snapshot:
             with casting(block.device, how.autocast):
                 with self.random(block, batch.step):
                     exports, local = run_graph(graph, values)
@@ -209,7 +203,7 @@ class Engine:
 
     def buffers(self) -> list[Tensor]:
         """Return the buffers of all blocks, each once."""
-        return list({id(buffer): buffer for block in self.blocks for buffer in block.buffers()}.values())
+        return buffers_of(*self.blocks)
 
     def random(self, block: Block, step: int) -> AbstractContextManager[None]:
         """Seed a block's draws of a step. One block is backprop, which draws from the global stream."""

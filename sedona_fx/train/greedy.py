@@ -24,16 +24,10 @@ class Greedy(Headed):
         with self._window() as ends:
             batch = net.batch(inputs, target)
             if self.check == "async":
-                result = net.engine.backward(
-                    batch, self.how(defer=True), self._step_block if ends else (lambda index: None)
-                )
+                result = net.engine.backward(batch, self.how(), self._step_block if ends else (lambda index: None))
             else:
-                result = net.engine.backward(batch, self.how(defer=True))
+                result = net.engine.backward(batch, self.how())
                 for block in net.blocks if ends else ():
                     self._step_block(block.index)
             net.steps += 1
         return result
-
-    def _step_block(self, index: int) -> None:
-        self._update(index, self.contributors[index])
-        self._zero_grad(index)  # gradients of a block need not outlive its step

@@ -82,13 +82,13 @@ class Headed(Schedule):
         super().load_state_dict(state)
         self.extras.load_state_dict(state["extras"])
 
-    def how(self, *, defer: bool) -> How:
+    def how(self) -> How:
         """Return how this schedule does local steps."""
         graphs = None
         if self._layers is not None:
             graphs = self._layers[self.net.training]
         objective = self.objective if self.extra else None
-        return How(self._weight, self.scalers, self.autocast, defer, objective, graphs, self.buffers_of)
+        return How(self._weight, self.scalers, self.autocast, True, objective, graphs, self.buffers_of)
 
     def buffers_of(self, *blocks: Block) -> list[Tensor]:
         """Return the buffers that a local step of these blocks may change, extra losses included, each once."""

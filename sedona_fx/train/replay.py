@@ -128,7 +128,7 @@ class Replay(Headed):
         with self._window() as ends:
             require_grad_mode("Replay")
             self.raise_pending()
-            batch, how = net.batch(inputs, target), self.how(defer=True)
+            batch, how = net.batch(inputs, target), self.how()
             store, filling = self._look_at(batch)
             if store and self.buffers:  # a loader may fill the same tensors again
                 batch = replace(batch, inputs=_copied(batch.inputs), target=_copied(batch.target))
@@ -199,11 +199,6 @@ class Replay(Headed):
     def _inputs_wanted(self) -> bool:
         """Whether a loss of a later block looks at the net's inputs."""
         return bool(self.extra) or any(block.objective is not None for block in self.net.blocks)
-
-    def _step_block(self, index: int) -> None:
-        if any(parameter.grad is not None for parameter in self.parameters[index]):
-            self._update(index, self.contributors[index])
-            self._zero_grad(index)
 
     def raise_pending(self) -> None:
         """Raise for a loss of the last step that was not finite; its batch is taken out of the buffers."""

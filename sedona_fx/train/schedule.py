@@ -162,18 +162,24 @@ class Schedule:
 
     def _update(self, index: int, blocks: Collection[int]) -> None:
         """Clip and step what belongs to a block, unless the loss of one of `blocks` was not finite."""
-        optimizer = self.optimizers[index]
-        if optimizer is None:
+        optimizer, scaler = self.optimizers[index], self._scaler(index)
+        if optimizer is None or all(parameter.grad is None for parameter in self.parameters[index]):
             return
-        scaler = self.scalers[index] if self.scalers is not None else None
         if scaler is not None:
-            if all(parameter.grad is None for parameter in self.parameters[index]):
-                return
             scaler.unscale_(optimizer)
             self._scaled.add(id(scaler))
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters[index], self.clip)
         self.net.engine.guard.step_optimizer(optimizer, blocks, scaler)
+
+    def _step_block(self, index: int, blocks: Collection[int] | None = None) -> None:
+        """Update a block, unless the loss of one of `blocks` (by default its contributors) was not finite, and drop its
+        gradients: they need not outlive its step."""
+        self._update(index, self.contributors[index] if blocks is None else blocks)
+        self._zero_grad(index)
+
+    def _scaler(self, index: int) -> torch.amp.GradScaler | None:
+        return self.scalers[index] if self.scalers is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped; loads with ``weights_only=True``.

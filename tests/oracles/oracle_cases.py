@@ -76,3 +76,13 @@ def assert_follows(schedule, oracle, pairs):
             error, scale = (ours[name].detach() - value).abs().max().item(), value.abs().max().item()
             assert error <= 1e-12 * scale, f"{name} after step {t} is off by {error}; its largest is {scale}"
     assert oracle.clip is None or oracle.clipped
+
+
+def assert_same_bits(schedule, other, pairs):
+    """Assert that two schedules, each on a net of its own, have the same losses and end at the same state."""
+    for x, y in pairs:
+        losses = [each.step(x, y).losses for each in (schedule, other)]
+        assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    theirs = other.net.state_dict()
+    for name, value in schedule.net.state_dict().items():
+        assert torch.equal(value, theirs[name]), name

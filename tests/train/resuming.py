@@ -159,6 +159,20 @@ def assert_equal(a, b, where="state"):
         assert a == b, where
 
 
+def assert_killed_runs_agree(loader, kind, kills, folder):
+    """Assert that runs of two epochs that were killed after some steps end as one does that never stopped."""
+    straight = Run(loader, kind)
+    assert straight.go(epochs=2) == 2 * STEPS
+    expected = straight.state()
+    for kill in kills:
+        path = folder / f"{kill}.pt"
+        assert Run(loader, kind).go(path, every=1, kill=kill, epochs=2) == kill
+        disturb()
+        again = Run(loader, kind)
+        assert again.go(path, every=1, epochs=2) == 2 * STEPS - kill
+        assert_equal(again.state(), expected, f"killed after {kill} steps")
+
+
 def disturb():
     """Leave the global streams as a fresh process does not find them."""
     torch.manual_seed(987)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle_backlink import BackLinkOracle
 from oracle_backprop import BackpropOracle
-from oracle_cases import CASES, TIED, assert_follows, data, make_case, make_oracle
+from oracle_cases import CASES, TIED, assert_follows, assert_same_bits, data, make_case, make_oracle
 from oracle_greedy import GreedyOracle
 from small import sgd
 
@@ -105,11 +105,7 @@ def test_backlink_through_a_frozen_block(reach, frozen):
 def test_backlink_of_reach_0_is_greedy_bit_for_bit():
     one, other = (make_case(SEVERAL, **MIXED)[0] for _ in range(2))
     schedules = BackLink(one, sgd, reach=0), Greedy(other, sgd)
-    for x, y in data(5):
-        losses = [schedule.step(x, y).losses for schedule in schedules]
-        assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
+    assert_same_bits(*schedules, data(5))
 
 
 def test_a_link_longer_than_a_block_is_refused():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from oracle_cases import CASES, TIED, assert_follows, data, make_case, make_oracle
+from oracle_cases import CASES, TIED, assert_follows, assert_same_bits, data, make_case, make_oracle
 from oracle_replay import ReplayOracle
 from small import sgd
 
@@ -72,11 +72,7 @@ def test_short_batches_are_trained_by_worker_0_and_not_stored(short, noise):
 def test_without_noise_it_is_greedy_bit_for_bit():
     one, other = (make_case("skips", drop=0.3)[0] for _ in range(2))
     schedules = Replay(one, sgd, capacity=3), Greedy(other, sgd)
-    for x, y in data(8):
-        losses = [schedule.step(x, y).losses for schedule in schedules]
-        assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
-    for name, value in one.state_dict().items():
-        assert torch.equal(value, other.state_dict()[name]), name
+    assert_same_bits(*schedules, data(8))
 
 
 def test_shared_parameters_are_refused_by_name():

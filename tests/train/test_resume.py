@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from resuming import EPOCHS, LOADERS, STEPS, Killed, Noisy, Run, assert_equal, disturb
+from resuming import EPOCHS, LOADERS, STEPS, Killed, Noisy, Run, assert_equal, assert_killed_runs_agree, disturb
 from small import batches, make_net, sgd
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
@@ -18,16 +18,7 @@ from sedona_fx.train.random import random_states, restore_random
 @pytest.mark.parametrize("kind", [Greedy, Backprop])
 @pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
 def test_killed_after_any_step(loader, kind, tmp_path):
-    straight = Run(loader, kind)
-    assert straight.go(epochs=2) == 2 * STEPS
-    expected = straight.state()
-    for kill in range(1, 2 * STEPS):
-        path = tmp_path / f"{kill}.pt"
-        assert Run(loader, kind).go(path, every=1, kill=kill, epochs=2) == kill
-        disturb()
-        again = Run(loader, kind)
-        assert again.go(path, every=1, epochs=2) == 2 * STEPS - kill
-        assert_equal(again.state(), expected, f"killed after {kill} steps")
+    assert_killed_runs_agree(loader, kind, range(1, 2 * STEPS), tmp_path)
 
 
 def test_a_chain_of_kills_goes_back_to_the_last_checkpoint_each_time(tmp_path):

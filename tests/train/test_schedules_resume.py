@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from kinds import ALL
-from resuming import LOADERS, STEPS, Run, assert_equal, disturb
+from resuming import LOADERS, assert_equal, assert_killed_runs_agree, disturb
 from small import Chain, batch, batches, make_net, sgd
 from torch import nn
 
@@ -217,16 +217,7 @@ def test_fit_that_was_killed(name, tmp_path):
         torch.manual_seed(0)
         return SCHEDULES[name](net, optimizer)
 
-    straight = Run(loader, kind)
-    assert straight.go(epochs=2) == 2 * STEPS
-    expected = straight.state()
-    for kill in (1, 3, 6):
-        path = tmp_path / f"{kill}.pt"
-        assert Run(loader, kind).go(path, every=1, kill=kill, epochs=2) == kill
-        disturb()
-        again = Run(loader, kind)
-        assert again.go(path, every=1, epochs=2) == 2 * STEPS - kill
-        assert_equal(again.state(), expected, f"killed after {kill} steps")
+    assert_killed_runs_agree(loader, kind, (1, 3, 6), tmp_path)
 
 
 # ---- states that do not fit -----------------------------------------------------------------------------------------
