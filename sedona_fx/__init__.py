@@ -7,14 +7,18 @@ from sedona_fx.errors import SedonaError
 from sedona_fx.heads import HeadContext, register_head
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net
+from sedona_fx.pareto import Front, pareto
 from sedona_fx.plan import Plan
+from sedona_fx.search import Limits
 from sedona_fx.train import fit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Args",
+    "Front",
     "HeadContext",
+    "Limits",
     "LocalLoss",
     "Net",
     "Plan",
@@ -24,6 +28,7 @@ __all__ = [
     "fit",
     "load",
     "models",
+    "pareto",
     "register_head",
     "search",
     "train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 
 from sedona_fx.args import Args
 from sedona_fx.errors import DataError
+from sedona_fx.overlap import refuse_overlap
 
 Pair = tuple[Args, Any]
 
@@ -87,6 +89,37 @@ Source = Callable[[], Iterator[Pair]]
 """One epoch of data at a call."""
 
 
+@dataclass(frozen=True)
+class Epochs:
+    """A source that goes through the user's own data; `where` is its name in messages."""
+
+    data: Any
+    where: str
+
+    def __call__(self) -> Iterator[Pair]:
+        """Start an epoch."""
+        return batches(self.data, self.where)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A source whose pairs are changed one by one."""
+
+    source: Source
+    change: Callable[[Pair], Pair]
+
+    def __call__(self) -> Iterator[Pair]:
+        """Start an epoch."""
+        return map(self.change, self.source())
+
+
+def users_data(source: Source) -> Any:
+    """Return what the user handed over, where a source goes through that itself; else None."""
+    while isinstance(source, Mapped):
+        source = source.source
+    return source.data if isinstance(source, Epochs) else None
+
+
 def search_sources(
     data: Any, val_data: Any, seed: int, val_batch_size: int | None
 ) -> tuple[Source, Source, int | None]:
@@ -97,12 +130,13 @@ def search_sources(
     that shuffles anew each time should come with `val_data`.
 
     Raises:
-        DataError: the data cannot be gone through twice, or is too small to split.
+        DataError: the data cannot be gone through twice, is too small to split, or is the validation data in part.
     """
     _require_epochs(data, "data")
     if val_data is not None:
         _require_epochs(val_data, "val_data")
-        return (lambda: batches(data, "data")), (lambda: batches(val_data, "val_data")), _length(data)
+        refuse_overlap(data, val_data)
+        return Epochs(data, "data"), Epochs(val_data, "val_data"), _length(data)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         return _split_loader(data, seed, val_batch_size)
     count = sum(1 for _ in batches(data, "data"))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from sedona_fx.analysis import Analysed, Where, analyse, check_target
 from sedona_fx.args import Args
 from sedona_fx.compile import compile_net, own
-from sedona_fx.data import Source, first_pair, search_sources, to_device
+from sedona_fx.data import Mapped, Source, first_pair, search_sources, to_device
 from sedona_fx.decisions import (
     Cuts,
     Heads,
@@ -35,8 +34,10 @@ from sedona_fx.passes.cuts import base_layers
 from sedona_fx.placing import device_of
 from sedona_fx.plan import Plan
 from sedona_fx.search import SEARCHES, Decision, Problem, Search
+from sedona_fx.search.limits import Limits
+from sedona_fx.search.plan_costs import check_possible, within_budget
 from sedona_fx.search.problem import HeadSpec
-from sedona_fx.signature import example_like
+from sedona_fx.signature import described, example_like
 from sedona_fx.train.engine import Loss
 
 
@@ -52,6 +53,7 @@ def decouple(
     heads: Heads = None,
     local_loss: LocalLosses = None,
     plan: Plan | str | Path | None = None,
+    budget: Limits | Mapping[str, Any] | None = None,
     devices: Sequence[str | torch.device] | None = None,
     output: Key = None,
     root: str = "",
@@ -70,17 +72,20 @@ def decouple(
             mapping is keywords, anything else is one argument; ``sedona_fx.Args(...)`` says it explicitly.
         blocks: K. With `cuts` or `plan` these decide.
         loss: ``loss(output, target)``, a scalar tensor.
-        val_data: for the search; None: a map-style loader's indices are split 60/40 by `seed`, other re-iterables by
-            whole batches.
-        search: ``"sedona"``, ``"rollout"``, ``"balanced"``, ``"uniform"``, or a configured search such as
-            ``Sedona(unroll=1)``. One single pair of data serves the latter two names only.
+        val_data: for the search, no example of it in `data`; None: a map-style loader's indices are split 60/40 by
+            `seed`, other re-iterables by whole batches.
+        search: ``"sedona"``, ``"rollout"``, ``"balanced"``, ``"uniform"``, ``"latest"``, or a configured search
+            such as ``Sedona(unroll=1)``. One single pair of data serves the latter three names only.
         cuts: your own cuts instead of a search: module paths, a cut behind each; or a mapping from module paths to
             ``"end"`` or ``"beginning"``.
         heads: candidates by registered name or as factories ``HeadContext -> nn.Module`` (by rule, not by search, the
-            first is taken; with `cuts`, one a cut or one for all); None: by the shapes; False: no heads, for schedules
-            that need none.
+            first is taken, or with ``Uniform(head="largest")`` and the like the largest; with `cuts`, one a cut or one
+            for all); None: by the shapes; False: no heads, for schedules that need none.
         local_loss: an objective of your own for the blocks but the last, one for all or one (or None) a block.
         plan: a plan or its path: nothing is searched.
+        budget: what the plan may cost at most, ``Limits(activation_bytes=..., block_flops=..., block_seconds=...,
+            head_flops=...)``, any of them, or a mapping. The search's plan is its best within; `cuts` or a `plan` that
+            exceed it are refused.
         devices: one device a block; None: as `plan` says, else where the model is.
         output: key, attribute or index of the primary output; None: ``logits``, else the only or first float tensor.
         root: module path of the part to cut; what is around it belongs to the first and the last block. If the code
@@ -104,6 +109,7 @@ def decouple(
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
     chosen = _search_of(search)
     given = _plan_given(plan)
+    limits = Limits.of(budget, given)
     named = named_cuts(cuts)
     count = given.blocks if given is not None else blocks if named is None else len(named) + 1
     places = _devices(devices if devices is not None or given is None else given.devices, count)
@@ -122,35 +128,42 @@ def decouple(
     if own_heads := [objective.head for objective in objectives if objective is not None]:
         traced = with_free_heads(traced)
         heads = own_heads[0] if heads is None else heads
+    choosing = given is None and named is None
+    searching = choosing and chosen.needs_data and blocks > 1
+    if searching and own_heads:
+        raise HeadError(
+            f"search={search!r} compares heads by the model's own loss and cannot be combined with local_loss=...: "
+            "choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
+        )
+    sources = search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None
+    problem = Problem(
+        traced.train,
+        traced.eval,
+        count,
+        traced.contexts,
+        candidates(heads, traced, searching=searching) if choosing else {},
+        traced.output,
+        loss,
+        (_named(sources[0], owned), _named(sources[1], owned), sources[2]) if sources is not None else None,
+        seed,
+        progress,
+        traced.head_costs,
+        limits,
+        example.kwargs,
+        dict(limits.measured or {}) if limits is not None else {},
+        traced.free_batch,
+    )
     decision: Decision
     if given is not None:
         decision = from_plan(given, traced, by_name(heads) | by_name(own_heads))
     elif named is not None:
         decision = from_names(list(traced.named), heads, traced)
     else:
-        searching = chosen.needs_data and blocks > 1
-        if searching and own_heads:
-            raise HeadError(
-                f"search={search!r} compares heads by the model's own loss and cannot be combined with local_loss=...: "
-                "choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
-            )
-        sources = search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None
-        problem = Problem(
-            traced.train,
-            traced.eval,
-            blocks,
-            traced.contexts,
-            candidates(heads, traced, searching=searching),
-            traced.output,
-            loss,
-            (_named(sources[0], owned), _named(sources[1], owned), sources[2]) if sources is not None else None,
-            seed,
-            progress,
-            traced.head_costs,
-        )
+        check_possible(problem)
         decision = chosen.decide(problem)
     if own_heads:
         decision = with_objectives(decision, objectives, asked, traced)
+    decision = within_budget(problem, decision, PlanError if given is not None else CutError)
     made = _plan_of(decision, traced, owned, example, wanted, places, part, seed)
     return compile_net(owned, traced, example, decision.heads, made, loss, objectives, seed)
 
@@ -231,7 +244,7 @@ def _paths(paths: Collection[str]) -> tuple[str, ...]:
 
 def _named(source: Source, model: nn.Module) -> Source:
     """Return an epoch of data with every input by its argument name."""
-    return lambda: ((Args(**args.bind(model.forward)), target) for args, target in source())
+    return Mapped(source, lambda pair: (Args(**pair[0].bind(model.forward)), pair[1]))
 
 
 def _search_of(search: str | Search) -> Search:
@@ -256,11 +269,6 @@ def _plan_of(
     root: str,
     seed: int,
 ) -> Plan:
-    def spec(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        return value
-
     about = {
         "seed": seed,
         "front_end": traced.front_end,
@@ -277,6 +285,6 @@ def _plan_of(
         root=root,
         model=type(model).__name__,
         base_layers=tuple(base_layers(traced.train)),
-        inputs={name: pytree.tree_map(spec, value) for name, value in example.kwargs.items()},
+        inputs=described(example),
         provenance={**decision.provenance, **about},
     )

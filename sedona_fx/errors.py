@@ -26,6 +26,10 @@ class CutError(SedonaError):
     """The blocks asked for cannot be had: too many, too few, or cut at a place that is no legal cut."""
 
 
+class BudgetError(CutError):
+    """No plan keeps within the budget; with the least possible value of each limit, and a plan that has it."""
+
+
 class HeadError(SedonaError):
     """An auxiliary head cannot be built for, or does not fit, the place where it should stand."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import replacing
@@ -100,6 +101,66 @@ class Plan:
         """Write the plan to a file, replacing it whole."""
         with replacing(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def transfer(
+        self,
+        model: nn.Module,
+        data: Any = None,
+        by: Literal["path", "fraction"] | None = None,
+        leaf_modules: Collection[str] = (),
+    ) -> Plan:
+        """Return the plan for another net: for a wider one, cuts at the same paths; for a deeper one, at the same
+        fractions of it.
+
+        Heads keep their names, devices their order. ``provenance["transfer"]`` says what became of every cut.
+
+        Args:
+            model: the other net. It is not touched.
+            data: one (inputs, target) pair or an iterable of such; None: noise in the shapes of this plan's inputs.
+            by: ``"path"``: cut behind the same module paths. ``"fraction"``: a cut behind base layer i of B (from 1)
+                goes where the other net's base layer j of C has j/C nearest to i/B; of two as near the earlier. Where
+                two cuts want the same layer, the sum of the distances decides, then the earlier cuts. None: by path if
+                both have as many base layers and all paths are legal cuts, else by fraction.
+            leaf_modules: module paths that are kept whole while tracing.
+
+        Raises:
+            PlanError: the nets do not correspond: paths that are missing, or more cuts than base layers.
+            HeadError: a head does not fit at its new place.
+            DataError: the model does not take the inputs.
+        """
+        from sedona_fx.transfer import transfer  # what tools do with a plan is built on plans
+
+        return transfer(self, model, data, by, leaf_modules)
+
+    @classmethod
+    def from_released(
+        cls,
+        alpha: Sequence[Sequence[float]] | Tensor,
+        beta: Sequence[Sequence[float] | Tensor] | Tensor,
+        model: nn.Module,
+        blocks: int = 4,
+        data: Any = None,
+        heads: str | None = None,
+    ) -> Plan:
+        """Read a decision that SEDONA's authors released: their variables, decoded for one of their nets.
+
+        Args:
+            alpha: (B-1, 2) logits: isolate, let through.
+            beta: (B-1, 4) logits of the heads of depth 1 to 4.
+            model: a net of :mod:`sedona_fx.models` with B base layers, of any width.
+            blocks: K, from 1 to B.
+            data: one (inputs, target) pair or an iterable of such, to check that the heads fit; None: unchecked.
+            heads: the heads' name without depth. None: by the width of the first convolution, as the paper has it:
+                ``"sedona-wide"`` (2048 features) from 32 channels on, ``"sedona"`` (512) below: quarter-width nets
+                have 16, those of full width 64.
+
+        Raises:
+            PlanError: the variables are for another number of base layers, or are no such variables.
+            HeadError: there is no such head, or one does not fit.
+        """
+        from sedona_fx.released import from_released
+
+        return from_released(alpha, beta, model, blocks, data, heads)
 
 
 def _checked(name: str, value: Any, source: str) -> Any:

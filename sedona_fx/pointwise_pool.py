@@ -4,7 +4,7 @@ SEDONA's heads widen C/4 channels to 512 and pool at once. On a CIFAR ResNet's f
 a batch of 128, against 8 MB of the net's own, and BatchNorm and ReLU would each keep one for backward. But the
 statistics of ``y = W x`` follow from those of the narrow ``x``: ``mean(y) = W mean(x)``, ``var(y) = diag(W cov(x)
 W^T)``. With them BatchNorm folds into the convolution, nothing couples the examples any more, and what is left is
-computed in chunks of the batch and again in backward. Exact up to rounding, derivatives of any order included.
+:func:`~sedona_fx.pooled_relu.pooled_relu`. Exact up to rounding, first and second derivatives included.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-_CHUNK_ELEMENTS = 2**20  # of the wide activation: 4 MiB in float32, what a cache holds
+from sedona_fx.pooled_relu import pooled_relu
 
 
 class PointwisePool(nn.Module):
@@ -38,17 +37,9 @@ class PointwisePool(nn.Module):
         casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if casting else nullcontext():
             weight, bias = self._folded(x)
-        weight, bias = weight.to(self.conv.weight.dtype), bias.to(self.conv.weight.dtype)
-        count = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[0] * x.shape[2] * x.shape[3]))
-        if x.shape[0] <= count:
-            return _pooled(x, weight, bias)
-        if not torch.is_grad_enabled():
-            return torch.cat([_pooled(part, weight, bias) for part in x.split(count)])
-        parts = [
-            checkpoint(_pooled, part, weight, bias, use_reentrant=False, preserve_rng_state=False)
-            for part in x.split(count)
-        ]
-        return torch.cat(parts)
+        dtype = torch.get_autocast_dtype(kind) if casting else self.conv.weight.dtype
+        places = x.flatten(2).transpose(1, 2)
+        return pooled_relu(places.to(dtype), weight.to(dtype), bias.to(dtype))
 
     def _folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight (features, C) and bias (features,) of the convolution with BatchNorm folded in."""
@@ -78,10 +69,3 @@ class PointwisePool(nn.Module):
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
             norm.running_var.lerp_(variance.to(norm.running_var.dtype), norm.momentum)
-
-
-def _pooled(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    # A convolution of few channels would be several times slower on a CPU than this matrix product.
-    count, features = x.shape[0], weight.shape[0]
-    wide = torch.baddbmm(bias[None, :, None].expand(count, features, 1), weight.expand(count, -1, -1), x.flatten(2))
-    return F.relu_(wide).mean(2)

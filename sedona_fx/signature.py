@@ -78,6 +78,17 @@ class Signature:
                 )
 
 
+def described(example: Args) -> dict[str, Any]:
+    """Return a plan's description of the inputs: by argument name, shape and dtype in place of every tensor."""
+
+    def spec(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return value
+
+    return {name: pytree.tree_map(spec, value) for name, value in example.kwargs.items()}
+
+
 def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
     """Make an example batch from a plan's description of the inputs: zeros for integers, seeded noise for floats."""
     generator = torch.Generator().manual_seed(0)

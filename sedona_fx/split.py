@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sedona_fx.batched_heads import run_together
+
 
 class _ScaledGradient(torch.autograd.Function):
     """The identity whose gradient is scaled.
@@ -38,10 +40,13 @@ class MixedHead(nn.Module):
 
     def forward(self, activation: Tensor) -> Tensor:
         """Return the mixed logits for an activation ``h_i``."""
+        heads = list(self.heads)
+        # In evaluation one after the other: nothing is to be gained there, and so it can be traced.
+        outputs = run_together(heads, activation) if self.training else [head(activation) for head in heads]
         weights = torch.softmax(self.beta, 0)
-        mixed = weights[0] * self.heads[0](activation)
-        for weight, head in zip(weights[1:], list(self.heads)[1:], strict=True):
-            mixed = mixed + weight * head(activation)
+        mixed = weights[0] * outputs[0]
+        for weight, output in zip(weights[1:], outputs[1:], strict=True):
+            mixed = mixed + weight * output
         return mixed
 
 

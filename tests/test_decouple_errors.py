@@ -63,7 +63,11 @@ class Branching(nn.Module):
         ({"blocks": 40, "search": "balanced"}, CutError, r"40 blocks need 39 cuts"),
         # searches and heads
         ({"search": "unifrom"}, CutError, r"search='unifrom' is not known; the nearest names are 'uniform'; one of"),
-        ({"search": 3}, CutError, r"search=3 is no search: one of \['balanced', 'rollout', 'sedona', 'uniform'\]"),
+        (
+            {"search": 3},
+            CutError,
+            r"search=3 is no search: one of \['balanced', 'latest', 'rollout', 'sedona', 'uniform'\]",
+        ),
         ({"search": sedona_fx.search.Uniform}, CutError, r"is no search: .*object with decide"),
         ({"heads": "mlp-rs"}, HeadError, r"no head named 'mlp-rs'; the nearest names are 'mlp-sr'.*All names: "),
         ({"heads": ["tokens-2", "lineer"], "cuts": ["stem"]}, HeadError, r"1 cuts take one head for all or 1 heads"),

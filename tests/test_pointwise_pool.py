@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sedona_fx import pointwise_pool
+from sedona_fx import pooled_relu
 from sedona_fx.head_layers import HeadBatchNorm
 from sedona_fx.memory import peak_bytes
 from sedona_fx.pointwise_pool import PointwisePool
@@ -40,7 +40,7 @@ def derivatives(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("chunk", [10**6, 200], ids=["whole", "chunks"])
 def test_it_equals_the_plain_layers(chunk, monkeypatch):
-    monkeypatch.setattr(pointwise_pool, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(pooled_relu, "_CPU_ELEMENTS", chunk)
     torch.manual_seed(0)
     fused, plain = (m.double() for m in pair(3, 7))
     x = (3 + torch.randn(9, 3, 5, 5, dtype=torch.float64)).requires_grad_()

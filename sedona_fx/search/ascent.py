@@ -71,8 +71,11 @@ def ascend(
     target: Any,
     mixture: Tensor | None,
     local_loss: LocalLoss,
+    heads: bool = True,
 ) -> tuple[Stretch, dict[str, Any], Tensor]:
     """Run block i at the weights `held` and take its local loss; return its stretch, its exports, and the loss.
+
+    Without `heads`, a block but the last runs them only if it must, and has no loss: a constant 0 stands for it.
 
     Raises:
         ValueError: a head uses a weight of the base layer in front of it. Its two gradients have different rates, and
@@ -83,20 +86,24 @@ def ascend(
     slots = state.slots(state.params, i)
     weights: dict[Slot, Tensor] = {(k, n): own_nodes(held[k][n]) for k, n in dict.fromkeys(slots.values())}
     tensors = {n: weights[slot] for n, slot in slots.items()} | state.used(state.buffers, i)
-    exports, output = run_block(block, block.module, tensors, mixture, {**inputs, **given})
-    loss = local_loss(i, output, target)
+    headless = not heads and i < last
+    module = block.trunk if headless and block.trunk is not None else block.module
+    exports, output = run_block(block, module, tensors, mixture, {**inputs, **given})
+    loss = torch.zeros(()) if headless else local_loss(i, output, target)
     read = live(given)
     if i == last:
         return Stretch({LOSS: loss}, {}, read, weights, {}), exports, loss
     made, ends = live(exports), live({str(block.boundary): exports[str(block.boundary)]})
     base = reached(made.values(), weights, stop=read.values())
+    if headless:
+        return Stretch(made, ends, read, {slot: t for slot, t in weights.items() if slot in base}, {}), exports, loss
     headed = reached([loss], weights, stop=ends.values())
     if both := base & headed:
         names = ", ".join(n for n, slot in slots.items() if slot in both)
         raise ValueError(f"block {i}: its heads depend on {names} other than through the boundary {block.boundary!r}")
-    heads = {slot: t for slot, t in weights.items() if slot not in base}
+    head_weights = {slot: t for slot, t in weights.items() if slot not in base}
     base_weights = {slot: t for slot, t in weights.items() if slot in base}
-    return Stretch(made, ends, read, base_weights, heads), exports, loss
+    return Stretch(made, ends, read, base_weights, head_weights), exports, loss
 
 
 def run_block(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,38 +10,84 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sedona_fx.cost import stretch_costs
-from sedona_fx.search.problem import Decision, Problem, candidate_cost, first_heads
+from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule, heads_at
+from sedona_fx.search.plan_costs import allowed, heads_tried
+from sedona_fx.search.problem import Decision, Problem, candidate_cost
+from sedona_fx.search.programme import Positions, Ranked
 
 
 @dataclass(frozen=True)
 class Balanced:
-    """Minimise the largest cost of a block, its head included, over all choices of cuts; each cut gets the first head.
+    """Minimise the largest cost of a block, its head included, over all choices of cuts.
+
+    Where that exceeds the problem's limits, the largest cost is the least among the plans that do not. Other heads are
+    then tried only if no plan with these will do.
 
     Args:
         by: ``"flops"`` balances time on many devices, ``"activation_bytes"`` memory on one.
+        head: each cut gets the ``"first"`` of its candidate heads, or the ``"largest"``, by FLOPs.
     """
 
     by: Literal["flops", "activation_bytes"] = "flops"
+    head: HeadRule = "first"
     needs_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.by not in ("flops", "activation_bytes"):
             raise ValueError(f"Balanced(by={self.by!r}): either 'flops' or 'activation_bytes'")
+        check_head_rule(self.head, "Balanced")
 
     def decide(self, problem: Problem) -> Decision:
-        """Choose cuts and heads."""
+        """Choose cuts and heads.
+
+        Raises:
+            BudgetError: no plan keeps within the limits.
+        """
         places = problem.places()
         nodes = [problem.node(name) for name in places]
         stretches, shared = stretch_costs(problem.train, nodes)
-        heads = []
-        for name, node in zip(places, nodes, strict=True):
-            heads.append(getattr(candidate_cost(problem, name, node), self.by))
+        kinds = [head_by_rule(problem, name, self.head) for name in places]
+        heads = [
+            getattr(candidate_cost(problem, name, node, kind), self.by)
+            for name, node, kind in zip(places, nodes, kinds, strict=True)
+        ]
         costs = [getattr(cost, self.by) for cost in stretches]
         overlap = shared if self.by == "activation_bytes" else [0] * len(shared)
         chosen, largest = balance(costs, overlap, heads, problem.blocks)
         cuts = [places[k] for k in chosen]
         provenance = {"search": "balanced", "by": self.by, "largest_block": largest}
-        return Decision(cuts, first_heads(problem, cuts), provenance)
+        plan = tuple((places[k], kinds[k]) for k in chosen)
+        if allowed(problem, plan):
+            return Decision(cuts, heads_at(problem, plan), {**provenance, "head": self.head})
+        measure = "block_flops" if self.by == "flops" else self.by
+        moved = balance_within(problem, measure, kinds)
+        provenance["largest_block"] = int(problem.plan_costs.value(measure, moved))
+        return problem.plan_costs.decision(moved, {**provenance, "balanced_cuts": cuts})
+
+
+def balance_within(problem: Problem, measure: str, preferred: Sequence[int]) -> Positions:
+    """Return the plan within the problem's limits whose largest block costs least; ties go to the earlier cuts.
+
+    The least cost is found by bisection: whether any plan has no larger block is a question to the programme.
+
+    Args:
+        problem: the net, its candidates and its limits.
+        measure: the cost of a block, one of the limits' names.
+        preferred: the number of the head of every place that is taken if some plan of such heads will do.
+
+    Raises:
+        BudgetError: no plan keeps within the limits.
+    """
+    costs, fits = problem.plan_costs, heads_tried(problem, preferred)
+    blocks = costs.blocks(measure)
+    flat = [[0.0] * len(row) for row in costs.heads["head_flops"]]
+    levels = np.unique(blocks[fits])
+
+    def plan(level: float) -> list[Ranked]:
+        return costs.best(flat, 1, fits & (blocks <= level))
+
+    least = bisect.bisect_left(levels, 1, key=lambda level: len(plan(level)))
+    return plan(levels[least])[0].plan
 
 
 def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], blocks: int) -> tuple[list[int], int]:

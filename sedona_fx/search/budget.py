@@ -1,12 +1,15 @@
 """What a search costs, from counts alone, and how many steps of each kind a given cost buys.
 
-No clock is read: a search does the same on a busy machine as on an idle one.
+No clock is read, but where seconds are to be shared: by a pace that was measured before the search, once. From there on
+it does the same on a busy machine as on an idle one.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from sedona_fx.search.pace import Pace
 
 # An unrolled step in relaxed steps: its own cost, and what it takes to differentiate through it (measured on
 # convolutional nets on a CPU: 2.4 to 3.7 for each unrolled step).
@@ -40,6 +43,15 @@ class Budget:
     def equivalent_steps(self) -> float:
         """Cost of the whole search."""
         return self.warmup_steps * self.relaxed_cost + self.meta_steps * self.meta_cost
+
+    def counts(self) -> dict[str, float]:
+        """Return what a plan says of it."""
+        return {
+            "relaxed_steps": self.warmup_steps + self.meta_steps,
+            "meta_iterations": self.meta_steps,
+            "equivalent_steps": self.equivalent_steps,
+            "snapshots": self.snapshots,
+        }
 
     def __str__(self) -> str:
         return (
@@ -83,3 +95,21 @@ def share(
     if snapshots is None:
         snapshots = max(1, min(_MOST_SNAPSHOTS, meta_steps // _VISITS))
     return Budget(warmup_steps, meta_steps, min(snapshots, warmup_steps), relaxed, meta)
+
+
+def share_seconds(seconds: float, pace: Pace, work: RelaxedWork, unroll: int, snapshots: int | None) -> Budget:
+    """Turn seconds into counts of steps, at the pace that was measured: half for the warm-up, the rest for the search.
+
+    Raises:
+        ValueError: they do not pay for a single step of each kind.
+    """
+    warmup_steps = math.floor(seconds / 2 / pace.relaxed_seconds)
+    meta_steps = math.floor((seconds - warmup_steps * pace.relaxed_seconds) / pace.meta_seconds)
+    if min(warmup_steps, meta_steps) < 1:
+        need = max(2 * pace.relaxed_seconds, 2 * pace.meta_seconds)
+        raise ValueError(
+            f"the {seconds:.2g} s that measuring leaves of `seconds` do not pay for a search: a relaxed step takes "
+            f"{pace.relaxed_seconds:.2g} s here, a meta-iteration {pace.meta_seconds:.2g} s. Leave {need:.2g} s or "
+            f"more for them, or use 'balanced' or 'uniform' cuts, which need no search."
+        )
+    return share(None, work, unroll, warmup_steps, meta_steps, snapshots)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sedona_fx.search.plan_costs import allowed, best_plans
+from sedona_fx.search.problem import Problem
+
 
 def decode(alpha: Tensor, beta: Sequence[Tensor], blocks: int) -> tuple[list[int], list[int]]:
     """Cut behind the `blocks` - 1 base layers with the largest p_isolate, and keep the likeliest head of each.
@@ -32,3 +35,23 @@ def decode(alpha: Tensor, beta: Sequence[Tensor], blocks: int) -> tuple[list[int
         logits = beta[i].tolist()
         heads.append(logits.index(max(logits)))
     return cuts, heads
+
+
+def decode_within(problem: Problem, alpha: Tensor, beta: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Decode as :func:`decode` does, if that plan keeps within the problem's limits; else the best one that does.
+
+    The best has the largest sum, over its cuts, of the log-odds of p_isolate and the log of the head's weight:
+    ``alpha[i, 0] - alpha[i, 1] + log_softmax(beta[i])[m]``, exactly.
+
+    Raises:
+        BudgetError: no plan keeps within the limits.
+    """
+    cuts, heads = decode(alpha, beta, problem.blocks)
+    places = problem.places()
+    if allowed(problem, tuple((places[k], m) for k, m in zip(cuts, heads, strict=True))):
+        return cuts, heads
+    odds = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
+    weights = [logits.double().log_softmax(0).tolist() for logits in beta]
+    scores = [[-(isolate + w) for w in row] for isolate, row in zip(odds, weights, strict=True)]
+    (best,) = best_plans(problem, scores, count=1)
+    return [problem.position(place) for place, _ in best], [m for _, m in best]

@@ -1,8 +1,14 @@
 """The exact gradient of a validation loss with respect to alpha and beta, through training steps of the relaxed net.
 
 The bilevel problem of SEDONA (Pyeon et al., ICLR 2021): minimise over (alpha, beta) the validation loss of the *final*
-output, at the weights that T steps of relaxed training lead to. Reverse mode over unrolled steps; whatever else gives
-the same number (one step in forward mode, say) can stand beside it on `validation_gradient`.
+output, at the weights that T steps of relaxed training lead to. Reverse mode, one step at a time from the last. With g
+the relaxed gradient, a step m' = mu m + g(w) + decay w, w' = w - lr m' hands the cotangents of (w', m') down as
+
+    c = c_m' - lr c_w'        c_w = c_w' + decay c + (dg/dw)^T c        c_m = mu c
+
+and adds (dg/d(alpha, beta))^T c to the result. So one step's second-order graph at a time is enough: the way up keeps
+the states that the steps started from, and the way down does each step but the last again. Whatever else gives the same
+number (one step in forward mode, say) can stand beside it on `validation_gradient`.
 """
 
 from __future__ import annotations
@@ -18,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from sedona_fx.search.ascent import run_block
-from sedona_fx.search.relaxed import relaxed_gradients
-from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, Tensors, clones, sgd_momentum_step
-from sedona_fx.search.vjp import gradients, named
+from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, Slot, State, Tensors, clones, sgd_momentum_step
+from sedona_fx.search.unrolled_step import UnrolledStep
+from sedona_fx.search.vjp import add, gradients, named
 
 
 @dataclass(frozen=True)
@@ -44,32 +50,43 @@ def hypergradient(
     lr: float,
     momentum: float,
     weight_decay: float,
+    recompute: bool = True,
 ) -> HyperGradient:
     """Exact gradient of the final output's validation loss, T = len(train_batches) relaxed steps on from `state`.
 
     The validation forward does not depend on alpha or beta; they act through the steps alone, so the gradient is
     (dw_T/d(alpha, beta))^T (d val_loss/d w_T), all orders kept. `state`, the blocks' own tensors, alpha and beta are
-    left as they are: the steps work on cloned buffers, so that a snapshot's BatchNorm does not count them. All T
-    graphs are alive at once, that of the validation batch no longer than its own backward.
+    left as they are: the steps work on cloned buffers, so that a snapshot's BatchNorm does not count them.
+
+    With `recompute`, the graph of one step is alive at a time, beside T states; dropout draws the same when a step is
+    done again. Without, all T graphs are alive: the same numbers, for T - 1 first-order steps less work. The graph of
+    the validation batch is alive no longer than its own backward.
     """
-    alpha, beta = alpha.detach().requires_grad_(), [b.detach().requires_grad_() for b in beta]
     stepped = replace(state, buffers=clones(state.buffers))
+    steps: list[UnrolledStep] = []
     # Fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for inputs, target in train_batches:
-            found = relaxed_gradients(blocks, stepped, alpha, beta, inputs, target, local_loss, create_graph=True)
-            stepped = sgd_momentum_step(stepped, found.grads, lr, momentum, weight_decay, differentiable=True)
-        cotangents, val_loss = validation_gradient(blocks, stepped, val_batch, local_loss)
-        pairs = [(stepped.params[i][n], v) for i, d in enumerate(cotangents) for n, v in d.items()]
-        pairs = [(w, v) for w, v in pairs if w.requires_grad]
-        del stepped, cotangents
-        wanted = [alpha, *beta]
-        roots = [w for w, _ in pairs]
-        got: Sequence[Tensor | None] = [None] * len(wanted)
-        if roots:
-            got = torch.autograd.grad(roots, wanted, [v for _, v in pairs], allow_unused=True)
-    full = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, got, strict=True)]
-    return HyperGradient(full[0], full[1:], val_loss)
+        for t, batch in enumerate(train_batches):
+            steps.append(UnrolledStep(blocks, stepped, alpha, beta, batch, local_loss))
+            keep_graph = not recompute or t + 1 == len(train_batches)
+            found = steps[-1].gradients(stepped.buffers, keep_graph=keep_graph)
+            with torch.no_grad():
+                stepped = sgd_momentum_step(stepped, found, lr, momentum, weight_decay, differentiable=True)
+        by_name, val_loss = validation_gradient(blocks, stepped, val_batch, local_loss)
+        del stepped, found
+        by_weight = {(i, n): t for i, d in enumerate(by_name) for n, t in d.items()}
+        by_momentum: dict[Slot, Tensor] = {}
+        result = dict(enumerate(torch.zeros_like(t) for t in (alpha, *beta)))
+        while steps:
+            step = steps.pop()
+            along = {slot: by_momentum.pop(slot) for slot in step.graded if slot in by_momentum}
+            add(along, {slot: -lr * by_weight[slot] for slot in step.graded if slot in by_weight})
+            shares, through = step.pull_back(along, weights=bool(steps))
+            add(result, named(result, shares))
+            by_momentum |= {slot: momentum * c for slot, c in along.items()}
+            add(by_weight, {slot: weight_decay * c for slot, c in along.items()})
+            add(by_weight, through)
+    return HyperGradient(result[0], [result[k + 1] for k in range(len(beta))], val_loss)
 
 
 def validation_gradient(

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.search.ascent import Ascent, ascend
 from sedona_fx.search.hypergradient import HyperGradient, validation_gradient
 from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.second_order import ShortSecondDerivatives
 from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, Tensors, clones, sgd_momentum_step
 from sedona_fx.search.vjp import Leaf, gradients, named
 
@@ -80,7 +81,8 @@ def one_step_hypergradient(
         direction, val_loss = validation_gradient(blocks, stepped, val_batch, local_loss)
         moved = [{n: v for n, v in d.items() if n in g} for d, g in zip(direction, found.grads, strict=True)]
         del stepped, found, direction
-        by_rate, by_beta = _tangents(blocks, state, alpha, beta, train_batch, local_loss, moved, seen, with_beta)
+        with ShortSecondDerivatives():
+            by_rate, by_beta = _tangents(blocks, state, alpha, beta, train_batch, local_loss, moved, seen, with_beta)
     p = alpha.softmax(1)
     alpha_grad = -lr * p * (by_rate - (p * by_rate).sum(1, keepdim=True))
     return HyperGradient(alpha_grad, [-lr * g for g in by_beta], val_loss)
@@ -109,7 +111,9 @@ def _tangents(
         mixture = beta[i].clone().requires_grad_(with_beta)
         with torch.random.fork_rng(devices=seen[i].devices):
             seen[i].replay_draws()
-            stretch, exports, loss = ascend(blocks, i, working, held, env, inputs, target, mixture, local_loss)
+            stretch, exports, loss = ascend(
+                blocks, i, working, held, env, inputs, target, mixture, local_loss, heads=with_beta
+            )
         given = {slot: direction[slot[0]][slot[1]] for slot in stretch.weights if slot[1] in direction[slot[0]]}
         made = _push_forward(stretch.made, stretch.weights, given, stretch.read, tangents)
         end, at_end = next(iter(stretch.ends.items())) if stretch.ends else (None, None)

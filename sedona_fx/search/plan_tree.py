@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from sedona_fx.heads import build_head
 from sedona_fx.passes.partition import BlockGraph
 from sedona_fx.search.problem import Problem
 from sedona_fx.search.state import Batch
+from sedona_fx.search.supernet import Start, load
 from sedona_fx.train.block import run_graph
 from sedona_fx.train.engine import detached
 from sedona_fx.train.random import block_random
@@ -52,6 +53,13 @@ class Node:
     def modules(self) -> nn.ModuleList:
         """Return everything this node trains."""
         return nn.ModuleList([m for m in (self.train.module, self.evaluation.module, self.head) if m is not None])
+
+    def load(self, start: Start) -> None:
+        """Copy weights into the block and its head."""
+        for graph in (self.train, self.evaluation):
+            load(graph.module, start.net)
+        if self.head is not None:
+            load(self.head, start.heads[self.choice[-1]])
 
     def local_output(self, graph: BlockGraph, values: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         """Run the block, and its head; return its exports, undetached, and the local output."""
@@ -146,37 +154,41 @@ class PlanTree:
             if not root.failed:
                 turn(root, dict(inputs))
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[Choice, float]:
-        """Return each plan's mean loss of the final output in eval mode; infinite for one that failed."""
-        sums = dict.fromkeys(self.plans(), 0.0)
+    def outputs(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Choice, Any]]:
+        """Yield every plan and its final output in eval mode; those that failed have none."""
+
+        def turn(node: Node, values: dict[str, Any]) -> Iterator[tuple[Choice, Any]]:
+            exports, output = run_graph(node.evaluation, values)
+            if node.last:
+                yield node.choice, output
+            for child in node.children:
+                if not child.failed:
+                    yield from turn(child, {**values, **exports})
+
         flags = [(m, m.training) for node in self.nodes() for m in node.modules().modules()]
         for module, _ in flags:
             module.training = False
-        count = 0
-        for inputs, target in batches:
-            count += 1
-
-            def turn(node: Node, values: dict[str, Any], target: Any = target) -> None:
-                graph = node.evaluation
-                if node.failed:
-                    sums.update({n.choice: math.inf for n in _below(node) if n.last})
-                elif node.last:
-                    _, output = run_graph(graph, values)
-                    loss = self._local_loss(True, output, target).item()
-                    sums[node.choice] += loss if math.isfinite(loss) else math.inf
-                else:
-                    handed = {**values, **run_graph(graph, values)[0]}
-                    for child in node.children:
-                        turn(child, handed)
-
+        try:
             for root in self.roots:
-                turn(root, dict(inputs))
-        for module, flag in flags:
-            module.training = flag
+                if not root.failed:
+                    with torch.no_grad():
+                        found = list(turn(root, dict(inputs)))
+                    yield from found
+        finally:
+            for module, flag in flags:
+                module.training = flag
+
+    def evaluate(self, batches: Iterable[Batch]) -> dict[Choice, float]:
+        """Return each plan's mean loss of the final output in eval mode; infinite for one that failed."""
+        sums, plans, count = dict[Choice, float](), self.plans(), 0
+        for count, (inputs, target) in enumerate(batches, start=1):  # noqa: B007
+            for plan, output in self.outputs(inputs):
+                with torch.no_grad():
+                    loss = self._local_loss(True, output, target).item()
+                sums[plan] = sums.get(plan, 0.0) + (loss if math.isfinite(loss) else math.inf)
         if not count:
             raise ValueError("the search's validation data is empty")
-        return {plan: total / count for plan, total in sums.items()}
+        return {plan: sums.get(plan, math.inf) / count for plan in plans}
 
     def _add(self, plan: Choice) -> None:
         cuts = tuple(place for place, _ in plan)
@@ -233,9 +245,3 @@ class PlanTree:
         trained = [p for p in node.modules().parameters() if p.requires_grad]
         node.optimizer = self._optimizer(trained) if trained else None
         return node
-
-
-def _below(node: Node) -> Iterator[Node]:
-    yield node
-    for child in node.children:
-        yield from _below(child)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from sedona_fx.cost import Cost, head_cost
 from sedona_fx.data import Source
 from sedona_fx.errors import CutError
 from sedona_fx.graph import info
-from sedona_fx.heads import HeadContext, HeadFactory, build_head
+from sedona_fx.heads import HeadContext, HeadFactory, build_head, head_name
 from sedona_fx.outputs import OutputFormat
 from sedona_fx.passes.cuts import base_layers, resolve
+from sedona_fx.search.limits import Limits
 from sedona_fx.train.engine import Loss
+
+if TYPE_CHECKING:
+    from sedona_fx.search.plan_costs import PlanCosts
 
 HeadSpec = str | HeadFactory
 
@@ -32,6 +36,10 @@ class Problem:
         candidates: heads to choose from, for every legal cut point that a head fits behind; empty: no heads at all.
         output, loss: what local losses are about.
         costs: of candidate heads, as they were found.
+        limits: what the plan may cost; None: anything.
+        example: the first batch's inputs by name, to measure seconds on.
+        seconds: of stretches and heads, as they were measured.
+        free_batch: whether the graphs take batches of any size.
         data: (training epochs, validation epochs, training batches an epoch), or None where one batch is all there is.
     """
 
@@ -46,6 +54,10 @@ class Problem:
     seed: int
     progress: bool
     costs: dict[Hashable, Cost] = field(default_factory=dict, repr=False, compare=False)
+    limits: Limits | None = None
+    example: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    seconds: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    free_batch: bool = True
 
     def places(self) -> list[str]:
         """Return the cut points to choose from, in order: the base layers, or all legal ones if those are too few."""
@@ -62,6 +74,31 @@ class Problem:
     def node(self, name: str) -> fx.Node:
         """Return the train graph's node of a cut point."""
         return self._nodes[name]
+
+    def position(self, name: str) -> int:
+        """Return the number of a place among those to choose from."""
+        return self._positions[name]
+
+    def identity(self) -> dict[str, Any]:
+        """Return, as JSON, what tells this problem from another: all that a plan depends on but weights and data."""
+        return {
+            "seed": self.seed,
+            "blocks": self.blocks,
+            "limits": self.limits.given() if self.limits is not None else {},
+            "candidates": {p: [head_name(spec) for spec in self.candidates[p]] for p in self.places()},
+            "shapes": {name: list(p.shape) for name, p in self.train.named_parameters()},
+        }
+
+    @functools.cached_property
+    def plan_costs(self) -> PlanCosts:
+        """What all plans over these places cost, and which keep within the limits."""
+        from sedona_fx.search.plan_costs import PlanCosts  # it is made of a problem
+
+        return PlanCosts.of(self)
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.places())}
 
     @functools.cached_property
     def _nodes(self) -> dict[str, fx.Node]:
@@ -87,9 +124,15 @@ class Search(Protocol):
         ...
 
 
-def first_heads(problem: Problem, cuts: Sequence[str]) -> list[HeadSpec | None]:
-    """Return the first candidate of each cut, or None without heads."""
-    return [problem.candidates[cut][0] if problem.candidates[cut] else None for cut in cuts]
+def local_loss_of(problem: Problem) -> Callable[[bool, Any, Any], Tensor]:
+    """Return ``local_loss(is last, local output, target)``: the loss on a head's output, or on the net's own."""
+    loss, output = problem.loss, problem.output
+    assert loss is not None
+
+    def local_loss(last: bool, local: Any, target: Any) -> Tensor:
+        return output.final_loss(loss, local, target) if last else output.head_loss(loss, local, target)
+
+    return local_loss
 
 
 def candidate_cost(problem: Problem, cut: str, node: fx.Node, index: int = 0) -> Cost:

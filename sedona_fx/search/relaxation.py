@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.data import Source, to_device
+from sedona_fx.data import Source, to_device, users_data
 from sedona_fx.errors import CutError, DataError, SearchDivergedError
 from sedona_fx.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.heads import build_head, head_name
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.plan import Plan
 from sedona_fx.search.budget import RelaxedWork
-from sedona_fx.search.decode import decode
+from sedona_fx.search.certainty import TOLERANCE, certainty
+from sedona_fx.search.decode import decode_within
+from sedona_fx.search.learned import NonFiniteSearch, SedonaResult
 from sedona_fx.search.problem import Decision, Problem, candidate_cost
 from sedona_fx.search.state import Batch, LocalLoss
+from sedona_fx.train.random import loader_streams
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from sedona_fx.search.sedona import Sedona, SedonaResult
+    from sedona_fx.search.sedona import Sedona
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class RelaxedGraphBlock:
     exports: tuple[str, ...]
     boundary: str | None
     beta: str | None
+    trunk: nn.Module | None = None
 
 
 def search_sedona(settings: Sedona, problem: Problem) -> Decision:
@@ -42,8 +49,6 @@ def search_sedona(settings: Sedona, problem: Problem) -> Decision:
     Raises:
         SearchDivergedError: a loss was not finite; with the plan decoded from what was learned until then.
     """
-    from sedona_fx.search.sedona import NonFiniteSearch
-
     places = problem.places()
     if problem.blocks == 1:
         return Decision([], [], {"search": "sedona"})
@@ -58,11 +63,12 @@ def search_sedona(settings: Sedona, problem: Problem) -> Decision:
         result = settings.run(
             blocks,
             _local_loss(problem, len(blocks)),
-            lambda: named_batches(train, problem.train, device),
-            lambda: named_batches(val, problem.train, device),
-            _work(problem, places),
+            NamedBatches(train, problem.train, device),
+            NamedBatches(val, problem.train, device),
+            work(problem, places),
             problem.seed,
             problem.progress,
+            {"places": list(places), "candidates": _candidates(problem, places)},
         )
     except NonFiniteSearch as error:
         raise SearchDivergedError(error.where, _plan(_decision(settings, problem, places, error.result))) from error
@@ -80,16 +86,17 @@ def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraph
     if not all(heads.values()):
         raise CutError("search='sedona' chooses heads by local losses and cannot run with heads=False.")
     train = partition(relax(problem.train, heads))
-    evaluation = partition(relax(problem.eval, {name: [] for name in places}))
-    return [_pair(a, b) for a, b in zip(train, evaluation, strict=True)]
+    bare: dict[str, list[nn.Module]] = {name: [] for name in places}
+    evaluation, trunk = partition(relax(problem.eval, bare)), partition(relax(problem.train, bare))
+    return [_pair(*graphs) for graphs in zip(train, evaluation, trunk, strict=True)]
 
 
 def _like(problem: Problem) -> Tensor:
     return next(p for p in problem.train.parameters() if p.dtype.is_floating_point)
 
 
-def _pair(train: BlockGraph, evaluation: BlockGraph) -> RelaxedGraphBlock:
-    """Give the two graphs of a block one signature: what only one of them reads or gives is unused or None."""
+def _pair(train: BlockGraph, evaluation: BlockGraph, trunk: BlockGraph) -> RelaxedGraphBlock:
+    """Give the graphs of a block one signature: what only some of them read or give is unused or None."""
     inputs = tuple(dict.fromkeys((*train.inputs, *evaluation.inputs)))
     exports = tuple(dict.fromkeys((*train.exports, *evaluation.exports)))
     beta = f"{SPLIT_POINTS}.{train.index}.mixture.beta" if train.boundary is not None else None
@@ -100,6 +107,7 @@ def _pair(train: BlockGraph, evaluation: BlockGraph) -> RelaxedGraphBlock:
         exports,
         train.boundary,
         beta,
+        _with_signature(trunk, inputs, exports) if beta is not None else None,
     )
 
 
@@ -140,6 +148,24 @@ def _local_loss(problem: Problem, count: int) -> LocalLoss:
     return local_loss
 
 
+@dataclass(frozen=True)
+class NamedBatches:
+    """Epochs of :func:`named_batches`."""
+
+    source: Source
+    gm: fx.GraphModule
+    device: torch.device
+
+    def __call__(self) -> Iterator[Batch]:
+        """Start an epoch."""
+        return named_batches(self.source, self.gm, self.device)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators that the user's own loader holds."""
+        return loader_streams(users_data(self.source))
+
+
 def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
     """Go through one epoch, the inputs by the names of a graph's placeholders."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -152,7 +178,7 @@ def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> I
 HEAD_OVERHEAD = 3.5
 
 
-def _work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
+def work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
     """Estimate the heads' work against the net's: by FLOPs or by activation bytes, whichever says more.
 
     By FLOPs alone, the candidates of a quarter-width VGG-19 would cost half a training step; they take 10.6, since what
@@ -171,7 +197,7 @@ def _work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
 
 
 def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:
-    cuts, heads = decode(result.alpha, result.beta, problem.blocks)
+    cuts, heads = decode_within(problem, result.alpha, result.beta)
     names = [places[k] for k in cuts]
     provenance = {
         "search": "sedona",
@@ -179,13 +205,36 @@ def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result:
         "unroll": settings.unroll,
         "cost": result.cost,
         "places": list(places),
-        "candidates": {name: [head_name(spec) for spec in problem.candidates[name]] for name in places},
+        "candidates": _candidates(problem, places),
         "alpha": result.alpha.tolist(),
         "beta": [logits.tolist() for logits in result.beta],
         "trajectory": result.trajectory,
+        "failures": result.failures,
+        **_certain(problem, places, result, cuts),
     }
     chosen = [problem.candidates[name][k] for name, k in zip(names, heads, strict=True)]
     return Decision(names, list(chosen), provenance)
+
+
+def _candidates(problem: Problem, places: Sequence[str]) -> dict[str, list[str | None]]:
+    return {name: [head_name(spec) for spec in problem.candidates[name]] for name in places}
+
+
+def _certain(problem: Problem, places: Sequence[str], result: SedonaResult, cuts: Sequence[int]) -> dict[str, Any]:
+    """Return, as JSON, which places were learned and where the decision is a tie; and say so."""
+    found = certainty(result.alpha, result.beta, result.farthest, cuts)
+    candidates = _candidates(problem, places)
+    learned = [places[k] for k in found.learned]
+    cut_ties = [places[k] for k in found.cut_ties]
+    head_ties = {places[k]: [candidates[places[k]][m] for m in heads] for k, heads in found.head_ties.items()}
+    log.info(
+        "SEDONA learned %d of %d p_isolate; the others stayed at one half. Ties between cuts: %s; between heads: %s.",
+        len(learned),
+        len(places),
+        ", ".join(cut_ties) or "none",
+        "; ".join(f"{place}: {', '.join(map(str, heads))}" for place, heads in head_ties.items()) or "none",
+    )
+    return {"learned": learned, "ties": {"cuts": cut_ties, "heads": head_ties}, "tolerance": TOLERANCE}
 
 
 def _plan(decision: Decision) -> Plan:

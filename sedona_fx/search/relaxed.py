@@ -22,6 +22,7 @@ several base layers use gets the sum of what each of them gives it, of its own L
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,15 +30,16 @@ import torch
 from torch import Tensor
 
 from sedona_fx.search.ascent import LOSS, Ascent, Stretch, ascend
+from sedona_fx.search.second_order import ShortSecondDerivatives
 from sedona_fx.search.state import LocalLoss, RelaxedBlock, Slot, State, Tensors
 from sedona_fx.search.vjp import Leaf, add, gradients, named
 
 
 @dataclass(frozen=True)
 class RelaxedGradients:
-    """Gradients by block and name, laid out as `State.params` (a parameter that gets none is absent); and the B losses.
+    """Gradients by block and name, laid out as `State.params` (a parameter that gets none is absent); and the losses.
 
-    The losses are the local ones, detached scalars.
+    The losses are the local ones that were evaluated, the final one last: B detached scalars if all were.
     """
 
     grads: list[Tensors]
@@ -54,8 +56,14 @@ def relaxed_gradients(
     local_loss: LocalLoss,
     create_graph: bool,
     seen: list[Ascent] | None = None,
+    sampled: Mapping[int, float] | None = None,
 ) -> RelaxedGradients:
     """Gradients of the relaxed net on one batch: base layer j that of Lt_j, the heads at i that of l_i.
+
+    With `sampled`, only the cuts in it run their heads; there w l_i takes the place of l_i in every Lt_j, and
+    everywhere else 0. Every Lt_j is linear in the l_i, so where cut i is drawn with probability 1/w_i the gradients of
+    the base layers are right on average, at the given weights and batch. The heads that are run follow their own l_i,
+    unscaled, as in any step; the others get no gradient and keep weights, momentum and statistics.
 
     Args:
         blocks: the B base layers, in order.
@@ -68,6 +76,7 @@ def relaxed_gradients(
         create_graph: keep the gradients differentiable in alpha, beta and the weights. If not, each layer's part of
             the forward graph is freed as soon as it has been walked, a head's right after its forward.
         seen: gets what the step met at each cut.
+        sampled: cut -> w, see :func:`sample_cuts`. None: all, each with 1.
 
     Raises:
         ValueError: a head uses a weight of the base layer in front of it.
@@ -82,13 +91,14 @@ def relaxed_gradients(
 
     device = alpha.device
     stretches: list[tuple[Stretch, dict[Leaf, Tensor]]] = []  # each with dl_i/dh_i
-    with torch.enable_grad():
+    with torch.enable_grad(), ShortSecondDerivatives() if create_graph else nullcontext():
         for i in range(len(blocks)):
             if seen is not None and i < last:
                 seen.append(Ascent.begin(device))
             mixture = None if i == last else beta[i]
-            stretch, exports, loss = ascend(blocks, i, state, held, env, inputs, target, mixture, local_loss)
-            losses.append(loss.detach())
+            headed = i == last or sampled is None or i in sampled
+            stretch, exports, loss = ascend(blocks, i, state, held, env, inputs, target, mixture, local_loss, headed)
+            losses += [loss.detach()] if headed else []
             local: dict[Leaf, Tensor] = {}
             if i < last:
                 env.update(exports)
@@ -96,10 +106,12 @@ def relaxed_gradients(
                 found = gradients([loss], wanted, None, create_graph)
                 add(grads, named(stretch.heads, found[len(stretch.ends) :]))
                 local = named(stretch.ends, found)
+                if sampled is not None and headed:
+                    local = {leaf: sampled[i] * t for leaf, t in local.items()}
             stretches.append((replace(stretch, heads={}), local))
             del exports, loss, stretch  # the graph of the heads dies here
         env.clear()
-        above = {LOSS: torch.ones_like(losses[last])}  # dLt_(i+1)/dv for every live value v that crosses cut i
+        above = {LOSS: torch.ones_like(losses[-1])}  # dLt_(i+1)/dv for every live value v that crosses cut i
         for i in reversed(range(len(blocks))):
             stretch, local = stretches.pop()  # so that what lies above it is freed
             if i < last:
@@ -112,3 +124,17 @@ def relaxed_gradients(
     for (k, n), t in grads.items():
         by_block[k][n] = t
     return RelaxedGradients(by_block, losses)
+
+
+def sample_cuts(cuts: int, count: int, draws: torch.Generator | None = None) -> dict[int, float]:
+    """Draw `count` of so many cuts without replacement, all sets alike; return each drawn with its w = cuts / count.
+
+    A step that runs their heads alone (`relaxed_gradients`' `sampled`) costs about ``count / cuts`` of the heads' part.
+
+    Raises:
+        ValueError: there are not as many, or none is asked for.
+    """
+    if not 1 <= count <= cuts:
+        raise ValueError(f"cannot draw {count} of {cuts} cuts: take 1 to {cuts}")
+    drawn = torch.randperm(cuts, generator=draws)[:count].sort().values
+    return dict.fromkeys(drawn.tolist(), cuts / count)

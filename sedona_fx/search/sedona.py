@@ -10,51 +10,26 @@ are spread over the pretraining, so that the decision holds for a net at any sta
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from sedona_fx.search.budget import Budget, RelaxedWork, share
-from sedona_fx.search.hypergradient import hypergradient
-from sedona_fx.search.one_step import one_step_hypergradient
+from sedona_fx.errors import shape_text
+from sedona_fx.search.budget import Budget, RelaxedWork, share, share_seconds
+from sedona_fx.search.journal import Journal
+from sedona_fx.search.learned import SedonaResult
+from sedona_fx.search.learning import Learning
+from sedona_fx.search.pace import RELAXED_STEPS
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.relaxation import search_sedona
-from sedona_fx.search.relaxed import relaxed_gradients
-from sedona_fx.search.state import Batch, Batches, LocalLoss, RelaxedBlock, State, endless, sgd_momentum_step
+from sedona_fx.search.snapshots import SnapshotStore
+from sedona_fx.search.state import Batches, LocalLoss, RelaxedBlock, State
+from sedona_fx.search.streams import Stream
+from sedona_fx.train.random import seeded
 
 log = logging.getLogger(__name__)
-
-_FINAL_LR_FRACTION = 0.01  # the paper's 0.1 -> 0.001
-_TRAJECTORY_POINTS = 200
-
-
-@dataclass(frozen=True)
-class SedonaResult:
-    """What was learned: `alpha` (B-1, 2) logits (isolate, let through) and B-1 tensors `beta` (M_i,), on the CPU.
-
-    `trajectory` has at most 200 evenly spaced points, dictionaries of `step`, `val_loss`, `p_isolate` (B-1) and
-    `head_weights` (B-1 lists of M_i). `cost` counts what was planned, and as `spent_steps` what was done.
-    """
-
-    alpha: Tensor
-    beta: list[Tensor]
-    trajectory: list[dict[str, Any]]
-    cost: dict[str, float]
-    interrupted: bool
-
-
-class NonFiniteSearch(Exception):
-    """A loss of the search, or its hypergradient, is not finite. `where` says at which step; `result` is so far."""
-
-    def __init__(self, where: str, result: SedonaResult) -> None:
-        self.where, self.result = where, result
-        super().__init__(f"the search's loss is not finite {where}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +49,13 @@ class Sedona:
         meta_betas: Adam's decay rates.
         meta_weight_decay: Adam's weight decay.
         val_batch_size: samples in a validation batch, for whoever makes the batches. None: as in training.
+        seconds: how long the search may take, instead of the three numbers of steps above. A few steps are measured
+            before the start, on copies; the counts that follow are kept in the plan and, with `folder`, there.
+        snapshot_bytes: of the snapshots, how much to keep in memory; the others go to disk. None: all in memory.
+        folder: where the search writes down where it stands. A search that was killed goes on from there when it is
+            called again with the same settings, and ends as if it had never stopped; one that is finished is there at
+            once. Not covered: data that carries a state of its own from epoch to epoch.
+        save_seconds: how long to wait from one save to the next.
     """
 
     training_steps: int | None = None
@@ -88,6 +70,10 @@ class Sedona:
     meta_betas: tuple[float, float] = (0.5, 0.999)
     meta_weight_decay: float = 1e-6
     val_batch_size: int | None = None
+    seconds: float | None = None
+    snapshot_bytes: int | None = 2**30
+    folder: str | Path | None = None
+    save_seconds: float = 60.0
 
     needs_data: ClassVar[bool] = True
 
@@ -96,11 +82,41 @@ class Sedona:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Sedona({name}={value}): has to be at least 1")
+        steps = [n for n in ("training_steps", "warmup_steps", "meta_steps") if getattr(self, n) is not None]
+        if self.seconds is not None and (self.seconds <= 0 or steps):
+            why = f"it would find {steps[0]} itself: give one of them" if steps else "has to be above 0"
+            raise ValueError(f"Sedona(seconds={self.seconds}): {why}")
 
     @classmethod
     def paper(cls) -> Sedona:
-        """The paper's settings for CIFAR-10. They are not scaled to anything: 40,000 steps come before the search."""
-        return cls(warmup_steps=40_000, meta_steps=2_000, snapshots=50, unroll=5, lr=0.1, val_batch_size=1024)
+        """The paper's procedure for CIFAR-10, with all of its settings. They are not scaled to anything.
+
+        40,000 steps of relaxed training (SGD, momentum 0.9, weight decay 1e-4, learning rate 0.1 to 0.001 by cosine),
+        50 snapshots on the way; 2,000 meta-iterations of 5 unrolled steps, a validation batch of 1,024, and a step of
+        Adam (0.01, (0.5, 0.999), weight decay 1e-6). The rest of it lies in what the user hands over:
+
+        - batches of 128: the loader's;
+        - label smoothing 0.1, which the authors spread over the *other* 9 classes: for PyTorch's loss that is
+          ``functools.partial(F.cross_entropy, label_smoothing=0.111)``;
+        - 60 % of the training set for the weights and 40 % for validation: what ``decouple`` does of itself to a
+          map-style loader without ``val_data=``.
+
+        In the paper the snapshots' spacing is left open; the authors' code keeps the last 50. Here they are spread over
+        the whole warm-up.
+        """
+        return cls(
+            warmup_steps=40_000,
+            meta_steps=2_000,
+            snapshots=50,
+            unroll=5,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            meta_lr=1e-2,
+            meta_betas=(0.5, 0.999),
+            meta_weight_decay=1e-6,
+            val_batch_size=1024,
+        )
 
     def decide(self, problem: Problem) -> Decision:
         """Relax the problem's net, search, and decode."""
@@ -115,170 +131,68 @@ class Sedona:
         work: RelaxedWork,
         seed: int,
         progress: bool,
+        names: Mapping[str, Any] | None = None,
     ) -> SedonaResult:
         """Search. Ctrl-C ends it and returns what was learned until then; the same seed gives the same result.
+
+        A loss that is not finite costs the snapshot it came from: what that meta-iteration changed is dropped, and the
+        one before stands in for it from there on.
 
         Args:
             blocks: the B base layers, B at least 2. Their own tensors are left as they are.
             local_loss: `local_loss(block, local, target)`, a scalar.
             train_batches: one epoch of the weights' data at a call: (inputs by name, target).
             val_batches: the same for the validation data.
-            work: for the cost; no clock is read, so the search does not depend on the machine's load.
-            seed: of snapshots, dropout, and whatever the data draws from the global stream (which is given back).
+            work: for the cost. No clock is read but for `seconds`, so the search does not depend on the machine's load.
+            seed: of snapshots, dropout, and of what the data draws from the global streams (which are given back).
             progress: show a bar.
+            names: what else tells this search from another one in the same `folder`, as JSON.
 
         Raises:
-            NonFiniteSearch: a loss or the hypergradient is infinite or NaN.
+            CheckpointError: `folder` holds another search, or cannot be read.
+            NonFiniteSearch: losses are infinite or NaN, and no snapshot is left to go on from.
             ValueError: the data is empty, there is nothing to cut, or the budget too small.
         """
         if len(blocks) < 2:
             raise ValueError("there is nothing to search: the net has a single base layer")
-        search = _Search(self, blocks, local_loss)
-        interrupted = False
-        with _seeded(search.alpha.device, seed):
-            try:
-                steps = self.training_steps
-                if steps is None and None in (self.warmup_steps, self.meta_steps):
-                    steps = 100 * sum(1 for _ in train_batches())
-                budget = share(steps, work, self.unroll, self.warmup_steps, self.meta_steps, self.snapshots)
-                search.run(budget, train_batches, val_batches, seed, progress)
-            except KeyboardInterrupt:
-                interrupted = True
-                log.warning("the search was interrupted at %s; going on with what it has learned", search.where)
-        return search.result(interrupted)
+        journal = Journal(self.folder, self._identity(blocks, seed, names or {}), self.save_seconds)
+        train, val = Stream(train_batches, "training", seed), Stream(val_batches, "validation", seed)
+        with SnapshotStore(self.snapshot_bytes, journal.folder) as store:
+            learning = Learning(self, blocks, local_loss, train, val, store, journal, seed)
+            with seeded(learning.alpha.device, seed):
+                try:
+                    return learning.run(lambda search: self._plan(search, train_batches, work), progress)
+                except KeyboardInterrupt:
+                    log.warning("the search was interrupted at %s; going on with what it has learned", learning.where)
+                    return learning.result(interrupted=True)
+
+    def _plan(self, learning: Learning, train: Batches, work: RelaxedWork) -> Budget:
+        """Fix how many steps of each kind there will be; measure how long they take, where that hardly costs."""
+        if self.seconds is not None:
+            start = time.perf_counter()
+            learning.pace = learning.measure()
+            left = max(0.0, self.seconds - (time.perf_counter() - start))
+            return share_seconds(left, learning.pace, work, self.unroll, self.snapshots)
+        steps = self.training_steps
+        if steps is None and None in (self.warmup_steps, self.meta_steps):
+            steps = 100 * sum(1 for _ in train())
+        budget = share(steps, work, self.unroll, self.warmup_steps, self.meta_steps, self.snapshots)
+        cost = RELAXED_STEPS * budget.relaxed_cost + budget.meta_cost
+        if cost <= _MEASURED_SHARE * budget.equivalent_steps:
+            learning.pace = learning.measure()
+        return budget
+
+    def _identity(self, blocks: Sequence[RelaxedBlock], seed: int, names: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what makes a search in a folder this one: whatever its result depends on, but for weights and data."""
+        state = State.of(blocks)
+        shapes = {
+            f"{i}.{name}": f"{shape_text(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+            for i, tensors in enumerate(zip(state.params, state.buffers, strict=True))
+            for name, t in (tensors[0] | tensors[1]).items()
+        }
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _WITHOUT_INFLUENCE}
+        return {"seed": seed, "settings": settings, **names, "shapes": shapes}
 
 
-@dataclass
-class _Snapshot:
-    state: State
-    lr: float  # the warm-up's, at the step it was taken
-
-
-@dataclass
-class _Search:
-    """The search as it runs: what changes from step to step."""
-
-    settings: Sedona
-    blocks: Sequence[RelaxedBlock]
-    local_loss: LocalLoss
-    where: str = "the start"
-    spent: float = 0.0
-    budget: Budget | None = None
-    snapshots: list[_Snapshot] = field(default_factory=list)
-    trajectory: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        named = [dict(b.module.named_parameters())[b.beta] for b in self.blocks if b.beta is not None]
-        self.beta = [torch.zeros_like(t, requires_grad=True) for t in named]
-        self.alpha = torch.zeros(len(named), 2, dtype=named[0].dtype, device=named[0].device, requires_grad=True)
-        self._keep()
-
-    def run(self, budget: Budget, train: Batches, val: Batches, seed: int, progress: bool) -> None:
-        self.budget = budget
-        log.info("%s (%d snapshots)", budget, budget.snapshots)
-        total = math.ceil(budget.equivalent_steps)
-        with tqdm(total=total, desc=str(budget), unit="step", disable=not progress) as self.bar:
-            train_stream, val_stream = endless(train, "training"), endless(val, "validation")
-            self._warm_up(budget, train_stream)
-            self._search(budget, train_stream, val_stream, torch.Generator().manual_seed(seed))
-
-    def _warm_up(self, budget: Budget, train: Iterator[Batch]) -> None:
-        """Train the relaxed net at alpha = beta = 0, keeping snapshots evenly spread up to its end."""
-        steps = budget.warmup_steps
-        taken = {round(steps * (j + 1) / budget.snapshots) for j in range(budget.snapshots)}
-        state = State.of(self.blocks)
-        for step in range(steps):
-            self.where = f"warm-up step {step}"
-            self._train(state, self._lr(step, steps), next(train))
-            self._spend(budget.relaxed_cost)
-            if step + 1 in taken:
-                self.snapshots.append(
-                    _Snapshot(state.clone() if step + 1 < steps else state, self._lr(step + 1, steps))
-                )
-
-    def _search(self, budget: Budget, train: Iterator[Batch], val: Iterator[Batch], draws: torch.Generator) -> None:
-        s = self.settings
-        adam = torch.optim.Adam(
-            [self.alpha, *self.beta], lr=s.meta_lr, betas=s.meta_betas, weight_decay=s.meta_weight_decay
-        )
-        points = min(budget.meta_steps, _TRAJECTORY_POINTS)
-        shown = {round(j * (budget.meta_steps - 1) / max(1, points - 1)) for j in range(points)}
-        for step in range(budget.meta_steps):
-            self.where = f"meta-iteration {step}"
-            snapshot = self.snapshots[int(torch.randint(len(self.snapshots), (), generator=draws))]
-            batches = [next(train) for _ in range(s.unroll)]
-            at = (self.blocks, snapshot.state, self.alpha, self.beta)
-            sgd: dict[str, Any] = {"lr": snapshot.lr, "momentum": s.momentum, "weight_decay": s.weight_decay}
-            if s.unroll == 1:
-                found = one_step_hypergradient(*at, batches[0], next(val), self.local_loss, **sgd)
-            else:
-                found = hypergradient(*at, batches, next(val), self.local_loss, **sgd)
-            gradients = [found.alpha_grad, *found.beta_grads]
-            if not all(bool(t.isfinite().all()) for t in (found.val_loss, *gradients)):
-                raise NonFiniteSearch(f"at {self.where}, in the validation loss or its gradient", self.result(False))
-            for t, g in zip([self.alpha, *self.beta], gradients, strict=True):
-                t.grad = g
-            adam.step()
-            self._train(snapshot.state, snapshot.lr, next(train))
-            self._spend(budget.meta_cost)
-            self._keep()
-            if step in shown:
-                self.trajectory.append(
-                    {
-                        "step": step,
-                        "val_loss": found.val_loss.item(),
-                        "p_isolate": self.kept[0].softmax(1)[:, 0].tolist(),
-                        "head_weights": [b.softmax(0).tolist() for b in self.kept[1]],
-                    }
-                )
-
-    def _train(self, state: State, lr: float, batch: Batch) -> None:
-        """One ordinary relaxed training step, in place."""
-        s = self.settings
-        found = relaxed_gradients(
-            self.blocks, state, self.alpha, self.beta, *batch, self.local_loss, create_graph=False
-        )
-        finite = torch.stack(found.losses).isfinite()
-        if not finite.all():
-            layer = finite.tolist().index(False)
-            raise NonFiniteSearch(f"at {self.where}, base layer {layer}", self.result(False))
-        sgd_momentum_step(state, found.grads, lr, s.momentum, s.weight_decay, differentiable=False)
-
-    def _lr(self, step: int, steps: int) -> float:
-        low = _FINAL_LR_FRACTION * self.settings.lr
-        return low + (self.settings.lr - low) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    def _spend(self, cost: float) -> None:
-        self.spent += cost
-        self.bar.update(round(self.spent) - self.bar.n)
-
-    def _keep(self) -> None:
-        """Copy alpha and beta where an interrupt in the middle of an Adam step cannot reach them."""
-        self.kept = (self.alpha.detach().cpu().clone(), [b.detach().cpu().clone() for b in self.beta])
-
-    def result(self, interrupted: bool) -> SedonaResult:
-        cost: dict[str, float] = {"spent_steps": self.spent}
-        if self.budget is not None:
-            b = self.budget
-            cost |= {
-                "relaxed_steps": b.warmup_steps + b.meta_steps,
-                "meta_iterations": b.meta_steps,
-                "equivalent_steps": b.equivalent_steps,
-                "snapshots": b.snapshots,
-                "snapshot_bytes": sum(s.state.state_bytes for s in self.snapshots),
-            }
-        return SedonaResult(*self.kept, list(self.trajectory), cost, interrupted)
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global streams of the CPU and of `device`'s kind, and give them back as they were."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
-    else:
-        count = torch.get_device_module(device).device_count()
-        with torch.random.fork_rng(devices=list(range(count)), device_type=device.type):
-            torch.manual_seed(seed)
-            yield
+_WITHOUT_INFLUENCE = ("folder", "save_seconds", "snapshot_bytes")
+_MEASURED_SHARE = 0.02  # of the search, that measuring its steps may cost where nothing depends on it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,8 @@ class RelaxedBlock(Protocol):
     or without. The heads read no other value with a gradient than the boundary, and share no weight with the base layer
     in front of them. Blocks leave what they read as it is: one that writes in place writes to a copy.
     `eval_module` is the same in evaluation, with the same parameter and buffer names; it may leave the heads out
-    (`local` is then read of the last block alone).
+    (`local` is then read of the last block alone). `trunk` is `module` without heads, for who needs no local loss (its
+    `local` is not read); None: there is none, and `module` serves.
 
     Blocks may share parameters and buffers. A tensor is shared where the modules of two blocks hold the same object;
     its names may differ (an embedding tied to the last layer).
@@ -43,6 +44,8 @@ class RelaxedBlock(Protocol):
     def boundary(self) -> str | None: ...  # noqa: D102
     @property
     def beta(self) -> str | None: ...  # noqa: D102
+    @property
+    def trunk(self) -> nn.Module | None: ...  # noqa: D102
 
 
 @dataclass
@@ -89,6 +92,10 @@ class State:
     def clone(self) -> State:
         """Return an independent copy without graph."""
         return replace(self, params=clones(self.params), buffers=clones(self.buffers), momentum=clones(self.momentum))
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by name, as plain dictionaries and lists of tensors; ``State(**fields)`` is this again."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def slots(self, dicts: Sequence[Tensors], i: int) -> dict[str, Slot]:
         """Return block i's names for the tensors it uses of `dicts` (params or buffers), and where they are held."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def block_seed(seed: int, block: int, step: int) -> int:
-    """Return the seed of a block's draws (dropout, stochastic depth) at a step: 63 bits of a hash of the three."""
+def block_seed(seed: int, block: int | str, step: int) -> int:
+    """Return the seed of a block's (or a named stream's) draws at a step: 63 bits of a hash of the three."""
     digest = hashlib.blake2b(f"{seed}/{block}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -38,6 +38,24 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the global streams (torch, `device`'s kind, ``random``, numpy), and give them back as they were."""
+    devices = []
+    if _has_stream(device):
+        devices = [torch.device(device.type, k) for k in range(torch.get_device_module(device).device_count())]
+    states = random_states(devices)
+    try:
+        if devices:
+            torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+    finally:
+        restore_random(states)
 
 
 def random_states(devices: Iterable[torch.device]) -> list[Any]:

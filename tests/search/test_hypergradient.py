@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedona_fx.memory import peak_bytes
 from sedona_fx.search.hypergradient import HyperGradient, batch_statistics, hypergradient
 from sedona_fx.search.one_step import one_step_hypergradient
 from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
@@ -244,6 +245,68 @@ def test_one_step_in_forward_mode_equals_reverse_mode(act: str) -> None:
     alone = one_step_hypergradient(p.blocks, p.state, p.alpha, p.beta, *p.train, p.val, loss, **SGD, with_beta=False)
     assert torch.equal(alone.alpha_grad, got.alpha_grad)
     assert not any(g.any() for g in alone.beta_grads)
+
+
+def unrolled(p: Problem) -> list[Tensor]:
+    """Every step's gradient `autograd.grad` over one connected graph, and one backward through all steps at once."""
+    alpha, beta = p.alpha.clone().requires_grad_(), [b.clone().requires_grad_() for b in p.beta]
+    w, m = {n: t.clone().requires_grad_() for n, t in flat(p.state.params).items()}, flat(p.state.momentum)
+    for inputs, y in p.train:
+        losses = oracle_losses(w, beta, inputs["x"], y, p.act)
+        share, relaxed, g = alpha.softmax(1), [losses[-1]], {}
+        for i in reversed(range(LAYERS - 1)):
+            relaxed.insert(0, share[i, 0] * losses[i] + share[i, 1] * relaxed[0])
+        for n, t in w.items():
+            loss_of = (losses if ".head" in n or ".linear" in n else relaxed)[int(n.removeprefix("layer")[0])]
+            (g[n],) = torch.autograd.grad(loss_of, t, create_graph=True)
+        m = {n: SGD["momentum"] * m[n] + g[n] + SGD["weight_decay"] * w[n] for n in w}
+        w = {n: w[n] - SGD["lr"] * m[n] for n in w}
+    final = oracle_losses(w, beta, p.val[0]["x"], p.val[1], p.act)[-1]
+    return list(torch.autograd.grad(final, [alpha, *beta]))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_step_by_step_equals_one_backward_through_all_steps(act: str, recompute: bool) -> None:
+    p = make_problem(act, 4)
+    args = (p.blocks, p.state, p.alpha, p.beta, p.train, p.val, loss)
+    got, wanted = hypergradient(*args, **SGD, recompute=recompute), unrolled(p)
+    for ours, theirs in zip([got.alpha_grad, *got.beta_grads], wanted, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
+def test_doing_steps_again_repeats_what_was_drawn_and_what_is_read_of_the_buffers() -> None:
+    """Dropout in the base layers, and a norm that reads its running statistics, which the steps change."""
+    p = make_problem("softplus", 4)
+
+    def forward(m: Any, x: Tensor) -> Any:
+        h = F.dropout(F.softplus(F.conv2d(x, m.w)) - m.mean[:, None, None], 0.3)
+        m.mean.lerp_(h.detach().mean((0, 2, 3)), 0.5)
+        return (h,), h.mean((2, 3)) @ m.u
+
+    block = Plain(forward, w=torch.randn(3, 2, 1, 1), u=torch.randn(3, CLASSES), mix=torch.zeros(1)).double()
+    block.register_buffer("mean", torch.randn(3, dtype=torch.float64))
+    last = Plain(lambda m, h: ((), h.mean((2, 3)) @ m.v), v=torch.randn(3, CLASSES)).double()
+    blocks = [Block(block, block, ("x",), ("h",), "h", "mix"), Block(last, last, ("h",), (), None, None)]
+    args = (blocks, State.of(blocks), torch.randn(1, 2, dtype=torch.float64), [torch.zeros(1, dtype=torch.float64)])
+    found, streams = [], []
+    for recompute in (True, False):
+        torch.manual_seed(3)
+        found.append(hypergradient(*args, p.train, p.val, loss, **SGD, recompute=recompute))
+        streams.append(torch.get_rng_state())
+    assert found[0].alpha_grad.abs().max() > 1e-6
+    assert torch.equal(found[0].alpha_grad, found[1].alpha_grad)
+    assert torch.equal(*streams)
+
+
+def test_with_recomputation_memory_does_not_grow_with_the_steps() -> None:
+    def peak(steps: int, recompute: bool) -> int:
+        p = make_problem("relu", steps)
+        args = (p.blocks, p.state, p.alpha, p.beta, p.train, p.val, loss)
+        return peak_bytes(lambda: hypergradient(*args, **SGD, recompute=recompute))
+
+    assert peak(6, True) < 1.2 * peak(2, True)
+    assert peak(6, False) > 2 * peak(2, False)
 
 
 def test_running_statistics_in_validation_would_be_caught() -> None:

@@ -177,6 +177,26 @@ def test_any_number_of_blocks_is_decoded_from_one_search():
     assert len(sedona_fx.search.decode(alpha, beta, 4)[0]) == 3
 
 
+def test_the_plan_says_what_was_learned_and_what_is_a_tie(caplog):
+    """One meta-iteration of Adam moves every p by half a percent at most: within the tolerance, nothing is learned."""
+    settings = Sedona(warmup_steps=2, meta_steps=1, snapshots=1, unroll=1)
+    with caplog.at_level("INFO"):
+        net = sedona_fx.decouple(
+            conv_net(), loader(), blocks=3, heads=["sedona-1", "sedona-2"], search=settings, progress=False
+        )
+    found = net.plan.provenance
+    assert found["learned"] == []
+    assert found["ties"] == {"cuts": found["places"], "heads": {cut: ["sedona-1", "sedona-2"] for cut in net.plan.cuts}}
+    assert found["failures"] == []
+    assert f"SEDONA learned 0 of {len(found['places'])} p_isolate" in caplog.text
+    assert f"Ties between cuts: {', '.join(found['places'])}; between heads: {net.plan.cuts[0]}: " in caplog.text
+
+    settings = Sedona(warmup_steps=2, meta_steps=8, snapshots=1, unroll=1, meta_lr=1.0)
+    found = sedona_fx.decouple(conv_net(), loader(), blocks=3, search=settings, progress=False).plan.provenance
+    assert found["learned"] == found["places"]
+    assert found["ties"]["cuts"] == []
+
+
 def test_ctrl_c_gives_the_plan_so_far():
     class Interrupting(list):
         passes = 0

@@ -13,7 +13,9 @@ import sedona_fx
 from sedona_fx.errors import CutError, DataError, SearchDivergedError
 from sedona_fx.search import Decision, Rollout
 from sedona_fx.search.plan_tree import PlanTree
-from sedona_fx.search.rollout import _loss_of, proposals, tree_cost, tree_cost_of_one
+from sedona_fx.search.problem import local_loss_of
+from sedona_fx.search.proposals import proposals
+from sedona_fx.search.tree_cost import tree_cost, tree_cost_of_one
 from sedona_fx.train import Greedy
 
 HEADS = ["linear", "sedona-1"]
@@ -56,8 +58,7 @@ def sgd(params):
 
 
 def tree_of(problem, plans):
-    loss = _loss_of(problem.output, cross_entropy)
-    return PlanTree(problem, plans, sgd, loss, torch.device("cpu"))
+    return PlanTree(problem, plans, sgd, local_loss_of(problem), torch.device("cpu"))
 
 
 def named(batch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,87 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from tiny_search import SMALL, WORK, Layer, batches, make_blocks, same, search
+from torch import Tensor
 
-from sedona_fx.search import sedona
+from sedona_fx.search import learning, sedona
 from sedona_fx.search.budget import RelaxedWork, share
 from sedona_fx.search.decode import decode
-from sedona_fx.search.relaxation import RelaxedGraphBlock as Block
-from sedona_fx.search.sedona import NonFiniteSearch, Sedona, SedonaResult
+from sedona_fx.search.sedona import Sedona
+from sedona_fx.search.snapshots import SnapshotStore
+from sedona_fx.search.streams import Stream
 
 RELEASED = Path(__file__).parents[2] / "../shared/data/sedona_released.json"
-WORK = RelaxedWork(net=4.0, heads=2.0, validation=8.0)
-SMALL = Sedona(warmup_steps=6, meta_steps=5, snapshots=3, unroll=2)
-Batch = tuple[dict[str, Any], Tensor]
-
-
-class Layer(nn.Module):
-    def __init__(self, last: bool) -> None:
-        super().__init__()
-        self.fc, self.norm, self.last = nn.Linear(6, 6), nn.BatchNorm1d(6), last
-        if last:
-            self.out = nn.Linear(6, 3)
-        else:
-            self.heads = nn.ModuleList([nn.Linear(6, 3), nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))])
-            self.mix = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x: Tensor) -> Any:
-        h = F.dropout(F.relu(self.norm(self.fc(x))), 0.2, self.training)
-        if self.last:
-            return (), self.out(h)
-        s = self.mix.softmax(0)
-        return (h,), s[0] * self.heads[0](h) + s[1] * self.heads[1](h)
-
-
-def make_blocks() -> list[Block]:
-    torch.manual_seed(0)
-    blocks = []
-    for i in range(4):
-        layer, below = Layer(i == 3), f"h{i - 1}" if i else "x"
-        blocks.append(
-            Block(layer, layer, (below,), (), None, None)
-            if i == 3
-            else Block(layer, layer, (below,), (f"h{i}",), f"h{i}", "mix")
-        )
-    return blocks
-
-
-def batches(count: int = 4, size: int = 8, event: Callable[[int], None] | None = None) -> Callable[[], Iterator[Batch]]:
-    """Epochs of `count` batches in an order from the global stream; `event(n)` as the n-th of all is handed out."""
-    g = torch.Generator().manual_seed(1)
-    data = [({"x": torch.randn(size, 6, generator=g)}, torch.randint(3, (size,), generator=g)) for _ in range(count)]
-    handed = 0
-
-    def epoch() -> Iterator[Batch]:
-        nonlocal handed
-        for i in torch.randperm(count).tolist():
-            if event is not None:
-                event(handed)
-            handed += 1
-            yield data[i]
-
-    return epoch
-
-
-def loss(block: int, output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target)
-
-
-def search(
-    settings: Sedona = SMALL,
-    seed: int = 0,
-    train: Callable[[], Iterator[Batch]] | None = None,
-    local_loss: Callable[[int, Any, Any], Tensor] = loss,
-    blocks: list[Block] | None = None,
-    progress: bool = False,
-) -> SedonaResult:
-    blocks = blocks or make_blocks()
-    return settings.run(blocks, local_loss, train or batches(), batches(size=16), WORK, seed, progress)
-
-
-def same(a: SedonaResult, b: SedonaResult) -> bool:
-    tensors = zip([a.alpha, *a.beta], [b.alpha, *b.beta], strict=True)
-    return all(torch.equal(x, y) for x, y in tensors) and a.trajectory == b.trajectory
 
 
 def test_the_same_seed_gives_the_same_search_and_leaves_everything_as_it_was() -> None:
@@ -126,40 +55,105 @@ def test_the_trajectory_tells_what_happened() -> None:
 
 
 def test_the_trajectory_is_thinned_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sedona, "_TRAJECTORY_POINTS", 4)
+    monkeypatch.setattr(learning, "_TRAJECTORY_POINTS", 4)
     r = search(replace(SMALL, meta_steps=10, unroll=1))
     assert [p["step"] for p in r.trajectory] == [0, 3, 6, 9]
 
 
-def test_snapshots_are_spread_over_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[tuple[int, float]] = []
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any, float]]:
+    """What a search puts into its store: index, state, learning rate."""
+    found: list[tuple[int, Any, float]] = []
 
-    class Watched(sedona._Snapshot):
-        def __init__(self, state: Any, lr: float) -> None:
-            super().__init__(state, lr)
-            taken.append((int(state.buffers[0]["norm.num_batches_tracked"]), lr))
+    class Watched(SnapshotStore):
+        def put(self, index: int, state: Any, lr: float) -> None:
+            found.append((index, state.clone(), lr))
+            super().put(index, state, lr)
 
-    monkeypatch.setattr(sedona, "_Snapshot", Watched)
+    monkeypatch.setattr(sedona, "SnapshotStore", Watched)
+    return found
+
+
+def test_snapshots_are_spread_over_the_warm_up(put: list[tuple[int, Any, float]]) -> None:
     r = search(replace(SMALL, warmup_steps=20, snapshots=4, lr=0.1))
-    assert [step for step, _ in taken] == [5, 10, 15, 20]
-    rates = [lr for _, lr in taken]
+    taken = put[:4]
+    assert [index for index, _, _ in taken] == [0, 1, 2, 3]
+    assert [int(state.buffers[0]["norm.num_batches_tracked"]) for _, state, _ in taken] == [5, 10, 15, 20]
+    rates = [lr for _, _, lr in taken]
     assert rates == sorted(rates, reverse=True)
     assert rates[1] == pytest.approx((0.1 + 0.001) / 2)
     assert rates[-1] == pytest.approx(0.001)
-    assert r.cost["snapshot_bytes"] > 0
+    assert r.cost["snapshot_bytes"] == sum(state.state_bytes for _, state, _ in taken)
 
 
-def test_batch_norm_of_a_snapshot_counts_one_update_a_meta_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[Any] = []
-
-    class Watched(sedona._Snapshot):
-        def __init__(self, state: Any, lr: float) -> None:
-            super().__init__(state, lr)
-            held.append(state)
-
-    monkeypatch.setattr(sedona, "_Snapshot", Watched)
+def test_batch_norm_of_a_snapshot_counts_one_update_a_meta_iteration(put: list[tuple[int, Any, float]]) -> None:
     search()  # 6 warm-up steps, snapshots at 2, 4, 6, then 5 meta-iterations
-    assert sum(int(s.buffers[0]["norm.num_batches_tracked"]) for s in held) == 2 + 4 + 6 + 5
+    last = {index: state for index, state, _ in put}
+    assert sum(int(s.buffers[0]["norm.num_batches_tracked"]) for s in last.values()) == 2 + 4 + 6 + 5
+
+
+def test_the_warm_up_is_plain_training_at_one_half_and_its_snapshots_hold_all_of_it(
+    put: list[tuple[int, Any, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """alpha and beta are frozen there: by hand, with constants for them, PyTorch's own SGD ends at the same weights."""
+    seen: list[tuple[Tensor, ...]] = []
+    train = learning.Learning._train
+
+    def watched(self: learning.Learning, *args: Any) -> None:
+        if self.warmed < 6:
+            seen.append(tuple(t.detach().clone() for t in (self.alpha, *self.beta)))
+            assert not self.adam.state
+        train(self, *args)
+
+    monkeypatch.setattr(learning.Learning, "_train", watched)
+    search(replace(SMALL, lr=0.1, weight_decay=0.01))
+    assert len(seen) == 6
+    assert all(not t.any() for ts in seen for t in ts)
+
+    def half(h: Tensor) -> Tensor:  # hands half of the gradient on: first derivatives of this are right
+        return 0.5 * h + 0.5 * h.detach()
+
+    layers: list[Any] = [b.module for b in make_blocks()]
+    params = [[p for n, p in layer.named_parameters() if n != "mix"] for layer in layers]
+    sgd = torch.optim.SGD([p for ps in params for p in ps], lr=0.1, momentum=0.9, weight_decay=0.01)
+    stream = Stream(batches(), "training", 0)
+    torch.manual_seed(0)
+    for step in range(6):
+        sgd.param_groups[0]["lr"] = 0.001 + 0.099 * (1 + math.cos(math.pi * step / 6)) / 2
+        inputs, target = next(stream)
+        h, total = inputs["x"], torch.zeros(())
+        for layer in layers:
+            h = F.dropout(F.relu(layer.norm(layer.fc(h))), 0.2)
+            if layer.last:
+                total = total + F.cross_entropy(layer.out(h), target)
+            else:
+                total = total + F.cross_entropy((layer.heads[0](half(h)) + layer.heads[1](half(h))) / 2, target)
+                h = half(h)
+        sgd.zero_grad()
+        total.backward()
+        sgd.step()
+        if step + 1 in (2, 4, 6):
+            _, state, _ = put[(step + 1) // 2 - 1]
+            for k, layer in enumerate(layers):
+                assert isinstance(layer, Layer)
+                for name, t in layer.named_parameters():
+                    if name != "mix":
+                        torch.testing.assert_close(state.params[k][name], t.detach(), rtol=1e-4, atol=1e-6)
+                        kept = sgd.state[t]["momentum_buffer"]
+                        torch.testing.assert_close(state.momentum[k][name], kept, rtol=1e-4, atol=1e-6)
+                for name, t in layer.named_buffers():
+                    torch.testing.assert_close(state.buffers[k][name], t, rtol=1e-4, atol=1e-6)
+
+
+def test_entropies_are_those_of_the_softmax(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        r = search()
+    last = r.trajectory[-1]
+    by_hand = [-sum(p * math.log(p) for p in (q, 1 - q)) for q in last["p_isolate"]]
+    assert last["entropy_alpha"] == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+    by_hand = [-sum(p * math.log(p) for p in weights) for weights in last["head_weights"]]
+    assert last["entropy_beta"] == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+    assert f"entropy_alpha {last['entropy_alpha']:.4f}" in caplog.text
 
 
 @pytest.mark.parametrize(("at", "points"), [(0, 0), (3, 0), (6 + 3 + 1, 1), (6 + 3 + 2, 1)])
@@ -188,24 +182,6 @@ def test_ctrl_c_while_counting_the_data() -> None:
     r = search(Sedona(), train=batches(event=event))
     assert r.interrupted
     assert r.cost == {"spent_steps": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("bad_call", "where"),
-    [(4 * 2 + 1, "at warm-up step 2, base layer 1"), (6 * 4 + 8, "at meta-iteration 0, in the validation loss")],
-)
-def test_a_loss_that_is_not_finite(bad_call: int, where: str) -> None:
-    calls = 0
-
-    def local_loss(block: int, output: Tensor, target: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return loss(block, output, target) * (math.nan if calls == bad_call + 1 else 1.0)
-
-    with pytest.raises(NonFiniteSearch, match=where) as caught:
-        search(local_loss=local_loss)
-    assert torch.equal(caught.value.result.alpha, torch.zeros(3, 2))
-    assert not caught.value.result.interrupted
 
 
 @pytest.mark.parametrize("training_steps", [70, 333, 10_000])
@@ -257,6 +233,17 @@ def test_the_papers_settings() -> None:
     s = Sedona.paper()
     b = share(s.training_steps, WORK, s.unroll, s.warmup_steps, s.meta_steps, s.snapshots)
     assert (b.warmup_steps, b.meta_steps, b.snapshots, s.unroll, s.lr) == (40_000, 2_000, 50, 5, 0.1)
+    assert (s.momentum, s.weight_decay, s.val_batch_size) == (0.9, 1e-4, 1024)
+    assert (s.meta_lr, s.meta_betas, s.meta_weight_decay) == (1e-2, (0.5, 0.999), 1e-6)
+
+
+def test_the_papers_label_smoothing() -> None:
+    """0.1 spread over the other 9 classes is what PyTorch calls 0.111, up to the target's own share."""
+    assert "label_smoothing=0.111" in (Sedona.paper.__doc__ or "")
+    logits, target = torch.randn(5, 10), torch.randint(10, (5,))
+    spread = torch.full((5, 10), 0.1 / 9).scatter(1, target[:, None], 0.9)
+    by_hand = -(spread * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, target, label_smoothing=1 / 9), by_hand)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,239 @@
+"""The default search: gradients prune the candidate cuts and heads, rollouts decide among what they leave.
+
+1. Train one set of weights for a while: the net by backpropagation, every candidate head on what it finds there
+   (:mod:`~sedona_fx.search.comparison`).
+2. On the way, compare the gradients that every (cut, head) gives with the true one
+   (:mod:`~sedona_fx.search.alignment`), and average the plans' scores over the states met.
+3. Fit what each (cut, head) adds to a plan's score (:mod:`~sedona_fx.search.additive`), and let the dynamic programme
+   name the best plans within the budget of memory and time.
+4. Train these from the weights of step 1, as ``Greedy`` would, halving their number on the way; the least validation
+   loss decides. Where the cost allowed does not pay for an epoch of that, the gradients decide alone: shorter rollouts
+   rank plans by noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.heads import head_name
+from sedona_fx.search import additive
+from sedona_fx.search.alignment import Alignment
+from sedona_fx.search.comparison import Comparison
+from sedona_fx.search.effort import Effort, Shares
+from sedona_fx.search.halving import Descent, Halving
+from sedona_fx.search.journal import Journal
+from sedona_fx.search.plan_costs import best_plans
+from sedona_fx.search.plan_tree import Choice
+from sedona_fx.search.problem import Decision, Problem
+from sedona_fx.search.programme import Positions
+from sedona_fx.search.relaxation import NamedBatches
+from sedona_fx.search.splitting import split
+from sedona_fx.search.state import Batch
+from sedona_fx.search.streams import Stream
+from sedona_fx.search.supernet import Supernet
+from sedona_fx.search.watch import Watch
+
+log = logging.getLogger(__name__)
+
+_PLANS_FITTED = 5000
+_WITHOUT_INFLUENCE = ("folder", "save_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """Gradients prune, rollouts decide.
+
+    Args:
+        training_steps: plain training steps that the search may cost. None: 25 epochs of the weights' data, a quarter
+            of a run of 100.
+        seconds: the same in seconds on this machine, in the place of `training_steps`: a few steps are timed before the
+            start, the numbers of steps follow and are kept in the plan (and in `folder`).
+        states: how often on the way gradients are compared, at most.
+        finalists: plans that are rolled out, at most; with 0 or 1, gradients decide alone.
+        score: ``"plan"``: the cosine of a plan's whole gradient with the true one. ``"cut"``, for comparison: each
+            (cut, head) by itself, the cosine over all weights in front of it, as gradient alignment is often taken.
+        batch_size: samples in a step of the first part; larger batches are split. More and noisier steps for the same
+            cost bring the net and its heads further.
+        lr: learning rate of SGD at first; it falls by a cosine.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        val_batches: validation batches to score by, at most.
+        val_batch_size: samples in a validation batch. None: as in training.
+        folder: where the search writes down how far it is; killed at any moment, the same call goes on from there and
+            ends with the same plan. None: nowhere.
+        save_seconds: between two writes.
+    """
+
+    training_steps: int | None = None
+    seconds: float | None = None
+    states: int = 6
+    finalists: int = 6
+    score: Literal["plan", "cut"] = "plan"
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    val_batches: int = 50
+    val_batch_size: int | None = None
+    folder: str | Path | None = None
+    save_seconds: float = 60.0
+
+    needs_data: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        at_least = {"training_steps": 1, "states": 1, "finalists": 0, "batch_size": 1, "val_batches": 1}
+        for name, least in (at_least | {"val_batch_size": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"Guided({name}={value}): has to be at least {least}")
+        if self.score not in ("plan", "cut"):
+            raise ValueError(f"Guided(score={self.score!r}): 'plan' or 'cut'")
+        if self.seconds is not None and (self.seconds <= 0 or self.training_steps is not None):
+            why = "has to be above 0" if self.seconds <= 0 else "it is another way to say training_steps: give one"
+            raise ValueError(f"Guided(seconds={self.seconds}): {why}")
+
+    def decide(self, problem: Problem) -> Decision:
+        """Choose cuts and heads. Ctrl-C ends the search; it decides by what it has seen until then.
+
+        Raises:
+            BudgetError: no plan keeps within the problem's limits.
+            CheckpointError: `folder` holds another search, or cannot be read.
+            CutError: there are not enough places to cut, or no heads to compare.
+            DataError: no data, or too small a budget.
+            SearchDivergedError: no state had finite gradients.
+        """
+        if problem.blocks == 1:
+            return Decision([], [], {"search": "guided"})
+        if problem.data is None:
+            raise DataError("search='guided' needs data to search on.")
+        if not all(problem.candidates[place] for place in problem.places()):
+            raise CutError("search='guided' chooses heads by local losses and cannot run with heads=False.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(problem.seed)
+            try:
+                return _Run(self, problem).decide()
+            except ValueError as error:
+                raise DataError(str(error)) from error
+
+
+class _Run:
+    """One search: its parts, and what is written down between them."""
+
+    def __init__(self, settings: Guided, problem: Problem) -> None:
+        assert problem.data is not None
+        self.settings, self.problem, self.places = settings, problem, problem.places()
+        self.device = next(problem.train.parameters()).device
+        train, val, _ = problem.data
+        self.train = Stream(NamedBatches(train, problem.train, self.device), "training", problem.seed)
+        self._val = NamedBatches(val, problem.train, self.device)
+        self.descent = Descent(settings.lr, settings.momentum, settings.weight_decay)
+        self.journal = Journal(settings.folder, self._identity(), settings.save_seconds)
+        self.net = Supernet(problem, self.places, self.device)
+
+    def decide(self) -> Decision:
+        saved = self.journal.read() or {}
+        if "decision" in saved:
+            plan, found = saved["decision"]
+            return self._decision([tuple(pair) for pair in plan], found)
+        shares, effort, batch_size = self._shares(saved.get("shares"))
+        self._written: dict[str, Any] = {"shares": [list(astuple(shares)), list(astuple(effort))]}
+        if self.settings.seconds is None:
+            log.info("%s", shares)
+        else:
+            log.info("%s; about %.0f s", shares, self.settings.seconds)
+        comparison = Comparison(self.net, shares.warmup_steps, shares.states, batch_size, self.descent)
+        if "comparison" in saved:
+            comparison.load_state_dict(saved["comparison"])
+            self.train.go_to(saved["train"])
+        fixed = {"shares": [list(astuple(shares)), list(astuple(effort))]}
+        with Watch(self.journal, fixed, self.train, shares.cost, "guided search", self.problem.progress) as watch:
+            try:
+                comparison.run(self.train, effort, lambda: watch.at(comparison=comparison))
+            except KeyboardInterrupt:
+                if not comparison.met:
+                    raise
+                watch.interrupt(f"step {comparison.step} of {comparison.steps}")
+            if not comparison.met:
+                raise SearchDivergedError("in the gradients of every state", None)
+            ranked, found = self._rank(comparison.met, max(1, shares.finalists))
+            rounds: list[dict[str, Any]] = []
+            if shares.rollout_steps and not watch.interrupted:
+                halving = Halving(self.problem, ranked, self.descent, self.device, shares.rollout_steps)
+                halving.begin(self.net.start())
+                if "rollout" in saved:
+                    halving.load_state_dict(saved["rollout"])
+                try:
+                    halving.run(self.train, self._validation, lambda: watch.at(comparison=comparison, rollout=halving))
+                except KeyboardInterrupt:
+                    watch.interrupt(f"step {halving.step} of {halving.steps} of the rollouts")
+                ranked, rounds = halving.ranked or ranked, halving.rounds
+        found |= {
+            "search": "guided",
+            "interrupted": watch.interrupted,
+            "cost": {"equivalent_steps": watch.spent, **shares.counts()},
+            "states": len(comparison.met),
+            "rounds": rounds,
+        }
+        if not watch.interrupted:
+            self.journal.write({"decision": [[list(pair) for pair in ranked[0]], found]})
+        return self._decision(ranked[0], found)
+
+    def _shares(self, saved: Sequence[Any] | None) -> tuple[Shares, Effort, int | None]:
+        """Fix how many steps of each kind there will be, as before where that is written down."""
+        s = self.settings
+        first = next(self.train.fresh())
+        parts = len(split(first, s.batch_size)) if self.problem.free_batch else 1
+        batch_size = s.batch_size if parts > 1 else None
+        if saved is not None:
+            return Shares(*saved[0]), Effort(*saved[1]), batch_size
+        effort, budget = Effort.of(self.problem, self.places, parts), s.training_steps
+        if s.seconds is not None:
+            second = effort.seconds(lambda: Supernet(self.problem, self.places, self.device), first, s.batch_size)
+            budget = math.floor(s.seconds / second)
+        return effort.share(budget, s.states, s.finalists, self.problem), effort, batch_size
+
+    def _rank(self, met: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:
+        """Return the best plans within the limits; and, as JSON, what each (place, head) adds to the score."""
+        problem, by_cut = self.problem, self.settings.score == "cut"
+        heads = [len(problem.candidates[place]) for place in self.places]
+        if by_cut:
+            terms, explained = np.mean([state.by_cut() for state in met], axis=0).tolist(), 1.0
+            terms = [row[:kinds] for row, kinds in zip(terms, heads, strict=True)]
+        else:
+            plans = additive.sample(heads, problem.blocks - 1, _PLANS_FITTED, random.Random(problem.seed))
+            terms, explained = additive.fit(plans, _scores(met, plans), heads)
+        # The sum is not quite the plan's score: look at some more plans than are wanted, by the score itself.
+        best = best_plans(problem, [[-term for term in row] for row in terms], count if by_cut else 4 * count)
+        if not by_cut:
+            exact = _scores(met, [tuple((problem.position(place), head) for place, head in plan) for plan in best])
+            best = [best[k] for k in sorted(range(len(best)), key=lambda k: (-exact[k], k))][:count]
+        names = {place: [head_name(spec) for spec in problem.candidates[place]] for place in self.places}
+        return best, {"places": self.places, "candidates": names, "scores": terms, "explained": explained}
+
+    def _validation(self) -> Iterable[Batch]:
+        return itertools.islice(self._val(), self.settings.val_batches)
+
+    def _identity(self) -> dict[str, Any]:
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
+        kept = {name: value for name, value in settings.items() if name not in _WITHOUT_INFLUENCE}
+        return {"search": "guided", "settings": kept, **self.problem.identity()}
+
+    def _decision(self, plan: Sequence[Any], found: dict[str, Any]) -> Decision:
+        return Decision([place for place, _ in plan], [self.problem.candidates[place][k] for place, k in plan], found)
+
+
+def _scores(met: Sequence[Alignment], plans: Sequence[Positions]) -> np.ndarray:
+    """Return the plans' mean cosine over the states met."""
+    scores: np.ndarray = np.mean([state.cosines(plans) for state in met], axis=0)
+    return scores
