@@ -1,4 +1,4 @@
-"""What a table of trained plans says: how much plans differ, how well a plan chosen elsewhere does, and how sure that is."""
+"""What a table of trained plans says: how much plans differ, how good a chosen plan is, and how sure that is."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Seconds and bytes of what SEDONA's search is made of: relaxed steps and meta-iterations, beside plain training steps.
 
-    python benchmarks/search.py --json benchmarks/results/search.json
+    python benchmarks/search.py --json benchmarks/results/search.json --page docs/search.md
     python benchmarks/search.py --small 1
 
 The quarter-width VGG-19 on 32x32 images, batch 128, with four candidate heads at each of its 15 cuts; a meta-iteration
@@ -20,14 +20,16 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from common import goal, options, report
+from page import fill, markdown
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
@@ -45,6 +47,7 @@ SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 PLAIN, RELAXED, APART = "plain step", "relaxed step", "relaxed step, one head at a time"
 ALPHA, BETA = "T = 1, alpha", "T = 1, alpha and beta"
 FIVE, KEPT = "T = 5", "T = 5, all graphs kept"
+NO_PAGE = Path("-")
 Ways = dict[str, Callable[[], Any]]
 
 
@@ -158,7 +161,25 @@ def main(chosen: argparse.Namespace) -> None:
     ]
     title = f"the search on a quarter-width VGG-19, {chosen.threads} threads, median of {chosen.repeats}"
     report(rows, goals(seconds, peaks, gigabytes), chosen, title)
+    if chosen.page != NO_PAGE:
+        fill(chosen.page, "search", page_part(title, rows, gigabytes))
+
+
+def page_part(title: str, rows: Sequence[dict[str, Any]], gigabytes: float) -> str:
+    """Return the table as the page has it."""
+    lines = [
+        [
+            row["way"],
+            f"{row['seconds']:.2f}",
+            f"{row['times a plain step']:.1f}",
+            f"{row['times a relaxed step']:.2f}",
+            str(row["peak MiB"]),
+        ]
+        for row in rows
+    ]
+    resident_text = f"A process that does nothing but T = 5 has at most {gigabytes:.2f} GB resident."
+    return f"{title[0].upper()}{title[1:]}.\n\n{markdown(list(rows[0]), lines)}\n{resident_text}"
 
 
 if __name__ == "__main__":
-    main(options(__doc__, repeats=3, small=0))
+    main(options(__doc__, repeats=3, small=0, page=NO_PAGE))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import sedona_fx
 from sedona_fx.memory import peak_bytes
 from sedona_fx.report import plan_picture, table
-from sedona_fx.search import Sedona
+from sedona_fx.search import Guided, Sedona
 from sedona_fx.train import Backprop, Greedy, Schedule, evaluate
 
 BLOCKS = 4
@@ -72,8 +72,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--warmup-steps", type=int, default=40, help="relaxed training steps before the search")
-    parser.add_argument("--meta-steps", type=int, default=20, help="updates of alpha and beta")
+    parser.add_argument("--search", choices=("guided", "sedona"), default="guided", help="sedona: the paper's search")
+    parser.add_argument(
+        "--search-steps",
+        type=int,
+        help="plain training steps that the search may cost; if not given, a quarter of a run's, sedona: as many",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
     if options.data == "cifar10" and options.data_root is None:
@@ -85,8 +89,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = sedona_fx.models.resnet32(num_classes=10)
     start = time.perf_counter()
-    settings = Sedona(warmup_steps=options.warmup_steps, meta_steps=options.meta_steps, unroll=1)
-    searched = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=settings)
+    search = search_of(options.search, options.search_steps, options.epochs * len(loader))
+    searched = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=search)
     search_seconds = time.perf_counter() - start
     plan = searched.plan
     plan.save(options.out / "plan.json")
@@ -134,6 +138,13 @@ def main() -> None:
     assert best is not None
     check_onnx(best, next(iter(test_loader))[0], options.out / "model.onnx")
     print(f"wrote {', '.join(str(options.out / name) for name in ('plan.json', 'plan.png', 'model.onnx'))}")
+
+
+def search_of(name: str, search_steps: int | None, run_steps: int) -> Guided | Sedona:
+    """Return the search, at a cost of `search_steps` plain training steps, or in proportion to a training run's."""
+    if name == "sedona":
+        return Sedona(training_steps=search_steps or run_steps, unroll=1)
+    return Guided(training_steps=search_steps or run_steps // 4)
 
 
 def make(way: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tuple[sedona_fx.Net, Schedule]:

@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from sedona_fx import passes
 from sedona_fx.args import Args
 from sedona_fx.cost import Cost
-from sedona_fx.data import first_examples
-from sedona_fx.errors import CutError, DataError, did_you_mean
+from sedona_fx.data import Pair, first_examples
+from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
 from sedona_fx.graph import cut_points, info, output_node
 from sedona_fx.heads import HeadContext
 from sedona_fx.outputs import Key, OutputFormat, fields, find_primary, pick
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
+from sedona_fx.passes.watch import keep_modes, keep_state
 from sedona_fx.train.engine import Loss
 
 
@@ -217,6 +218,30 @@ def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise DataError(f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}.")
+
+
+def check_validation(model: nn.Module, traced: Analysed, pair: Pair | None, loss: Loss) -> None:
+    """Try the eval graph and the loss on the first batch of ``val_data``, before a search trains for long.
+
+    Raises:
+        DataError: there is none, or the model or the loss cannot take it.
+    """
+    if pair is None:
+        raise DataError(
+            "val_data is empty: hand at least one (inputs, target) batch, or leave it out, then data is split 60/40."
+        )
+    given, target = pair
+    names = [str(node.target) for node in traced.eval.graph.nodes if node.op == "placeholder"]
+    with keep_modes(model), keep_state(model), torch.no_grad():
+        model.eval()
+        try:
+            traced.output.final_loss(loss, traced.eval(*(given.kwargs[name] for name in names)), target)
+        except Exception as error:
+            shape = shape_text(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise DataError(
+                f"the model or the loss cannot take the first batch of val_data, {given!r} with the target {shape}: "
+                f"{type(error).__name__}: {error}. It has to be like data's, examples and all."
+            ) from error
 
 
 def _returned(gm: fx.GraphModule) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,6 +36,22 @@ def own(model: nn.Module, *, inplace: bool) -> nn.Module:
             "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
             "torch.nn.utils.parametrizations."
         ) from error
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Put a model that is in eval mode as a whole into train mode meanwhile: it is searched as it will be trained.
+
+    Where some modules train and others do not (a frozen BatchNorm), that is meant, and stays.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    if not any(flag for _, flag in flags):
+        model.train()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 @uncollected()

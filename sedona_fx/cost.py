@@ -121,7 +121,8 @@ class Meter(TorchDispatchMode):
         if storage._cdata not in self._ignore:
             self.saved[storage._cdata] = storage.nbytes()
             self._alive.append(storage)
-        return tensor
+        # An operation that kept its own output with the graph (ReLU) would hold itself, weights and all, for ever.
+        return tensor if tensor.grad_fn is None else tensor.detach()
 
     @contextmanager
     def measuring(self) -> Iterator[Meter]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedona_fx.analysis import Analysed, Where, analyse, check_target
+from sedona_fx.analysis import Analysed, Where, analyse, check_target, check_validation
 from sedona_fx.args import Args
-from sedona_fx.compile import compile_net, own
+from sedona_fx.compile import as_trained, compile_net, own
 from sedona_fx.data import Mapped, Source, first_pair, search_sources, to_device
 from sedona_fx.decisions import (
     Cuts,
@@ -48,7 +48,7 @@ def decouple(
     blocks: int = 4,
     loss: Loss | None = nn.functional.cross_entropy,
     val_data: Any = None,
-    search: str | Search = "sedona",
+    search: str | Search = "guided",
     cuts: Cuts = None,
     heads: Heads = None,
     local_loss: LocalLosses = None,
@@ -74,8 +74,9 @@ def decouple(
         loss: ``loss(output, target)``, a scalar tensor.
         val_data: for the search, no example of it in `data`; None: a map-style loader's indices are split 60/40 by
             `seed`, other re-iterables by whole batches.
-        search: ``"sedona"``, ``"rollout"``, ``"balanced"``, ``"uniform"``, ``"latest"``, or a configured search
-            such as ``Sedona(unroll=1)``. One single pair of data serves the latter three names only.
+        search: ``"guided"`` (gradients prune, rollouts decide), ``"sedona"`` (the paper's), ``"rollout"``,
+            ``"balanced"``, ``"uniform"``, ``"latest"``, or a configured search such as ``Sedona(unroll=1)``. One single
+            pair of data serves the latter three names only.
         cuts: your own cuts instead of a search: module paths, a cut behind each; or a mapping from module paths to
             ``"end"`` or ``"beginning"``.
         heads: candidates by registered name or as factories ``HeadContext -> nn.Module`` (by rule, not by search, the
@@ -135,7 +136,15 @@ def decouple(
             f"search={search!r} compares heads by the model's own loss and cannot be combined with local_loss=...: "
             "choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
         )
+    if searching and loss is None:
+        raise DataError(
+            f"search={search!r} compares heads by the loss, and loss=None: hand loss=..., or choose cuts by rule "
+            "(search='balanced'), by name (cuts=[...]), or by a plan."
+        )
     sources = search_sources(data, val_data, seed, getattr(chosen, "val_batch_size", None)) if searching else None
+    if sources is not None and loss is not None and val_data is not None:
+        pair = next(_named(sources[1], owned)(), None)
+        check_validation(owned, traced, to_device(pair, device_of(owned)), loss)
     problem = Problem(
         traced.train,
         traced.eval,
@@ -154,16 +163,17 @@ def decouple(
         traced.free_batch,
     )
     decision: Decision
-    if given is not None:
-        decision = from_plan(given, traced, by_name(heads) | by_name(own_heads))
-    elif named is not None:
-        decision = from_names(list(traced.named), heads, traced)
-    else:
-        check_possible(problem)
-        decision = chosen.decide(problem)
-    if own_heads:
-        decision = with_objectives(decision, objectives, asked, traced)
-    decision = within_budget(problem, decision, PlanError if given is not None else CutError)
+    with as_trained(owned):
+        if given is not None:
+            decision = from_plan(given, traced, by_name(heads) | by_name(own_heads))
+        elif named is not None:
+            decision = from_names(list(traced.named), heads, traced)
+        else:
+            check_possible(problem)
+            decision = chosen.decide(problem)
+        if own_heads:
+            decision = with_objectives(decision, objectives, asked, traced)
+        decision = within_budget(problem, decision, PlanError if given is not None else CutError)
     made = _plan_of(decision, traced, owned, example, wanted, places, part, seed)
     return compile_net(owned, traced, example, decision.heads, made, loss, objectives, seed)
 

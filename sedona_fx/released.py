@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,11 @@ def from_released(
     isolate = _logits("alpha", alpha)
     if isolate.dim() != 2 or isolate.shape[1] != 2:
         raise PlanError(f"alpha should be (B-1, 2), isolate and let through; it is {shape_text(isolate.shape)}.")
+    if not isinstance(beta, Iterable):
+        raise PlanError(
+            f"beta should hold a row of numbers for each of the {len(isolate)} rows of alpha, not "
+            f"{type(beta).__name__}."
+        )
     weights = [_logits("beta", row) for row in beta]
     if len(weights) != len(isolate) or any(row.dim() != 1 or not len(row) for row in weights):
         raise PlanError(f"beta should be (B-1, heads) with the B-1 = {len(isolate)} rows of alpha; it has {len(beta)}.")

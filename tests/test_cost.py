@@ -1,7 +1,9 @@
 """Costs: of stretches, blocks and heads, by hand and against real measurements."""
 
 import copy
+import gc
 import time
+import weakref
 from contextlib import nullcontext
 
 import chain
@@ -159,3 +161,13 @@ def test_the_meter_counts_real_tensors_and_leaves_parameters_out():
         copy.copy(layer)(x)
     assert meter.flops == 2 * 3 * 4 * 6
     assert list(meter.saved.values()) == [x.untyped_storage().nbytes()]
+
+
+def test_measuring_leaves_nothing_behind():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Sigmoid())  # ReLU keeps its own output
+    with Meter().measuring():
+        output = net(torch.randn(2, 4))
+    weights = [weakref.ref(parameter) for parameter in net.parameters()]
+    del net, output
+    gc.collect()
+    assert [reference() for reference in weights] == [None] * 4

@@ -66,7 +66,7 @@ class Branching(nn.Module):
         (
             {"search": 3},
             CutError,
-            r"search=3 is no search: one of \['balanced', 'latest', 'rollout', 'sedona', 'uniform'\]",
+            r"search=3 is no search: one of \['balanced', 'guided', 'latest', 'rollout', 'sedona', 'uniform'\]",
         ),
         ({"search": sedona_fx.search.Uniform}, CutError, r"is no search: .*object with decide"),
         ({"heads": "mlp-rs"}, HeadError, r"no head named 'mlp-rs'; the nearest names are 'mlp-sr'.*All names: "),
@@ -249,3 +249,26 @@ def test_messages_of_errors_with_facts():
     assert did_you_mean("layr1", ["layer1", "layer2", "fc"]) == "; the nearest names are 'layer1', 'layer2'"
     assert did_you_mean("zzz", ["a"]) == ""
     assert (shape_text((2, 3)), shape_text([4]), shape_text(())) == ("(2, 3)", "(4,)", "()")
+
+
+@pytest.mark.parametrize("search", ["guided", "sedona", "rollout"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"loss": None}, r"compares heads by the loss, and loss=None: hand loss=.*'balanced'"),
+        ({"val_data": []}, r"val_data is empty: hand at least one \(inputs, target\) batch, or leave it out"),
+        ({"val_data": [(torch.randn(4, 5), Y)]}, r"first batch of val_data, Args\(x=\(4, 5\) .*: mat1"),
+        ({"val_data": [(X, Y + 5)]}, r"first batch of val_data, .*IndexError: Target \d is out of bounds"),
+    ],
+)
+def test_what_a_search_cannot_use_is_refused_before_it_trains(search, how, message):
+    trained = []
+    net = Net()
+    hook = nn.modules.module.register_module_forward_hook(lambda m, i, o: trained.append(m))
+    data = [(X, Y)] * 400
+    try:
+        with pytest.raises(DataError, match=message):
+            decouple(net, data, search=search, progress=False, **how)
+    finally:
+        hook.remove()
+    assert len(trained) < 100

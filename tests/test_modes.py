@@ -165,3 +165,36 @@ def test_auxiliary_outputs_come_in_train_mode_only():
     assert all(p.grad is None for p in auxiliary)
     net.train().backward(x, y)
     assert all(p.grad is not None for p in auxiliary)
+
+
+class Looks:
+    """A search that runs the train graph which it is given, then cuts by rule."""
+
+    needs_data = False
+
+    def decide(self, problem):
+        given = copy.deepcopy(problem.train)  # running statistics move
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.output = given(X)
+        return sedona_fx.search.Balanced().decide(problem)
+
+
+def test_a_model_in_eval_mode_is_searched_as_it_will_be_trained():
+    for made in (Dropping, Frozen):
+        torch.manual_seed(0)
+        model, search = made().eval(), Looks()
+        net = sedona_fx.decouple(model, (X, Y), blocks=2, search=search)
+        torch.manual_seed(5)
+        assert same_bits(search.output, copy.deepcopy(model).train()(X))
+        assert not any(module.training for module in (*model.modules(), *net.modules()))
+
+
+def test_a_single_module_in_eval_mode_stays_so_in_the_search():
+    torch.manual_seed(0)
+    model, search = Small(), Looks()
+    model.bn1.eval()
+    net = sedona_fx.decouple(model, (X, Y), blocks=2, search=search)
+    assert same_bits(search.output, copy.deepcopy(model)(X))
+    assert [name for name, module in model.named_modules() if not module.training] == ["bn1"]
+    assert sum(not module.training for module in net.modules() if isinstance(module, nn.BatchNorm2d)) == 1

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sedona_fx.search import SEARCHES
+
 ROOT = Path(__file__).parents[1]
 ARCHIVE = ROOT / "../shared/data/cifar10-jpeg.tar.xz"
 
@@ -66,14 +68,26 @@ def test_cifar10_itself(quickstart, tmp_path):
     assert test.tensors[0].shape == (12, 3, 32, 32)
 
 
+@pytest.mark.parametrize(
+    ("name", "search_steps", "run_steps", "training_steps"),
+    [("guided", None, 190, 47), ("guided", 30, 190, 30), ("sedona", None, 190, 190), ("sedona", 60, 190, 60)],
+)
+def test_what_the_search_may_cost(quickstart, name, search_steps, run_steps, training_steps):
+    search = quickstart.search_of(name, search_steps, run_steps)
+    assert isinstance(search, SEARCHES[name])
+    assert search.training_steps == training_steps
+
+
 @pytest.mark.filterwarnings("ignore::tqdm.TqdmWarning")
 def test_it_runs_through(quickstart, tmp_path, monkeypatch, capsys):
-    settings = ["--epochs", "1", "--seeds", "1", "--warmup-steps", "2", "--meta-steps", "2", "--out", str(tmp_path)]
+    settings = ["--epochs", "1", "--seeds", "1", "--search-steps", "30", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *settings])
     quickstart.main()
     printed = capsys.readouterr().out
     for word in ("backprop", "uniform cuts", "found plan", "peak activation memory", "ONNX Runtime and PyTorch agree"):
         assert word in printed
-    assert len(json.loads((tmp_path / "plan.json").read_text())["cuts"]) == 3
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["cuts"]) == 3
+    assert plan["provenance"]["search"] == "guided"
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "model.onnx").stat().st_size > 100_000

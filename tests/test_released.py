@@ -95,6 +95,8 @@ def test_with_data_the_heads_are_tried_and_the_inputs_noted():
         ([[0.0, 1.0], [2.0]], BETA, "alpha should hold rows of numbers, all of one length"),
         ([["a", "b"]] * 7, BETA, "alpha should hold rows of numbers"),
         ([[float("nan"), 0.0]] * 7, BETA, "alpha holds values that are not finite"),
+        (ALPHA, None, "beta should hold a row of numbers for each of the 7 rows of alpha, not NoneType"),
+        (ALPHA, 3, "beta should hold a row of numbers for each of the 7 rows of alpha, not int"),
         (ALPHA, [[]] * 7, r"beta should be \(B-1, heads\)"),
     ],
 )

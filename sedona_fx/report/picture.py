@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sedona_fx.files import replacing
 from sedona_fx.report.front import draw_front
 from sedona_fx.report.rounds import draw_rounds
+from sedona_fx.report.scores import draw_scores
 from sedona_fx.report.trajectory import draw_trajectory
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fa
 def plan_picture(plan: Plan, path: str | Path) -> Path:
     """Draw how a plan was found, as a PNG.
 
-    Of SEDONA what it learned (:func:`~sedona_fx.report.trajectory.draw_trajectory`), of a rollout which plans it tried
+    Of SEDONA what it learned (:func:`~sedona_fx.report.trajectory.draw_trajectory`), of the guided search what it
+    compared (:func:`~sedona_fx.report.scores.draw_scores`), of a rollout which plans it tried
     (:func:`~sedona_fx.report.rounds.draw_rounds`).
 
     Returns:
@@ -35,6 +37,8 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
     found = plan.provenance
     if found.get("trajectory"):
         draw = draw_trajectory
+    elif found.get("scores"):
+        draw = draw_scores
     elif found.get("rounds"):
         draw = draw_rounds
     else:

@@ -26,13 +26,13 @@ def draw_rounds(plan: Plan) -> Figure:
     many = len(layers) > 30
     figure = Figure(figsize=(9.0, max(4.2, (0.135 if many else 0.21) * len(layers) + 1.0)), layout="constrained")
     scores, net = figure.subplots(1, 2, width_ratios=[3, 1.25])
-    _scores(scores, plan)
+    draw_losses(scores, plan)
     _net(net, plan, layers)
     net.tick_params(axis="y", labelsize=6.5 if many else 9)
     return figure
 
 
-def _scores(axis: Axes, plan: Plan) -> None:
+def draw_losses(axis: Axes, plan: Plan) -> None:
     """Draw the plans' losses, round by round; where one is not finite its line has a gap."""
     from matplotlib.ticker import MaxNLocator
 

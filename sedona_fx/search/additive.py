@@ -40,7 +40,7 @@ def fit(plans: Sequence[Positions], scores: np.ndarray, heads: Sequence[int]) ->
     return [weights[a:b].tolist() for a, b in itertools.pairwise(begins)], explained
 
 
-def sample(heads: Sequence[int], cuts: int, count: int, draws: random.Random) -> list[Positions]:
+def sample(heads: Sequence[int], cuts: int, count: int, draws: random.Random, *, every: bool = True) -> list[Positions]:
     """Return all plans of some cuts where there are no more than `count`, else as many drawn at random.
 
     Args:
@@ -48,8 +48,9 @@ def sample(heads: Sequence[int], cuts: int, count: int, draws: random.Random) ->
         cuts: K - 1.
         count: plans at most.
         draws: places are drawn uniformly, then heads; the same plan may come twice.
+        every: list all plans where they are few; else draw in any case.
     """
-    if math.comb(len(heads), cuts) <= count:
+    if every and math.comb(len(heads), cuts) <= count:
         ways = (
             tuple(zip(chosen, picked, strict=True))
             for chosen in itertools.combinations(range(len(heads)), cuts)

@@ -1,8 +1,14 @@
-"""The first part of the guided search: train the net with all its heads, and compare gradients on the way."""
+"""The first part of the guided search: train one set of weights along random plans, and compare gradients on the way.
+
+Each step is a step of ``Greedy`` along another plan, drawn at random: so gradients are compared at weights such as
+local losses lead to, and heads keep up with the activations that they read. Comparing them in a net that is trained by
+backpropagation, with all heads beside it, ranked plans worse and cost more (docs/search.md).
+"""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sedona_fx.search import additive
 from sedona_fx.search.alignment import Alignment, measure
 from sedona_fx.search.effort import Effort
 from sedona_fx.search.halving import Descent
@@ -17,6 +24,7 @@ from sedona_fx.search.splitting import split
 from sedona_fx.search.state import Batch
 from sedona_fx.search.streams import Stream
 from sedona_fx.search.supernet import Supernet
+from sedona_fx.train.random import block_seed
 
 _FIRST_COMPARED = 0.5
 """Gradients are compared in the last part of the training, behind this share of it: early ones say little."""
@@ -30,8 +38,10 @@ class Comparison:
         net: to train.
         steps: training steps.
         states: how often gradients are compared, evenly spread over the last half of the steps.
-        batch_size: samples in a step; larger batches are split. None: whole batches.
-        descent: how the net trains; its rate falls by a cosine.
+        batch_size: samples in a step, and half of those in a comparison; larger batches are split. None: whole ones.
+        descent: how the net trains, at a constant rate.
+        cuts: of the random plans.
+        seed: of the random plans.
     """
 
     net: Supernet
@@ -39,13 +49,15 @@ class Comparison:
     states: int
     batch_size: int | None
     descent: Descent
+    cuts: int
+    seed: int
     step: int = field(default=0, init=False)
     spent: float = field(default=0.0, init=False)
     met: list[Alignment] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._optimizer = self.descent.optimizer(self.net.parameters())
-        self._heads = [(place, k) for place, built in enumerate(self.net.heads) for k in range(len(built))]
+        self._kinds = [len(built) for built in self.net.heads]
         rest = 1 - _FIRST_COMPARED
         shares = [_FIRST_COMPARED + rest * (k + 1) / self.states for k in range(self.states)]
         self._marks = {math.ceil(self.steps * share) for share in shares}
@@ -58,15 +70,17 @@ class Comparison:
             effort: what things cost.
             after_batch: is called on the way, where it can be saved.
         """
+        size = self.batch_size
         while self.step < self.steps:
             batch = next(train)
-            for part in split(batch, self.batch_size) if self.batch_size is not None else [batch]:
+            for part in [batch] if size is None else split(batch, size):
                 if self.step == self.steps:
                     break
                 self._train(part)
                 self.spent += effort.warmup_step
                 if self.step in self._marks:
-                    found = measure(self.net, next(train))
+                    whole = next(train)
+                    found = measure(self.net, whole if size is None else split(whole, 2 * size)[0])
                     self.spent += effort.comparison
                     if all(np.isfinite(table).all() for table in (found.products, found.squares, found.truth)):
                         self.met.append(found)
@@ -74,9 +88,9 @@ class Comparison:
         return self.met
 
     def _train(self, batch: Batch) -> None:
-        rate = self.descent.lr * (1 + math.cos(math.pi * self.step / self.steps)) / 2
-        self._optimizer.param_groups[0]["lr"] = rate
-        self.net.train(batch, self._optimizer, self._heads)
+        draws = random.Random(block_seed(self.seed, "plans", self.step))
+        (plan,) = additive.sample(self._kinds, self.cuts, 1, draws, every=False)
+        self.net.train(batch, self._optimizer, plan)
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:

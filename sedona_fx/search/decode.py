@@ -50,8 +50,13 @@ def decode_within(problem: Problem, alpha: Tensor, beta: Sequence[Tensor]) -> tu
     places = problem.places()
     if allowed(problem, tuple((places[k], m) for k, m in zip(cuts, heads, strict=True))):
         return cuts, heads
-    odds = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
-    weights = [logits.double().log_softmax(0).tolist() for logits in beta]
-    scores = [[-(isolate + w) for w in row] for isolate, row in zip(odds, weights, strict=True)]
+    scores = [[-score for score in row] for row in preferences(alpha, beta)]
     (best,) = best_plans(problem, scores, count=1)
     return [problem.position(place) for place, _ in best], [m for _, m in best]
+
+
+def preferences(alpha: Tensor, beta: Sequence[Tensor]) -> list[list[float]]:
+    """Return, for each place and each of its heads, the log-odds of p_isolate plus the log of the head's weight."""
+    odds = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
+    weights = [logits.double().log_softmax(0).tolist() for logits in beta]
+    return [[isolate + w for w in row] for isolate, row in zip(odds, weights, strict=True)]

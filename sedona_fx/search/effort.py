@@ -52,56 +52,67 @@ class Effort:
     def of(cls, problem: Problem, places: list[str], parts: int) -> Effort:
         """Estimate the costs for batches that the warm-up splits into `parts`.
 
-        A comparison walks back from every head through the stretches in front of it.
+        A comparison, of twice as many samples, walks back from every head through the stretches in front of it.
         """
         heads = work(problem, places).heads
+        count = sum(len(problem.candidates[place]) for place in places)
         runs = problem.plan_costs.runs["block_flops"]
         total = max(1.0, float(runs[0][len(places)]))
         walks = sum(len(problem.candidates[place]) * runs[0][k] / total for k, place in enumerate(places))
-        return cls((1 + heads) / parts, 1 + heads + _BACKWARD * walks)
+        along = heads * (problem.blocks - 1) / count  # a plan's share of the heads, on average
+        return cls((1 + along) / parts, (1 + heads + _BACKWARD * walks) * min(1.0, 2 / parts))
 
-    def seconds(self, net: Callable[[], Supernet], batch: Batch, batch_size: int) -> float:
+    @property
+    def least(self) -> int:
+        """What pays for one comparison and a step in front of it, in whole training steps."""
+        return math.ceil(self.comparison + self.warmup_step)
+
+    def too_little(self, given: str, enough: str) -> ValueError:
+        """Return the error for a budget below :attr:`least`, as given, with what would do."""
+        return ValueError(
+            f"{given} does not pay for a search: to compare the gradients of all heads once costs as much as "
+            f"{self.comparison:.1f} training steps. Raise {enough} or more, or use 'balanced' or 'uniform' cuts, which "
+            "need no search."
+        )
+
+    def seconds(self, net: Callable[[], Supernet], batch: Batch, batch_size: int | None, cuts: int) -> float:
         """Return how long what costs as much as a training step takes here: by a few steps and a comparison on a copy.
 
         Args:
             net: makes a copy of the net and its heads.
             batch: a training batch.
-            batch_size: samples in a step.
+            batch_size: samples in a step; None: the whole batch.
+            cuts: K - 1.
         """
         tried = net()
         optimizer = torch.optim.SGD(tried.parameters(), lr=0.0)
-        heads = [(place, k) for place, built in enumerate(tried.heads) for k in range(len(built))]
-        part = split(batch, batch_size)[0]
+        plan = tuple((place, 0) for place in range(cuts))
+        part = compared = batch
+        if batch_size is not None:
+            part, compared = split(batch, batch_size)[0], split(batch, 2 * batch_size)[0]
         device = next(iter(tried.parameters())).device
-        steps = [seconds_of(lambda: tried.train(part, optimizer, heads), device) for _ in range(4)][1:]
-        compared = seconds_of(lambda: measure(tried, batch), device)
-        return (statistics.median(steps) + compared) / (self.warmup_step + self.comparison)
+        steps = [seconds_of(lambda: tried.train(part, optimizer, plan), device) for _ in range(4)][1:]
+        comparison = seconds_of(lambda: measure(tried, compared), device)
+        return (statistics.median(steps) + comparison) / (self.warmup_step + self.comparison)
 
-    def share(self, training_steps: int | None, states: int, finalists: int, problem: Problem) -> Shares:
-        """Share `training_steps`: half for rollouts if that pays for an epoch of them, else all for the gradients.
+    def share(self, budget: int, states: int, finalists: int, epoch: int, problem: Problem) -> Shares:
+        """Share training steps: half for rollouts if that pays for an epoch of them, else all for the gradients.
 
-        Of the gradients' part, at most half goes into comparisons. None: 25 epochs.
+        Of the gradients' part, at most half goes into comparisons.
 
         Raises:
             ValueError: the budget does not pay for one comparison.
         """
-        assert problem.data is not None
-        epoch = max(1, problem.data[2] or sum(1 for _ in problem.data[0]()))
-        budget = 25 * epoch if training_steps is None else training_steps
+        if budget < self.least:
+            raise self.too_little(f"training_steps={budget}", f"training_steps to {self.least}")
         # A plan costs at most a step of the net and its heads; what plans share makes it less.
         plan = finalists * (1 + HEAD_OVERHEAD * _heads_of_a_plan(problem))
         rollout_steps = math.floor(budget / 2 / plan) if finalists > 1 else 0
-        rollout_steps = rollout_steps if rollout_steps >= epoch else 0
+        if rollout_steps < epoch or budget - rollout_steps * plan < self.least:
+            rollout_steps = 0
         left = budget - rollout_steps * plan
         taken = max(1, min(states, math.floor(left / 2 / self.comparison)))
         steps = math.floor((left - taken * self.comparison) / self.warmup_step)
-        if steps < taken:
-            need = math.ceil(self.comparison + self.warmup_step)
-            raise ValueError(
-                f"training_steps={budget} does not pay for a search: to compare the gradients of all heads once costs "
-                f"as much as {self.comparison:.1f} training steps. Raise training_steps to {need} or more, or use "
-                "'balanced' or 'uniform' cuts, which need no search."
-            )
         cost = steps * self.warmup_step + taken * self.comparison + rollout_steps * plan
         return Shares(steps, taken, finalists if rollout_steps else 0, rollout_steps, cost)
 

@@ -1,14 +1,15 @@
 """The default search: gradients prune the candidate cuts and heads, rollouts decide among what they leave.
 
-1. Train one set of weights for a while: the net by backpropagation, every candidate head on what it finds there
-   (:mod:`~sedona_fx.search.comparison`).
+1. Train one set of weights for a while, along plans drawn at random (:mod:`~sedona_fx.search.comparison`).
 2. On the way, compare the gradients that every (cut, head) gives with the true one
    (:mod:`~sedona_fx.search.alignment`), and average the plans' scores over the states met.
-3. Fit what each (cut, head) adds to a plan's score (:mod:`~sedona_fx.search.additive`), and let the dynamic programme
-   name the best plans within the budget of memory and time.
+3. Fit what each (cut, head) adds to a plan's score (:mod:`~sedona_fx.search.additive`), let the dynamic programme
+   name the best plans within the budget of memory and time, and rank these by the mean of their score and its fit:
+   the one is noisy, the other a little too simple.
 4. Train these from the weights of step 1, as ``Greedy`` would, halving their number on the way; the least validation
    loss decides. Where the cost allowed does not pay for an epoch of that, the gradients decide alone: shorter rollouts
-   rank plans by noise.
+   rank plans by noise. So they do where stretches share a parameter (tied embeddings): a block would then depend on
+   what follows, and plans could not share their first blocks.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from sedona_fx.search.watch import Watch
 log = logging.getLogger(__name__)
 
 _PLANS_FITTED = 5000
+_PLANS_LISTED = 200
 _WITHOUT_INFLUENCE = ("folder", "save_seconds")
 
 
@@ -60,12 +62,13 @@ class Guided:
         seconds: the same in seconds on this machine, in the place of `training_steps`: a few steps are timed before the
             start, the numbers of steps follow and are kept in the plan (and in `folder`).
         states: how often on the way gradients are compared, at most.
-        finalists: plans that are rolled out, at most; with 0 or 1, gradients decide alone.
+        finalists: plans that are rolled out, at most; with 0 or 1, and where a parameter is used on both sides of a
+            place to cut, gradients decide alone.
         score: ``"plan"``: the cosine of a plan's whole gradient with the true one. ``"cut"``, for comparison: each
             (cut, head) by itself, the cosine over all weights in front of it, as gradient alignment is often taken.
         batch_size: samples in a step of the first part; larger batches are split. More and noisier steps for the same
             cost bring the net and its heads further.
-        lr: learning rate of SGD at first; it falls by a cosine.
+        lr: learning rate of SGD: constant in the first part, falling by a cosine in each round of the rollouts.
         momentum: of SGD.
         weight_decay: of SGD.
         val_batches: validation batches to score by, at most.
@@ -77,7 +80,7 @@ class Guided:
 
     training_steps: int | None = None
     seconds: float | None = None
-    states: int = 6
+    states: int = 8
     finalists: int = 6
     score: Literal["plan", "cut"] = "plan"
     batch_size: int = 32
@@ -120,7 +123,7 @@ class Guided:
         if not all(problem.candidates[place] for place in problem.places()):
             raise CutError("search='guided' chooses heads by local losses and cannot run with heads=False.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(problem.seed)
+            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
             try:
                 return _Run(self, problem).decide()
             except ValueError as error:
@@ -136,7 +139,7 @@ class _Run:
         self.device = next(problem.train.parameters()).device
         train, val, _ = problem.data
         self.train = Stream(NamedBatches(train, problem.train, self.device), "training", problem.seed)
-        self._val = NamedBatches(val, problem.train, self.device)
+        self._val = Stream(NamedBatches(val, problem.train, self.device), "validation", problem.seed)
         self.descent = Descent(settings.lr, settings.momentum, settings.weight_decay)
         self.journal = Journal(settings.folder, self._identity(), settings.save_seconds)
         self.net = Supernet(problem, self.places, self.device)
@@ -147,17 +150,25 @@ class _Run:
             plan, found = saved["decision"]
             return self._decision([tuple(pair) for pair in plan], found)
         shares, effort, batch_size = self._shares(saved.get("shares"))
-        self._written: dict[str, Any] = {"shares": [list(astuple(shares)), list(astuple(effort))]}
         if self.settings.seconds is None:
             log.info("%s", shares)
         else:
             log.info("%s; about %.0f s", shares, self.settings.seconds)
-        comparison = Comparison(self.net, shares.warmup_steps, shares.states, batch_size, self.descent)
+        comparison = Comparison(
+            self.net,
+            shares.warmup_steps,
+            shares.states,
+            batch_size,
+            self.descent,
+            self.problem.blocks - 1,
+            self.problem.seed,
+        )
         if "comparison" in saved:
             comparison.load_state_dict(saved["comparison"])
             self.train.go_to(saved["train"])
         fixed = {"shares": [list(astuple(shares)), list(astuple(effort))]}
         with Watch(self.journal, fixed, self.train, shares.cost, "guided search", self.problem.progress) as watch:
+            watch.show(comparison=comparison)
             try:
                 comparison.run(self.train, effort, lambda: watch.at(comparison=comparison))
             except KeyboardInterrupt:
@@ -173,6 +184,7 @@ class _Run:
                 halving.begin(self.net.start())
                 if "rollout" in saved:
                     halving.load_state_dict(saved["rollout"])
+                    watch.show(comparison=comparison, rollout=halving)
                 try:
                     halving.run(self.train, self._validation, lambda: watch.at(comparison=comparison, rollout=halving))
                 except KeyboardInterrupt:
@@ -181,10 +193,13 @@ class _Run:
         found |= {
             "search": "guided",
             "interrupted": watch.interrupted,
-            "cost": {"equivalent_steps": watch.spent, **shares.counts()},
+            "cost": {"equivalent_steps": watch.spent, **shares.counts(), **self._seconds()},
             "states": len(comparison.met),
             "rounds": rounds,
+            "decided_by": "rollouts" if rounds else "gradients",
         }
+        if self.net.shares_parameters and self.settings.finalists > 1:
+            found["without_rollouts"] = "blocks would share a parameter"
         if not watch.interrupted:
             self.journal.write({"decision": [[list(pair) for pair in ranked[0]], found]})
         return self._decision(ranked[0], found)
@@ -197,32 +212,46 @@ class _Run:
         batch_size = s.batch_size if parts > 1 else None
         if saved is not None:
             return Shares(*saved[0]), Effort(*saved[1]), batch_size
-        effort, budget = Effort.of(self.problem, self.places, parts), s.training_steps
+        assert self.problem.data is not None
+        effort, epoch = Effort.of(self.problem, self.places, parts), self.problem.data[2] or self.train.length()
+        budget = 25 * epoch if s.training_steps is None else s.training_steps
         if s.seconds is not None:
-            second = effort.seconds(lambda: Supernet(self.problem, self.places, self.device), first, s.batch_size)
+            second = effort.seconds(
+                lambda: Supernet(self.problem, self.places, self.device), first, batch_size, self.problem.blocks - 1
+            )
             budget = math.floor(s.seconds / second)
-        return effort.share(budget, s.states, s.finalists, self.problem), effort, batch_size
+            if budget < effort.least:
+                raise effort.too_little(f"seconds={s.seconds:g}", f"seconds to {math.ceil(effort.least * second)}")
+        finalists = 0 if self.net.shares_parameters else s.finalists
+        return effort.share(budget, s.states, finalists, epoch, self.problem), effort, batch_size
 
     def _rank(self, met: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:
-        """Return the best plans within the limits; and, as JSON, what each (place, head) adds to the score."""
-        problem, by_cut = self.problem, self.settings.score == "cut"
+        """Return the best plans within the limits; and, as JSON, their scores and what each (place, head) adds."""
+        problem = self.problem
         heads = [len(problem.candidates[place]) for place in self.places]
-        if by_cut:
-            terms, explained = np.mean([state.by_cut() for state in met], axis=0).tolist(), 1.0
-            terms = [row[:kinds] for row, kinds in zip(terms, heads, strict=True)]
+        if self.settings.score == "cut":
+            means = np.mean([state.by_cut() for state in met], axis=0).tolist()
+            terms, explained = [row[:kinds] for row, kinds in zip(means, heads, strict=True)], 1.0
         else:
             plans = additive.sample(heads, problem.blocks - 1, _PLANS_FITTED, random.Random(problem.seed))
-            terms, explained = additive.fit(plans, _scores(met, plans), heads)
-        # The sum is not quite the plan's score: look at some more plans than are wanted, by the score itself.
-        best = best_plans(problem, [[-term for term in row] for row in terms], count if by_cut else 4 * count)
-        if not by_cut:
-            exact = _scores(met, [tuple((problem.position(place), head) for place, head in plan) for plan in best])
-            best = [best[k] for k in sorted(range(len(best)), key=lambda k: (-exact[k], k))][:count]
+            terms, explained = additive.fit(plans, _cosines(met, plans), heads)
+        # The sum is not quite the plan's score: look at more plans than are wanted, each by its own.
+        best = best_plans(problem, [[-term for term in row] for row in terms], max(_PLANS_LISTED, 4 * count))
+        positions = [tuple((problem.position(place), head) for place, head in plan) for plan in best]
+        scores = np.array([sum(terms[place][head] for place, head in plan) for plan in positions])
+        if self.settings.score == "plan":
+            scores = (scores + _cosines(met, positions)) / 2
+        order = sorted(range(len(best)), key=lambda k: (-scores[k], k))
         names = {place: [head_name(spec) for spec in problem.candidates[place]] for place in self.places}
-        return best, {"places": self.places, "candidates": names, "scores": terms, "explained": explained}
+        listed = [[[[p, names[p][k]] for p, k in best[n]], float(scores[n])] for n in order]
+        found = {"places": self.places, "candidates": names, "scores": terms, "explained": explained, "plans": listed}
+        return [best[n] for n in order[:count]], found
 
     def _validation(self) -> Iterable[Batch]:
-        return itertools.islice(self._val(), self.settings.val_batches)
+        return itertools.islice(self._val.fresh().epoch(), self.settings.val_batches)
+
+    def _seconds(self) -> dict[str, float]:
+        return {} if self.settings.seconds is None else {"seconds": self.settings.seconds}
 
     def _identity(self) -> dict[str, Any]:
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
@@ -233,7 +262,7 @@ class _Run:
         return Decision([place for place, _ in plan], [self.problem.candidates[place][k] for place, k in plan], found)
 
 
-def _scores(met: Sequence[Alignment], plans: Sequence[Positions]) -> np.ndarray:
+def _cosines(met: Sequence[Alignment], plans: Sequence[Positions]) -> np.ndarray:
     """Return the plans' mean cosine over the states met."""
-    scores: np.ndarray = np.mean([state.cosines(plans) for state in met], axis=0)
-    return scores
+    found: np.ndarray = np.mean([state.cosines(plans) for state in met], axis=0)
+    return found

@@ -1,8 +1,8 @@
 """Successive halving: train several plans at once, and drop the worse half now and then.
 
-The scheme is that of Jamieson and Talwalkar (AISTATS 2016). Three rounds, which end after a quarter, a half and all of the steps. In each the learning rate falls to nothing by a
-cosine, so that plans are compared at rest: at a constant rate the noise of the last steps is as large as what plans
-differ by (docs/search.md).
+The scheme is that of Jamieson and Talwalkar (AISTATS 2016). Three rounds, which end after a quarter, a half and all of
+the steps. In each the learning rate falls to nothing by a cosine, so that plans are compared at rest: at a constant
+rate the noise of the last steps is as large as what plans differ by (docs/search.md).
 """
 
 from __future__ import annotations

@@ -98,19 +98,30 @@ def validation_gradient(
     hide how the steps changed the activations. They are updated in `state.buffers`: hand in a copy. Nothing is scaled
     or cut here: one ordinary backward sums over the blocks that share a weight.
     """
-    inputs, target = batch
     params = [{n: t.detach().requires_grad_() for n, t in d.items()} for d in state.params]
-    env: dict[str, Any] = dict(inputs)
-    output: Any = None
     with torch.enable_grad(), batch_statistics(blocks):
-        for i, block in enumerate(blocks):
-            tensors = state.used(params, i) | state.used(state.buffers, i)
-            exports, output = run_block(block, block.eval_module, tensors, None, env)
-            env |= exports
-        loss = local_loss(len(blocks) - 1, output, target)
-        del output, exports, env
+        loss = _final_loss(blocks, state, params, batch, local_loss)
         found = iter(gradients([loss], [t for d in params for t in d.values()], None, create_graph=False))
     return [named(d, [next(found) for _ in d]) for d in params], loss.detach()
+
+
+def validation_loss(blocks: Sequence[RelaxedBlock], state: State, batch: Batch, local_loss: LocalLoss) -> Tensor:
+    """Return the loss that :func:`validation_gradient` differentiates, 0-d, without its backward."""
+    with torch.no_grad(), batch_statistics(blocks):
+        return _final_loss(blocks, state, state.params, batch, local_loss)
+
+
+def _final_loss(
+    blocks: Sequence[RelaxedBlock], state: State, params: Sequence[Tensors], batch: Batch, local_loss: LocalLoss
+) -> Tensor:
+    inputs, target = batch
+    env: dict[str, Any] = dict(inputs)
+    output: Any = None
+    for i, block in enumerate(blocks):
+        tensors = state.used(params, i) | state.used(state.buffers, i)
+        exports, output = run_block(block, block.eval_module, tensors, None, env)
+        env |= exports
+    return local_loss(len(blocks) - 1, output, target)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sedona_fx.search.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed import relaxed_gradients
+from sedona_fx.search.relaxed import relaxed_gradients, sample_cuts
 from sedona_fx.search.state import Batch, LocalLoss, RelaxedBlock, State, sgd_momentum_step
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class InnerSteps:
     settings: Sedona
     blocks: Sequence[RelaxedBlock]
     local_loss: LocalLoss
+    draws: torch.Generator
 
     def train(self, state: State, alpha: Tensor, beta: Sequence[Tensor], lr: float, batch: Batch) -> None:
         """One ordinary relaxed training step, in place.
@@ -38,15 +39,19 @@ class InnerSteps:
             NotFinite: a local loss or a gradient is not; of `state` the buffers alone have changed then.
         """
         s = self.settings
-        found = relaxed_gradients(self.blocks, state, alpha, beta, *batch, self.local_loss, create_graph=False)
+        cuts = len(self.blocks) - 1
+        sampled = sample_cuts(cuts, min(s.sampled_cuts, cuts), self.draws) if s.sampled_cuts is not None else None
+        found = relaxed_gradients(
+            self.blocks, state, alpha, beta, *batch, self.local_loss, create_graph=False, sampled=sampled
+        )
         # From the top, since a gradient that is not finite makes those below it so.
         grads = [(i, g) for i, g in reversed(list(enumerate(found.grads))) if g]
         largest = {i: torch._foreach_norm(list(g.values()), math.inf) for i, g in grads}
         sums = {i: torch.stack([t.double() for t in norms]).sum() for i, norms in largest.items()}
         finite = torch.stack([t.isfinite() for t in (*found.losses, *sums.values())]).tolist()  # waits for the device
         if not all(finite):
-            places = [f"base layer {i}" for i in range(len(self.blocks))]
-            raise NotFinite([*places, *(f"{places[i]}, in a gradient" for i in sums)][finite.index(False)])
+            places = [f"base layer {i}" for i in (*(range(cuts) if sampled is None else sampled), cuts)]
+            raise NotFinite([*places, *(f"base layer {i}, in a gradient" for i in sums)][finite.index(False)])
         sgd_momentum_step(state, found.grads, lr, s.momentum, s.weight_decay, differentiable=False)
 
     def hypergradient(

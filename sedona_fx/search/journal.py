@@ -45,6 +45,8 @@ class Journal:
         """
         if self.folder is None or not self.folder.exists():
             return None
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{str(self.folder)!r} is a file: hand a folder= for the search to write to.")
         remove_leftovers(self.folder)
         path = self.folder / STATE_FILE
         if not path.exists():
@@ -88,9 +90,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        # Not PyTorch's own words: for what is damaged it advises to load without weights_only.
         raise CheckpointError(
-            f"cannot read {str(path)!r}: {type(error).__name__}: {reason} Delete the folder to start the search anew."
+            f"cannot read {str(path)!r} ({type(error).__name__}): it is damaged, or no file of a search. Delete the "
+            "folder to start the search anew."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} is damaged. Delete the folder to start the search anew.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sedona_fx.search.certainty import mean_entropy
+
+if TYPE_CHECKING:
+    from sedona_fx.search.perturbation import Perturbed
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class SedonaResult:
     `head_weights` (B-1 lists of M_i), and the mean entropies of alpha's and beta's softmax in nats: `entropy_alpha`
     (ln 2 at the start) and `entropy_beta`. `cost` counts what was planned, and as `spent_steps` what was done.
     `farthest` (B-1,) is the largest |log-odds of isolating| that each place ever had. `failures` says where a loss was
-    not finite: dictionaries of `where` and `snapshot` (its number, or None in the warm-up).
+    not finite: dictionaries of `where` and `snapshot` (its number, or None in the warm-up). `decoding` is what was
+    decided by perturbation, where that was asked for.
     """
 
     alpha: Tensor
@@ -28,6 +32,7 @@ class SedonaResult:
     interrupted: bool
     farthest: Tensor
     failures: list[dict[str, Any]]
+    decoding: Perturbed | None = None
 
 
 class NonFiniteSearch(Exception):

@@ -69,7 +69,7 @@ class Learning:
         self.adam = torch.optim.Adam(
             [self.alpha, *self.beta], lr=s.meta_lr, betas=s.meta_betas, weight_decay=s.meta_weight_decay
         )
-        self.steps = InnerSteps(s, self.blocks, self.local_loss)
+        self.steps = InnerSteps(s, self.blocks, self.local_loss, self.draws)
         self._keep()
 
     def run(self, budget: Callable[[Learning], Budget], progress: bool) -> SedonaResult:
@@ -81,7 +81,8 @@ class Learning:
         saved = self.journal.read()
         if saved is not None and "result" in saved:
             log.info("the search in %s is finished", self.journal.folder)
-            self.store.commit()  # a kill right behind the last write leaves snapshots
+            self._restore_plan(saved)
+            self.store.restore(saved["snapshots"])  # a kill right behind the last write leaves others
             return SedonaResult(**saved["result"])
         if saved is not None:
             self._restore(saved)
@@ -101,7 +102,7 @@ class Learning:
     def measure(self) -> Pace:
         """Measure how long steps take, on copies; random states, data and everything else stay as they are."""
         self.where = "the measurement before the start"
-        states = random_states(self.devices)
+        states, draws = random_states(self.devices), self.draws.get_state()
         train, val = self.train.fresh(), self.val.fresh()
         state, lr = State.of(self.blocks), self.settings.lr
 
@@ -115,6 +116,7 @@ class Learning:
             raise NonFiniteSearch(f"at {self.where}, {error}", self.result(False)) from error
         finally:
             restore_random(states)
+            self.draws.set_state(draws)
 
     @property
     def devices(self) -> list[torch.device]:
@@ -258,8 +260,13 @@ class Learning:
     def _finish(self) -> SedonaResult:
         """Write the result in the place of all that led to it."""
         result = self.result(interrupted=False)
-        self.journal.write({"result": {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}})
-        self.store.clear()
+        if self.settings.decode == "perturbation":  # which goes on from here
+            self.store.keep(self._standing_in(len(self.store) - 1))
+        else:
+            self.store.clear()
+        if self.journal.folder is not None:
+            fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+            self.journal.write({"result": fields, **self._plan(), "snapshots": self.store.flush()})
         self.store.commit()
         return result
 
@@ -267,10 +274,8 @@ class Learning:
         """Write down where the search stands, between two steps."""
         if self.journal.folder is None:
             return
-        assert self.budget is not None
         state = {
-            "budget": dataclasses.asdict(self.budget),
-            "pace": dataclasses.asdict(self.pace) if self.pace is not None else None,
+            **self._plan(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
             "train": self.train.position,
             "val": self.val.position,
@@ -285,9 +290,15 @@ class Learning:
         self.journal.write(state)
         self.store.commit()
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _plan(self) -> dict[str, Any]:
+        return {name: dataclasses.asdict(t) if (t := getattr(self, name)) else None for name in ("budget", "pace")}
+
+    def _restore_plan(self, saved: dict[str, Any]) -> None:
         self.budget = Budget(**saved["budget"])
         self.pace = Pace(**saved["pace"]) if saved["pace"] is not None else None
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self._restore_plan(saved)
         for name, value in saved["counts"].items():
             setattr(self, name, value)
         with torch.no_grad():

@@ -20,16 +20,18 @@ which needs second derivatives of one cut's heads at a time. Equal to reverse mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from sedona_fx.search.ascent import Ascent, ascend
+from sedona_fx.search.ascent import Ascent, ascend, run_block
 from sedona_fx.search.hypergradient import HyperGradient, validation_gradient
 from sedona_fx.search.relaxed import relaxed_gradients
 from sedona_fx.search.second_order import ShortSecondDerivatives
@@ -81,8 +83,7 @@ def one_step_hypergradient(
         direction, val_loss = validation_gradient(blocks, stepped, val_batch, local_loss)
         moved = [{n: v for n, v in d.items() if n in g} for d, g in zip(direction, found.grads, strict=True)]
         del stepped, found, direction
-        with ShortSecondDerivatives():
-            by_rate, by_beta = _tangents(blocks, state, alpha, beta, train_batch, local_loss, moved, seen, with_beta)
+        by_rate, by_beta = _tangents(blocks, state, alpha, beta, train_batch, local_loss, moved, seen, with_beta)
     p = alpha.softmax(1)
     alpha_grad = -lr * p * (by_rate - (p * by_rate).sum(1, keepdim=True))
     return HyperGradient(alpha_grad, [-lr * g for g in by_beta], val_loss)
@@ -108,31 +109,99 @@ def _tangents(
     env: dict[str, Any] = {}
     tangents: dict[Leaf, Tensor] = {}  # of the live values that cross, as later blocks see them
     for i in range(len(blocks) - 1):
+        if not with_beta and (run := _forward_mode(blocks[i], working, direction, i, env, inputs, tangents, seen[i])):
+            exports, made = run
+            arriving = tangents | made
+            by_rate[i, 0], by_rate[i, 1] = _inner(arriving, seen[i].local), _inner(arriving, seen[i].above)
+            tangents = {leaf: p[i, 1] * t for leaf, t in arriving.items()}
+            env.update(exports)
+            continue
         mixture = beta[i].clone().requires_grad_(with_beta)
-        with torch.random.fork_rng(devices=seen[i].devices):
-            seen[i].replay_draws()
-            stretch, exports, loss = ascend(
-                blocks, i, working, held, env, inputs, target, mixture, local_loss, heads=with_beta
-            )
-        given = {slot: direction[slot[0]][slot[1]] for slot in stretch.weights if slot[1] in direction[slot[0]]}
-        made = _push_forward(stretch.made, stretch.weights, given, stretch.read, tangents)
-        end, at_end = next(iter(stretch.ends.items())) if stretch.ends else (None, None)
-        arriving = tangents | made
-        if end is not None and end in arriving:
-            by_rate[i, 0] = _inner(arriving, seen[i].local)
-        by_rate[i, 1] = _inner(arriving, seen[i].above)
-        if with_beta and loss.requires_grad:
-            heads = {slot: t for slot, t in stretch.heads.items() if slot[1] in direction[slot[0]]}
-            along = [direction[k][n] for k, n in heads]
-            wanted = list(heads.values())
-            if end is not None and at_end is not None and end in arriving:
-                wanted.append(at_end)
-                along.append(p[i, 0] * arriving[end])
-            by_beta[i] = _second(loss, wanted, along, mixture)
+        with ShortSecondDerivatives():
+            with torch.random.fork_rng(devices=seen[i].devices):
+                seen[i].replay_draws()
+                stretch, exports, loss = ascend(
+                    blocks, i, working, held, env, inputs, target, mixture, local_loss, heads=with_beta
+                )
+            given = {slot: direction[slot[0]][slot[1]] for slot in stretch.weights if slot[1] in direction[slot[0]]}
+            made = _push_forward(stretch.made, stretch.weights, given, stretch.read, tangents)
+            end, at_end = next(iter(stretch.ends.items())) if stretch.ends else (None, None)
+            arriving = tangents | made
+            if end is not None and end in arriving:
+                by_rate[i, 0] = _inner(arriving, seen[i].local)
+            by_rate[i, 1] = _inner(arriving, seen[i].above)
+            if with_beta and loss.requires_grad:
+                heads = {slot: t for slot, t in stretch.heads.items() if slot[1] in direction[slot[0]]}
+                along = [direction[k][n] for k, n in heads]
+                wanted = list(heads.values())
+                if end is not None and at_end is not None and end in arriving:
+                    wanted.append(at_end)
+                    along.append(p[i, 0] * arriving[end])
+                by_beta[i] = _second(loss, wanted, along, mixture)
         tangents = {leaf: p[i, 1] * t for leaf, t in arriving.items()}
         env.update({n: pytree.tree_map_only(Tensor, _leaf_again, v) for n, v in exports.items()})
         del stretch, exports, loss
     return by_rate, by_beta
+
+
+def _forward_mode(
+    block: RelaxedBlock,
+    state: State,
+    direction: Sequence[Tensors],
+    i: int,
+    env: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    entering: Mapping[Leaf, Tensor],
+    seen: Ascent,
+) -> tuple[dict[str, Any], dict[Leaf, Tensor]] | None:
+    """Run block i without its heads and its tangents beside it, in PyTorch's forward mode; return its exports and
+    their tangents.
+
+    None where an operator knows no forward mode, or the block has no form without heads.
+    """
+    if block.trunk is None:
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=seen.devices), forward_ad.dual_level():
+        seen.replay_draws()
+
+        def dual(leaf: Leaf, t: Any) -> Any:
+            if leaf not in entering:
+                return t
+            return forward_ad.make_dual(t.detach(), entering[leaf])
+
+        values = {n: _with_leaves(n, v, dual) for n, v in env.items() if n in block.inputs}
+        tensors = state.used(state.buffers, i)
+        for n, (k, m) in state.slots(state.params, i).items():
+            w = state.params[k][m].detach()
+            tensors[n] = forward_ad.make_dual(w, direction[k][m]) if m in direction[k] else w
+        try:
+            with (
+                warnings.catch_warnings()
+            ):  # PyTorch scripts some of its own forward-mode formulas, which it deprecates
+                warnings.simplefilter("ignore", FutureWarning)
+                exports, _ = run_block(block, block.trunk, tensors, None, {**inputs, **values})
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error) and "jvp" not in str(error):
+                raise
+            return None
+        made: dict[Leaf, Tensor] = {}
+
+        def split(leaf: Leaf, t: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            primal, tangent = forward_ad.unpack_dual(t)
+            if tangent is None:
+                return primal
+            made[leaf] = tangent
+            return primal.detach().requires_grad_()  # a later block without forward mode starts its own graph there
+
+        return {n: _with_leaves(n, v, split) for n, v in exports.items()}, made
+
+
+def _with_leaves(name: str, value: Any, change: Callable[[Leaf, Any], Any]) -> Any:
+    """Return a named value with its parts changed, each told its place."""
+    leaves, spec = pytree.tree_flatten(value)
+    return pytree.tree_unflatten([change((name, k), leaf) for k, leaf in enumerate(leaves)], spec)
 
 
 def _push_forward(

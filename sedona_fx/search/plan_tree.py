@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,17 +113,7 @@ class PlanTree:
 
     def keep(self, plans: Iterable[Choice]) -> None:
         """Drop all other plans, and the blocks that only these have."""
-        wanted = set(plans)
-
-        def prune(nodes: list[Node]) -> list[Node]:
-            kept = []
-            for node in nodes:
-                node.children = prune(node.children)
-                if node.children or (node.last and node.choice in wanted):
-                    kept.append(node)
-            return kept
-
-        self.roots = prune(self.roots)
+        self.roots = _with_plans(self.roots, set(plans))
 
     def train(self, batch: Batch, step: int) -> None:
         """Train every block on a batch, each on what the block in front of it gave before its own update.
@@ -132,38 +122,12 @@ class PlanTree:
         it the plans that it is a part of.
         """
         inputs, target = batch
-
-        def turn(node: Node, values: dict[str, Any]) -> None:
-            with block_random(self._problem.seed, node.depth, step, self._device):
-                exports, local = node.local_output(node.train, values)
-            loss = self._local_loss(node.last, local, target)
-            if not math.isfinite(loss.item()):
-                node.failed = True
-                return
-            if node.optimizer is not None and loss.requires_grad:
-                loss.backward()
-                node.optimizer.step()
-                node.optimizer.zero_grad(set_to_none=True)
-            handed = {**values, **detached(exports)}
-            del exports, local, loss
-            for child in node.children:
-                if not child.failed:
-                    turn(child, handed)
-
         for root in self.roots:
             if not root.failed:
-                turn(root, dict(inputs))
+                self._train_from(root, dict(inputs), target, step)
 
     def outputs(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Choice, Any]]:
         """Yield every plan and its final output in eval mode; those that failed have none."""
-
-        def turn(node: Node, values: dict[str, Any]) -> Iterator[tuple[Choice, Any]]:
-            exports, output = run_graph(node.evaluation, values)
-            if node.last:
-                yield node.choice, output
-            for child in node.children:
-                if not child.failed:
-                    yield from turn(child, {**values, **exports})
 
         flags = [(m, m.training) for node in self.nodes() for m in node.modules().modules()]
         for module, _ in flags:
@@ -172,7 +136,7 @@ class PlanTree:
             for root in self.roots:
                 if not root.failed:
                     with torch.no_grad():
-                        found = list(turn(root, dict(inputs)))
+                        found = list(_outputs_from(root, dict(inputs)))
                     yield from found
         finally:
             for module, flag in flags:
@@ -189,6 +153,23 @@ class PlanTree:
         if not count:
             raise ValueError("the search's validation data is empty")
         return {plan: sums.get(plan, math.inf) / count for plan in plans}
+
+    def _train_from(self, node: Node, values: dict[str, Any], target: Any, step: int) -> None:
+        with block_random(self._problem.seed, node.depth, step, self._device):
+            exports, local = node.local_output(node.train, values)
+        loss = self._local_loss(node.last, local, target)
+        if not math.isfinite(loss.item()):
+            node.failed = True
+            return
+        if node.optimizer is not None and loss.requires_grad:
+            loss.backward()
+            node.optimizer.step()
+            node.optimizer.zero_grad(set_to_none=True)
+        handed = {**values, **detached(exports)}
+        del exports, local, loss
+        for child in node.children:
+            if not child.failed:
+                self._train_from(child, handed, target, step)
 
     def _add(self, plan: Choice) -> None:
         cuts = tuple(place for place, _ in plan)
@@ -213,21 +194,20 @@ class PlanTree:
             mine = {id(parameter) for parameter in part.module.parameters()}
             if mine & seen:
                 raise CutError(
-                    "search='rollout' trains blocks that plans have in common once, and blocks of this model share a "
-                    "parameter: choose cuts by search='sedona', by rule, or by name."
+                    "rollouts train blocks that plans have in common once, and blocks of this model share a parameter: "
+                    "choose cuts by search='sedona', by search=Guided(finalists=0), by rule, or by name."
                 )
             seen |= mine
         return parts
 
     def _node(self, choice: Choice, depth: int, last: bool, train: BlockGraph, evaluation: BlockGraph) -> Node:
         copied = copy.deepcopy((train.module, evaluation.module))
-        modules = nn.ModuleList(copied)
         head, end = None, None
         if not last:
             place, index = choice[-1]
             end = info(self._problem.node(place)).site
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._problem.seed)
+                torch.default_generator.manual_seed(self._problem.seed)
                 head = build_head(self._problem.candidates[place][index], self._problem.contexts[place])
             like = next(p for p in self._problem.train.parameters() if p.is_floating_point())
             head.to(like.device, like.dtype)
@@ -240,8 +220,22 @@ class PlanTree:
             end,
             head,
         )
-        if not any(module.training for module in modules.modules()):
-            modules.train()  # the user's model was handed over in eval mode
         trained = [p for p in node.modules().parameters() if p.requires_grad]
         node.optimizer = self._optimizer(trained) if trained else None
         return node
+
+
+def _with_plans(nodes: Sequence[Node], wanted: Collection[Choice]) -> list[Node]:
+    """Return the nodes that some of these plans have; what follows on them is pruned in place."""
+    for node in nodes:
+        node.children = _with_plans(node.children, wanted)
+    return [node for node in nodes if node.children or (node.last and node.choice in wanted)]
+
+
+def _outputs_from(node: Node, values: dict[str, Any]) -> Iterator[tuple[Choice, Any]]:
+    exports, output = run_graph(node.evaluation, values)
+    if node.last:
+        yield node.choice, output
+    for child in node.children:
+        if not child.failed:
+            yield from _outputs_from(child, {**values, **exports})

@@ -43,8 +43,8 @@ class Rollout:
         steps: training steps of the plans that stay to the end. None: what `training_steps` pays for.
         training_steps: plain training steps that the rollouts may cost. None: 25 epochs of the weights' data, a quarter
             of a run of 100.
-        warmup_steps: training steps of the whole net and all heads in front of the rollouts, which all plans begin
-            from; 0: they begin from the net's own weights and fresh heads.
+        warmup_steps: training steps along random plans in front of the rollouts, on one set of weights, which all plans
+            begin from; 0: they begin from the net's own weights and fresh heads.
         plans: candidates at most. Where there are more ways to cut and to choose heads, uniform cuts, balanced cuts and
             the latest cuts are among them, and the rest is drawn at random, each plan equally likely.
         lr: learning rate of the blocks' SGD at first; in each round it falls by a cosine.
@@ -94,7 +94,7 @@ class Rollout:
         if problem.data is None:
             raise DataError("search='rollout' needs data to search on.")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(problem.seed)
+            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
             try:
                 return self._decide(problem)
             except ValueError as error:
@@ -112,14 +112,17 @@ class Rollout:
         device = next(problem.train.parameters()).device
         batches, val_batches = (NamedBatches(source, problem.train, device) for source in problem.data[:2])
         train = Stream(batches, "training", problem.seed)
+        val = Stream(val_batches, "validation", problem.seed)
         descent, effort = Descent(self.lr, self.momentum, self.weight_decay), Effort.of(problem, places, 1)
 
         def validation() -> Iterable[Batch]:
-            return itertools.islice(val_batches(), self.val_batches)
+            return itertools.islice(val.fresh().epoch(), self.val_batches)
 
-        warm_up = Comparison(Supernet(problem, places, device), self.warmup_steps, 0, None, descent)
+        warm_up = Comparison(
+            Supernet(problem, places, device), self.warmup_steps, 0, None, descent, problem.blocks - 1, problem.seed
+        )
         halving = Halving(problem, plans, descent, device)
-        halving.steps = self._steps(problem, halving.tree)
+        halving.steps = self._steps(problem, halving.tree, train)
         if saved:
             warm_up.load_state_dict(saved["warm_up"])
             train.go_to(saved["train"])
@@ -128,6 +131,7 @@ class Rollout:
             warm_up.run(train, effort, lambda: watch.at(warm_up=warm_up))
             if "rollout" in saved:
                 halving.load_state_dict(saved["rollout"])
+                watch.show(warm_up=warm_up, rollout=halving)
             elif self.warmup_steps:
                 halving.begin(warm_up.net.start())
             try:
@@ -146,14 +150,14 @@ class Rollout:
             journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], found]})
         return _decision(problem, halving.ranked[0], found)
 
-    def _steps(self, problem: Problem, tree: PlanTree) -> int:
+    def _steps(self, problem: Problem, tree: PlanTree, train: Stream) -> int:
         """Return how many steps the budget pays for, were the tree halved at each stop."""
         if self.steps is not None:
             return self.steps
         assert problem.data is not None
         budget = self.training_steps
         if budget is None:
-            budget = 25 * sum(1 for _ in problem.data[0]())
+            budget = 25 * (problem.data[2] or train.length())
         whole, one, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
         each = [min(whole, math.ceil(count * part) * one) for part in (1.0, 0.5, 0.25)]  # at most, in each round
 

@@ -55,6 +55,10 @@ class BestOf:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.search, type) or not hasattr(self.search, "decide"):
+            raise ValueError(
+                f"BestOf(search={self.search!r}): hand a configured search such as Guided() or Sedona(unroll=1)"
+            )
         if self.seeds < 1 or (self.steps is not None and self.steps < 1) or not 0 < self.held_out < 1:
             raise ValueError(
                 f"BestOf(seeds={self.seeds}, steps={self.steps}, held_out={self.held_out}): at least one seed and one "

@@ -16,6 +16,8 @@ from typing import Any
 from sedona_fx.search.journal import load, save
 from sedona_fx.search.state import State
 
+_PREFIX = "search-snapshot-"
+
 Reference = list[Any]
 """A snapshot as a journal names it: its index, the version of its file, its learning rate and its bytes."""
 
@@ -97,7 +99,7 @@ class SnapshotStore:
         """Keep the files that :meth:`flush` named last, and remove the other ones."""
         self._kept = {self._path(k, held.version) for k, held in self._held.items() if held.version}
         if self._folder is not None:
-            for path in self._folder.glob("snapshot-*.pt"):
+            for path in self._folder.glob(f"{_PREFIX}[0-9]*-[0-9]*.pt"):  # the user's own files stay
                 if path not in self._kept:
                     path.unlink(missing_ok=True)
 
@@ -109,6 +111,15 @@ class SnapshotStore:
             state = State(**load(self._path(index, version))) if resident else None
             self._held[index] = _Held(lr, size, resident, state, version, True)
         self.commit()
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the snapshots that there are."""
+        return list(self._held)
+
+    def keep(self, index: int) -> None:
+        """Forget all snapshots but one; their files go with the next :meth:`commit`."""
+        self._held = {index: self._held[index]}
 
     def clear(self) -> None:
         """Forget all snapshots; their files go with the next :meth:`commit`."""
@@ -130,4 +141,4 @@ class SnapshotStore:
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="sedona_fx-snapshots-")
             self._folder = Path(self._temporary.name)
-        return self._folder / f"snapshot-{index:03d}-{version}.pt"
+        return self._folder / f"{_PREFIX}{index:03d}-{version}.pt"

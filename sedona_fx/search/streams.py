@@ -61,6 +61,15 @@ class Stream:
             return next(self)
         return batch
 
+    def epoch(self) -> Iterator[Batch]:
+        """Yield what is left of this epoch."""
+        while (batch := self._pull()) is not None:
+            yield batch
+
+    def length(self) -> int:
+        """Return how many batches an epoch has, by going through one."""
+        return sum(1 for _ in self.fresh().epoch())
+
     @property
     def position(self) -> list[int]:
         """Where the stream stands: the epoch, and how many of its batches were handed out."""

@@ -1,4 +1,4 @@
-"""One set of weights for all plans: the net with every candidate head, where plans begin and gradients are compared."""
+"""One set of weights for all plans: the net with every candidate head."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from sedona_fx import passes
 from sedona_fx.graph import info
 from sedona_fx.heads import build_head
 from sedona_fx.search.problem import Problem, local_loss_of
+from sedona_fx.search.programme import Positions
 from sedona_fx.search.state import Batch
 from sedona_fx.train.block import run_graph
+from sedona_fx.train.engine import detached
 from sedona_fx.train.random import block_random
 
 
@@ -56,19 +58,23 @@ class Supernet:
         self.local_loss = local_loss_of(problem)
         graphs = passes.partition(passes.lower_at(problem.train, {str(info(problem.node(p)).cut): [] for p in places}))
         modules = nn.ModuleList(copy.deepcopy([graph.module for graph in graphs]))  # at once: what is shared stays so
-        if not any(module.training for module in modules.modules()):
-            modules.train()  # the user's model was handed over in eval mode
         self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]  # type: ignore[arg-type]
         self._ends = [info(problem.node(place)).site for place in places]
         like = next(p for p in problem.train.parameters() if p.is_floating_point())
         self.heads: list[list[nn.Module]] = []
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(problem.seed)
+            torch.default_generator.manual_seed(problem.seed)
             for place in places:
                 built = [build_head(spec, problem.contexts[place]) for spec in problem.candidates[place]]
                 self.heads.append([head.to(like.device, like.dtype) for head in built])
         self._modules = nn.ModuleList([modules, *(nn.ModuleList(built) for built in self.heads)])
         self._step = 0
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether a parameter is used in two stretches."""
+        used = [id(p) for graph in self._graphs for p in graph.module.parameters()]
+        return len(set(used)) < len(used)
 
     def stretches(self) -> list[list[nn.Parameter]]:
         """Return the trainable parameters of every stretch, B lists; one that is used twice is the last user's."""
@@ -99,32 +105,41 @@ class Supernet:
         self._step += 1
         return Forward(ends, self.local_loss(True, output, target))
 
-    def train(self, batch: Batch, optimizer: torch.optim.Optimizer, heads: Sequence[tuple[int, int]]) -> float:
-        """Train the net by backpropagation, and some heads on its detached activations; return the net's loss.
+    def train(self, batch: Batch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
+        """Train along a plan, as ``Greedy`` does: each block and its head by their own loss, one block at a time.
 
         Where a loss is not finite, nothing is trained.
 
         Args:
             batch: inputs by name, and the target.
             optimizer: of :meth:`parameters`.
-            heads: (place, head), by their numbers.
+            plan: (place, head) of every cut, by their numbers.
         """
-        run = self.forward(batch)
-        total = run.loss
-        for place, head in heads:
-            total = total + self.local(run, place, head, batch[1], detach=True)
-        value = run.loss.item()
-        if math.isfinite(total.item()):
-            total.backward()
+        inputs, target = batch
+        values: dict[str, Any] = dict(inputs)
+        heads = dict(plan)
+        for place, (graph, end) in enumerate(zip(self._graphs, [*self._ends, None], strict=True)):
+            with block_random(self._problem.seed, 1 + place, self._step, self._device):
+                exports, output = run_graph(graph, values)
+                values |= exports
+                if end is not None and place in heads:
+                    output = self.heads[place][heads[place]](values[end])
+            if end is None or place in heads:
+                loss = self.local_loss(end is None, output, target)
+                if not math.isfinite(loss.item()):
+                    break
+                if loss.requires_grad:
+                    loss.backward()
+                values = detached(values)
+        else:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return value
+        optimizer.zero_grad(set_to_none=True)
+        self._step += 1
 
-    def local(self, run: Forward, place: int, head: int, target: Any, *, detach: bool = False) -> Tensor:
+    def local(self, run: Forward, place: int, head: int, target: Any) -> Tensor:
         """Return the local loss of a head on the activation at its place."""
-        end = run.ends[place].detach() if detach else run.ends[place]
         with block_random(self._problem.seed, 1 + place, self._step, self._device):
-            return self.local_loss(False, self.heads[place][head](end), target)
+            return self.local_loss(False, self.heads[place][head](run.ends[place]), target)
 
     def start(self) -> Start:
         """Return the weights as they are now; the tensors are this net's own."""

@@ -53,10 +53,14 @@ class Watch:
     ) -> None:
         self._bar.close()
 
-    def at(self, **parts: Part) -> None:
-        """Show what the parts that have begun cost, and write down where they stand if it is time to."""
+    def show(self, **parts: Part) -> None:
+        """Show what the parts that have begun cost."""
         self.spent = sum(part.spent for part in parts.values())
         self._bar.update(round(self.spent) - self._bar.n)
+
+    def at(self, **parts: Part) -> None:
+        """Show what the parts that have begun cost, and write down where they stand if it is time to."""
+        self.show(**parts)
         if self._journal.due():
             states = {name: part.state_dict() for name, part in parts.items()}
             self._journal.write({**self._fixed, **states, "train": self._train.position})

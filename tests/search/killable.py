@@ -1,4 +1,4 @@
-"""A search in processes that are killed: ``python killable.py FOLDER UNROLL SNAPSHOT_BYTES KILLS`` prints its plan.
+"""A search in processes that are killed: ``python killable.py SEARCH FOLDER KILLS`` prints its plan.
 
 The model is cut by ``decouple``; it has dropout, and its data noise from all three global streams. Processes are forked
 from one that has imported everything, so that kills cost little time.
@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import sedona_fx
-from sedona_fx.search import Sedona
+from sedona_fx.search import Guided, Rollout, Sedona
 
 
 class Noisy(Dataset[Any]):
@@ -46,7 +47,7 @@ def model() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(6, 3))
 
 
-def plan(search: Sedona, seed: int = 0, width: int = 6) -> sedona_fx.Plan:
+def plan(search: Any, seed: int = 0, width: int = 6) -> sedona_fx.Plan:
     """Search, on a loader whose order comes from a generator of its own."""
     generator = torch.Generator().manual_seed(3)
     data = DataLoader(Noisy(1), batch_size=6, shuffle=True, generator=generator)
@@ -68,6 +69,26 @@ def settings(folder: str | None, unroll: int, snapshot_bytes: int, **more: Any) 
     )
 
 
+def guided(folder: str | None) -> Guided:
+    """Some 15 steps of its first part and 14 of its rollouts."""
+    return Guided(
+        training_steps=190, states=2, finalists=4, batch_size=3, val_batches=1, folder=folder, save_seconds=0.0
+    )
+
+
+def rollout(folder: str | None) -> Rollout:
+    """Rollouts of all plans but a few, behind a warm-up."""
+    return Rollout(steps=14, warmup_steps=12, plans=8, val_batches=1, folder=folder, save_seconds=0.0)
+
+
+SEARCHES: dict[str, Callable[[str | None], Any]] = {
+    "sedona, some on disk": lambda folder: settings(folder, 1, 15_000),
+    "sedona, all on disk": lambda folder: settings(folder, 2, 0),
+    "guided": guided,
+    "rollout": rollout,
+}
+
+
 def die_at_write(number: int, *, before: bool) -> None:
     """Let this process be killed right before, or right after, a file takes its place for the n-th time."""
     replace, count = os.replace, 0
@@ -84,14 +105,26 @@ def die_at_write(number: int, *, before: bool) -> None:
     os.replace = killing  # type: ignore[assignment]
 
 
-def killed(search: Sedona, draw: random.Random, kills: int) -> list[str]:
+def stands(folder: Path) -> str:
+    """Return where the search in a folder stands."""
+    path = folder / "search.pt"
+    if not path.exists():
+        return "no save yet"
+    state = torch.load(path, weights_only=True)["state"]
+    if "counts" in state:
+        return str(state["counts"]["where"])
+    steps = {name: part["step"] for name, part in state.items() if isinstance(part, dict) and "step" in part}
+    return str(steps) if steps else "finished"
+
+
+def killed(search: Any, draw: random.Random, kills: int) -> list[str]:
     """Start the search again and again and kill it, in turn at a write and at any time; return where it stood then."""
     stood = []
     for turn in range(kills):
         child = os.fork()
         if child == 0:
             if turn % 2 == 0:
-                die_at_write(draw.randrange(1, 30), before=draw.random() < 0.5)
+                die_at_write(draw.randrange(1, 12), before=draw.random() < 0.5)
             plan(search)
             os._exit(0)
         if turn % 2 == 1:
@@ -100,14 +133,12 @@ def killed(search: Sedona, draw: random.Random, kills: int) -> list[str]:
         _, status = os.waitpid(child, 0)
         draw.random()
         if os.WIFSIGNALED(status):
-            path = Path(str(search.folder)) / "search.pt"
-            state = torch.load(path, weights_only=True)["state"] if path.exists() else {}
-            stood.append(state["counts"]["where"] if "counts" in state else "no save yet" if not state else "finished")
+            stood.append(stands(Path(str(search.folder))))
     return stood
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    search = settings(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-    stood = killed(search, random.Random(sys.argv[2]), int(sys.argv[4]))
+    search = SEARCHES[sys.argv[1]](sys.argv[2])
+    stood = killed(search, random.Random(sys.argv[1]), int(sys.argv[3]))
     print(json.dumps({"stood": stood, "plan": plan(search).to_json()}))  # noqa: T201

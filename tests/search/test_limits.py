@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sedona_fx
 from sedona_fx import Limits
-from sedona_fx.errors import BudgetError, CutError, PlanError
+from sedona_fx.errors import BudgetError, CutError, HeadError, PlanError
 from sedona_fx.heads import build_head
 from sedona_fx.search import Balanced, Decision, Latest, Sedona, Uniform, allowed, best_plans, plan_costs
 from sedona_fx.search.decode import decode, decode_within
@@ -372,6 +372,16 @@ def test_seconds_are_measured_once_and_kept(monkeypatch):
     sedona_fx.decouple(model, BATCH, plan=plan, heads=HEADS, budget={"block_seconds": spent * 1.01})
     with pytest.raises(PlanError, match="block_seconds"):
         sedona_fx.decouple(model, BATCH, plan=plan, heads=HEADS, budget={"block_seconds": spent * 0.5})
+
+
+def test_seconds_tell_heads_apart_by_name():
+    def of_width(width):
+        return lambda context: nn.Sequential(nn.Linear(context.shape[1], width), nn.Linear(width, 3))
+
+    how = {"blocks": 2, "search": "balanced", "heads": [of_width(2), of_width(500)]}
+    with pytest.raises(HeadError, match=r"several candidates behind '.*' are named '.*lambda>': .*register_head"):
+        sedona_fx.decouple(net_of(WIDTHS), BATCH, budget={"block_seconds": 60.0}, **how)
+    sedona_fx.decouple(net_of(WIDTHS), BATCH, budget={"block_flops": 1e9}, **how)
 
 
 @pytest.mark.parametrize(

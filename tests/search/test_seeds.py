@@ -113,6 +113,8 @@ def test_any_search_will_do_and_runs_have_folders_of_their_own(tmp_path: Path) -
     [
         (lambda: BestOf(search=Uniform(), seeds=0), ValueError, "at least one seed"),
         (lambda: BestOf(search=Uniform(), held_out=1.0), ValueError, "between 0 and 1"),
+        (lambda: BestOf(search="uniform"), ValueError, r"search='uniform'\): hand a configured search such as Guided"),  # type: ignore[arg-type]
+        (lambda: BestOf(search=Uniform), ValueError, "hand a configured search"),  # type: ignore[arg-type]
         (
             lambda: sedona_fx.decouple(
                 net(), batches(2, 1), val_data=batches(1, 2), blocks=2, search=BestOf(search=Uniform()), progress=False

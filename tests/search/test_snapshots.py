@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_search import SMALL, make_blocks, same, search
 
+from sedona_fx.errors import CheckpointError
 from sedona_fx.search import journal
 from sedona_fx.search.snapshots import SnapshotStore
 from sedona_fx.search.state import State
@@ -89,9 +90,26 @@ def test_a_search_is_the_same_wherever_its_snapshots_are(monkeypatch: pytest.Mon
     assert 0 < few < len(loaded) - few == 8
 
 
+def test_files_of_the_users_own_stay(tmp_path: Path) -> None:
+    (tmp_path / "snapshot-best.pt").write_bytes(b"a year of training")
+    store = SnapshotStore(None, tmp_path)
+    store.put(0, state(0.0), 0.5)
+    store.flush()
+    store.commit()
+    store.clear()
+    store.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot-best.pt"]
+
+
 def test_files_hold_plain_tensors(tmp_path: Path) -> None:
     store = SnapshotStore(0, tmp_path)
     store.put(0, state(3.0), 0.5)
     (path,) = tmp_path.iterdir()
     content = torch.load(path, weights_only=True)
     assert content.keys() == {"params", "buffers", "momentum", "borrowed"}
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"notes' is a file: hand a folder="):
+        journal.Journal(tmp_path / "notes", {}, 0.0).read()

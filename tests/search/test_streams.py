@@ -96,6 +96,18 @@ def test_streams_of_other_names_and_seeds_are_others_and_do_not_meet() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, take(train.fresh(), 5), strict=True))
 
 
+def test_an_epoch_ends_and_its_length_is_counted_beside_it() -> None:
+    whole = take(Stream(Epochs(None), "training", 5), 6)
+    stream = Stream(Epochs(None), "training", 5)
+    first = next(stream)
+    assert stream.length() == 3
+    rest = list(stream.epoch())
+    found = [x["x"] for x, _ in (first, *rest, next(stream))]
+    assert len(rest) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=False))
+    assert stream.position == [1, 1]
+
+
 def test_data_that_is_empty_or_has_shrunk_is_refused() -> None:
     with pytest.raises(ValueError, match="the search's training data is empty"):
         next(Stream(lambda: iter(()), "training", 0))
