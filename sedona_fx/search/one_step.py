@@ -161,7 +161,10 @@ def _forward_mode(
     """
     if block.trunk is None:
         return None
-    with torch.no_grad(), torch.random.fork_rng(devices=seen.devices), forward_ad.dual_level():
+    # PyTorch scripts some of its formulas of the forward mode, in a way that it deprecates.
+    quiet, streams = warnings.catch_warnings(), torch.random.fork_rng(devices=seen.devices)
+    with quiet, streams, torch.no_grad(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
         seen.replay_draws()
 
         def dual(leaf: Leaf, t: Any) -> Any:
@@ -175,11 +178,7 @@ def _forward_mode(
             w = state.params[k][m].detach()
             tensors[n] = forward_ad.make_dual(w, direction[k][m]) if m in direction[k] else w
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # PyTorch scripts some of its own forward-mode formulas, which it deprecates
-                warnings.simplefilter("ignore", FutureWarning)
-                exports, _ = run_block(block, block.trunk, tensors, None, {**inputs, **values})
+            exports, _ = run_block(block, block.trunk, tensors, None, {**inputs, **values})
         except (NotImplementedError, RuntimeError) as error:
             if "forward" not in str(error) and "jvp" not in str(error):
                 raise
