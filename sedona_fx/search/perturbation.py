@@ -157,7 +157,7 @@ def perturb(
 
     Args:
         steps: of the relaxed net.
-        start: weights, buffers and momentum to begin with; left as they are. Up to two copies are made.
+        start: weights, buffers and momentum to begin with; left as they are. Up to three copies live at once.
         lr: learning rate of the trials.
         alpha: learned logits (B-1, 2): isolate, let through.
         beta: B-1 tensors of learned head logits, (M_i,).
