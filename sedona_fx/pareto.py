@@ -126,6 +126,8 @@ def pareto(
     for name in ("cuts", "plan"):
         if options.get(name) is not None:
             raise CutError(f"{name}=... leaves nothing to choose; leave it out to see the front.")
+    if "loss" in options and options["loss"] is None:
+        raise DataError("the front is made of short runs, which need data and a loss.")
     trials = _Trials(cost, settings, points, plans_a_point)
     net = decouple(model, data, blocks=blocks, search=trials, seed=seed, progress=progress, **options)
     tried = []
@@ -165,7 +167,7 @@ class _Trials:
         return self.settings.val_batch_size
 
     def decide(self, problem: Problem) -> Decision:
-        if problem.data is None or problem.loss is None:
+        if problem.data is None:
             raise DataError("the front is made of short runs, which need data and a loss.")
         if not all(problem.candidates[place] for place in problem.places()):
             raise DataError("the front is made of runs by local losses and cannot be had with heads=False.")

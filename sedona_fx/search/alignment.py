@@ -1,13 +1,13 @@
 """How well a plan's local gradients agree with the gradient of backpropagation: a score of plans, without training any.
 
-At one state of the weights, let T be the gradient of the final loss, and G the gradient that a plan gives: each block's
-weights that of the block's own local loss, cut *hard*, the last block's that of the final loss. The score is the cosine
-of the two,
+At one state of the weights, let T be the gradient of the final loss, and g_im that of the loss of head m behind place
+i, over the stretches j <= i in front of it. Two scores are made of them:
 
-    cos(plan) = <G, T> / (|G| |T|)
+    cos(i, m)  =  <g_im, T> / (|g_im| |T|)        over the stretches j <= i
+    cos(plan)  =  <G, T> / (|G| |T|)              G: each block's weights follow the block's own loss, cut *hard*
 
-Block by block, both <G, T> and |G|^2 are sums over stretches j of <g_im(j), T(j)> and |g_im(j)|^2, where g_im is the
-gradient of the loss of head m behind place i. So one backward a head scores all plans at once.
+The first judges each (cut, head) by itself; the second a plan. Both products and norms of the second are sums over
+stretches, of <g_im(j), T(j)> and |g_im(j)|^2: so one backward a head scores all plans at once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The default search: gradients prune the candidate cuts and heads, rollouts decide among what they leave.
 
 1. Train one set of weights for a while, along plans drawn at random (:mod:`~sedona_fx.search.comparison`).
-2. On the way, compare the gradients that every (cut, head) gives with the true one
-   (:mod:`~sedona_fx.search.alignment`), and average the plans' scores over the states met.
-3. Fit what each (cut, head) adds to a plan's score (:mod:`~sedona_fx.search.additive`), let the dynamic programme
-   name the best plans within the budget of memory and time, and rank these by the mean of their score and its fit:
-   the one is noisy, the other a little too simple.
+2. On the way, compare the gradient of every (cut, head) with the true one, and average over the states met: the cosine
+   over all weights in front of the cut (:mod:`~sedona_fx.search.alignment`).
+3. Let the dynamic programme name the plans with the largest sums within the budget of memory and time.
 4. Train these from the weights of step 1, as ``Greedy`` would, halving their number on the way; the least validation
    loss decides. Where the cost allowed does not pay for an epoch of that, the gradients decide alone: shorter rollouts
    rank plans by noise. So they do where stretches share a parameter (tied embeddings): a block would then depend on
@@ -64,8 +62,9 @@ class Guided:
         states: how often on the way gradients are compared, at most.
         finalists: plans that are rolled out, at most; with 0 or 1, and where a parameter is used on both sides of a
             place to cut, gradients decide alone.
-        score: ``"plan"``: the cosine of a plan's whole gradient with the true one. ``"cut"``, for comparison: each
-            (cut, head) by itself, the cosine over all weights in front of it, as gradient alignment is often taken.
+        score: ``"cut"``: each (cut, head) by itself, the cosine over all weights in front of it. ``"plan"``, for
+            comparison: the cosine of a plan's whole gradient, made additive by least squares
+            (:mod:`~sedona_fx.search.additive`); plans are ranked by the mean of the cosine and its fit.
         batch_size: samples in a step of the first part; larger batches are split. More and noisier steps for the same
             cost bring the net and its heads further.
         lr: learning rate of SGD: constant in the first part, falling by a cosine in each round of the rollouts.
@@ -82,7 +81,7 @@ class Guided:
     seconds: float | None = None
     states: int = 8
     finalists: int = 6
-    score: Literal["plan", "cut"] = "plan"
+    score: Literal["cut", "plan"] = "cut"
     batch_size: int = 32
     lr: float = 0.05
     momentum: float = 0.9
