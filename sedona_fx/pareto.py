@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sedona_fx.decouple import decouple
@@ -22,8 +22,10 @@ from sedona_fx.plan import Plan
 from sedona_fx.report.picture import front_picture
 from sedona_fx.report.text import table
 from sedona_fx.search import Decision, Limits, Problem, Rollout
+from sedona_fx.search.halving import Descent
 from sedona_fx.search.limits import MEASURES, in_units
 from sedona_fx.search.plan_tree import Choice, PlanTree
+from sedona_fx.search.problem import local_loss_of
 from sedona_fx.search.relaxation import named_batches
 from sedona_fx.search.state import endless
 
@@ -189,21 +191,14 @@ class _Trials:
     def _train(self, problem: Problem, choices: Sequence[Choice]) -> dict[Choice, float]:
         """Train all plans in one tree, and return the validation loss of each."""
         assert problem.data is not None
-        assert problem.loss is not None
-        (train, val, epoch), objective = problem.data, problem.loss
+        train, val, epoch = problem.data
         device, s = next(problem.train.parameters()).device, self.settings
         self.steps = s.steps or epoch or sum(1 for _ in train())
 
-        def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-
-        def local_loss(last: bool, local: Any, target: Any) -> Tensor:
-            loss = problem.output.final_loss if last else problem.output.head_loss
-            return loss(objective, local, target)
-
+        descent = Descent(s.lr, s.momentum, s.weight_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(problem.seed)
-            tree = PlanTree(problem, choices, sgd, local_loss, device)
+            tree = PlanTree(problem, choices, descent.optimizer, local_loss_of(problem), device)
             stream = endless(lambda: named_batches(train, problem.train, device), "training")
             steps = tqdm(range(self.steps), desc=f"front of {len(choices)} plans", disable=not problem.progress)
             for step in steps:

@@ -38,7 +38,7 @@ class Comparison:
         net: to train.
         steps: training steps.
         states: how often gradients are compared, evenly spread over the last half of the steps.
-        batch_size: samples in a step, and half of those in a comparison; larger batches are split. None: whole ones.
+        batch_size: samples in a step; a comparison has twice as many. Larger batches are split. None: whole ones.
         descent: how the net trains, at a constant rate.
         cuts: of the random plans.
         seed: of the random plans.

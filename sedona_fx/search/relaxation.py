@@ -21,7 +21,7 @@ from sedona_fx.search.certainty import TOLERANCE, certainty
 from sedona_fx.search.decode import decode_within
 from sedona_fx.search.learned import NonFiniteSearch, SedonaResult
 from sedona_fx.search.perturbation import PlanSpace
-from sedona_fx.search.problem import Decision, Problem, candidate_cost
+from sedona_fx.search.problem import Decision, Problem, candidate_cost, local_loss_of
 from sedona_fx.search.state import Batch, LocalLoss
 from sedona_fx.train.random import loader_streams
 
@@ -139,15 +139,8 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
 
 
 def _local_loss(problem: Problem, count: int) -> LocalLoss:
-    loss, output = problem.loss, problem.output
-    assert loss is not None
-
-    def local_loss(index: int, local: Any, target: Any) -> Tensor:
-        if index == count - 1:
-            return output.final_loss(loss, local, target)
-        return output.head_loss(loss, local, target)
-
-    return local_loss
+    loss = local_loss_of(problem)
+    return lambda index, local, target: loss(index == count - 1, local, target)
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sedona_fx.data import Pair, Source
 from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.heads import head_name
+from sedona_fx.search.halving import Descent
 from sedona_fx.search.plan_tree import Choice, PlanTree
-from sedona_fx.search.problem import Decision, Problem, Search
+from sedona_fx.search.problem import Decision, Problem, Search, local_loss_of
 from sedona_fx.search.relaxation import named_batches
 from sedona_fx.search.state import endless
 from sedona_fx.train.random import seeded
@@ -125,17 +125,9 @@ class BestOf:
     ) -> dict[Choice, float]:
         """Return each plan's mean loss on the batches that judge, after a short greedy training."""
         device = next(problem.train.parameters()).device
-        loss, output = problem.loss, problem.output
-        assert loss is not None
-
-        def local_loss(last: bool, local: Any, target: Any) -> Tensor:
-            return output.final_loss(loss, local, target) if last else output.head_loss(loss, local, target)
-
-        def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-
+        descent = Descent(self.lr, self.momentum, self.weight_decay)
         with seeded(device, problem.seed):
-            tree = PlanTree(problem, plans, sgd, local_loss, device)
+            tree = PlanTree(problem, plans, descent.optimizer, local_loss_of(problem), device)
             steps = self.steps or sum(1 for _ in train())
             stream = endless(lambda: named_batches(train, problem.train, device), "training")
             bar = tqdm(
