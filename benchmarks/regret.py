@@ -175,7 +175,7 @@ def main() -> None:
     setting = SETTINGS[chosen.setting]
     train, _, _ = setting.data(chosen.data)
     table = Table.read(chosen.table)
-    problem = problem_of(setting.model(0), train, 0)
+    problem = problem_of(setting, train, 0)
     costs = PlanCosts.of(problem)
     half = int(costs.runs["block_flops"][0][len(costs.places)] / 2)
 
