@@ -32,6 +32,7 @@ class Flow:
         reads: the memories of the arguments.
         creates: the memories of the result.
         writes: the memories that are overwritten.
+        frees: whether it takes from an activation what holds no gradient.
         outputs: what every output of the model needs; this one is by output.
     """
 
@@ -39,6 +40,7 @@ class Flow:
     reads: list[set[int]] = field(default_factory=list)
     creates: list[set[int]] = field(default_factory=list)
     writes: list[set[int]] = field(default_factory=list)
+    frees: list[bool] = field(default_factory=list)
     outputs: list[set[int]] = field(default_factory=list)
 
     def ancestors(self, roots: Iterable[int]) -> set[int]:
@@ -58,6 +60,11 @@ def _memories(values: Iterable[Any]) -> set[int]:
     for value in values:
         found |= {t.untyped_storage()._cdata for t in (value if isinstance(value, tuple) else (value,))}
     return found
+
+
+def _live(value: Any) -> bool:
+    """Whether a value holds a gradient."""
+    return any(t.requires_grad for t in (value if isinstance(value, tuple) else (value,)))
 
 
 def _execute(model: RandomModel, inputs: Sequence[Tensor], step: Callable[[int, list[Any]], Any]) -> list[Any]:
@@ -93,12 +100,12 @@ def flow_of(model: RandomModel, inputs: Sequence[Tensor]) -> Flow:
         seen.reads.append(reads)
         seen.creates.append(_memories([value]))
         seen.writes.append(_memories(changed))
+        seen.frees.append(any(map(_live, arguments)) and not _live(value))
         writers.update(dict.fromkeys(seen.writes[-1], k))
         makers.setdefault(id(value), k)
         return value
 
-    with torch.no_grad():
-        kept = _execute(model, [x.clone() for x in inputs], step)  # all alive: no memory is used twice
+    kept = _execute(model, [x.clone() for x in inputs], step)  # all alive: no memory is used twice
     for value in (kept[k] for k in model.program.outputs):
         seen.outputs.append({makers[id(value)]} | {writers[m] for m in _memories([value]) if m in writers})
     return seen
@@ -107,8 +114,9 @@ def flow_of(model: RandomModel, inputs: Sequence[Tensor]) -> Flow:
 def blocks_of(program: Program, seen: Flow, ends: Sequence[int]) -> list[int]:
     """Return the block of every instruction: the first whose end needs it, else the last.
 
-    A tuple is taken apart where it is made. Nobody reads what was overwritten later than the block that overwrote it;
-    but for what serves the second output alone, a copy of it is kept. What nothing needs stays with what it reads.
+    What holds no gradient is taken from an activation where that is made, and a tuple apart. Nobody reads what was
+    overwritten later than the block that overwrote it; but for what serves the second output alone, a copy of it is
+    kept. What nothing needs stays with what it reads.
     """
     offset, last = len(program.inputs), len(ends)
     needed, serving = seen.ancestors(set().union(*seen.outputs)), seen.ancestors(seen.outputs[0])
@@ -130,7 +138,9 @@ def blocks_of(program: Program, seen: Flow, ends: Sequence[int]) -> list[int]:
         overwritten += [(r, k) for r in readers]
         if k not in blocks and k in needed:
             blocks[k] = last
-        if step.op in ("first", "second"):
+        if k in blocks and seen.frees[k] and k in serving:
+            blocks[k] = min(blocks[k], max((blocks[s] for s in seen.needs[k]), default=0))
+        elif step.op in ("first", "second"):
             blocks[k] = blocks[step.args[0] - offset]
         elif k not in blocks:
             blocks[k] = max((blocks[s] for s in {*seen.needs[k], *readers}), default=0)

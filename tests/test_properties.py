@@ -19,7 +19,7 @@ import hypothesis
 import torch
 from detached_reference import SHARED, WRITE_BEHIND, Reference, blocks_of, flow_of, kinds, reference_of
 from graphs import analysed
-from random_models import CLASSES, Program, RandomModel, batch, build, objective
+from random_models import CLASSES, Instruction, Kind, Program, RandomModel, batch, build, objective
 from random_programs import Cutting, cuttings, programs
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -37,6 +37,21 @@ EXAMPLES = int(os.environ.get("SEDONA_FX_PROPERTY_EXAMPLES", "0"))
 TOLERANCE, RATE, SEED = 1e-12, 0.1, 3
 SEVERAL_LIVE = "several activations at a cut"
 _STEP, _STEP_OF_SITE = re.compile(r"^steps\.(\d+)$"), re.compile(r"^steps\.(\d+):")
+
+
+_RAW, _IMAGE, _VECTOR = Kind("raw", 3), Kind("image"), Kind("vector")
+DEAD_DRAWS = Program(
+    (_RAW,),
+    (
+        Instruction("stem", (0,), _IMAGE, _RAW),
+        Instruction("detach", (1,), _IMAGE, _IMAGE),
+        Instruction("dropout", (2,), _IMAGE, _IMAGE),
+        Instruction("dropout", (2,), _IMAGE, _IMAGE),
+        Instruction("pool", (4,), _VECTOR, _IMAGE),
+        Instruction("logits", (5,), _VECTOR, _VECTOR),
+    ),
+)
+"""The first dropout is for nothing, but it draws: in the block that has what it reads, a value without a gradient."""
 
 
 class Head(nn.Module):
@@ -138,6 +153,7 @@ def for_every_program(check: Callable[[Case], None]) -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(programs(), cuttings)
+    @hypothesis.example(DEAD_DRAWS, Cutting(2, "uniform", None, places=(0,)))
     def run(program: Program, cutting: Cutting) -> None:
         hypothesis.note(f"{program}\n{cutting}")
         try:
