@@ -28,8 +28,22 @@ def _as_list(heads: Heads) -> list[HeadSpec]:
 
 
 def by_name(heads: Heads) -> dict[str, HeadSpec]:
-    """Return the heads that the user gave, by the names a plan has for them."""
-    return {head_name(spec): spec for spec in _as_list(heads)}
+    """Return the heads that the user gave, by the names a plan has for them.
+
+    Raises:
+        CutError: two different ones have one name, so that a plan would not say which of them it means.
+    """
+    found: dict[str, HeadSpec] = {}
+    given = _as_list(heads)
+    for spec in given:
+        name = head_name(spec)
+        if found.setdefault(name, spec) != spec and name not in head_names():
+            first, second = given.index(found[name]), given.index(spec)
+            raise CutError(
+                f"heads[{first}] and heads[{second}] are different factories of one name, {name!r}, by which a plan "
+                "could not tell them apart: give each a name of its own with sedona_fx.register_head(name, factory)."
+            )
+    return found
 
 
 def named_cuts(cuts: Cuts) -> list[tuple[str, str]] | None:
@@ -55,9 +69,11 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
     """Return the candidate heads of every legal cut point that a head can be built for.
 
     Raises:
+        CutError: two different heads have one name.
         HeadError: there are cut points, and no built-in head fits behind any of them.
     """
     given = _as_list(heads)
+    by_name(heads)
     if heads is False or given:
         return dict.fromkeys(traced.contexts, given)
     found: dict[str, list[HeadSpec]] = {}
@@ -81,6 +97,7 @@ def from_names(cuts: list[str], heads: Heads, traced: Analysed) -> Decision:
     elif not given:
         specs = [*(default_head(traced.contexts[name]) for name in nodes)]
     elif len(given) in (1, len(nodes)):
+        by_name(heads)
         specs = [*given] * (len(nodes) if len(given) == 1 else 1)
     else:
         raise HeadError(f"{len(nodes)} cuts take one head for all or {len(nodes)} heads, not {len(given)}.")
@@ -132,7 +149,13 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
             raise error(
                 f"{who} names {name!r}, which is in the model ({describe(elsewhere[0])}) but no legal cut: it is no "
                 "float activation, or only the output follows it, or later code writes into it through a view, or it "
-                f"is not there in evaluation{did_you_mean(name, known)}. net.plan.base_layers lists good ones."
+                "is not there in evaluation, or weights in front of it would get no gradient (a detach lies between)"
+                f"{did_you_mean(name, known)}. net.plan.base_layers lists good ones."
+            )
+        if inside := [other for other in known if other.startswith(f"{name}.")]:
+            raise error(
+                f"{who} names the module {name!r}, which returns several values, and a block ends at one: name a cut "
+                f"inside of it, the last is {inside[-1]!r}."
             )
         raise error(f"{who} names the cut {name!r}, which this model does not have{did_you_mean(name, known)}.")
     position = {node: k for k, node in enumerate(traced.train.graph.nodes)}

@@ -118,8 +118,9 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
     """Return the nodes behind which a block can end, with the number of activations that cross there.
 
     A node can end a block if it is one live tensor, the batch first, that is not just another view of the output, and
-    if what lies in front of it can be told from what lies behind it. Sets of nodes are bit sets: a net has thousands
-    of nodes.
+    if what lies in front of it can be told from what lies behind it, and if its gradient reaches all weights in front
+    that the model trains: behind a ``detach`` it does not reach those in front of that, and another output that would
+    train them lies in another block. Sets of nodes are bit sets: a net has thousands of nodes.
     """
     order = [node for node in graph.nodes if node in behind]
     bit = {node: 1 << k for k, node in enumerate(order)}
@@ -127,16 +128,19 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
     for node in order:
         for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
-    inseparable = _inseparable(graph, bit)
+    inseparable, trained = _inseparable(graph, bit), _trained(graph, bit, needs)
     written = {write.storage for write in opaque_writes(graph)}
     before: dict[fx.Node, int] = {}  # what a node needs, itself included
+    reached: dict[fx.Node, int] = {}  # those of these that its gradient reaches
     crossing: dict[fx.Node, tuple[fx.Node, ...]] = {}  # the live values among these that others read
     found: dict[fx.Node, int] = {}
     for node in order:
         inside = bit[node]
+        reached[node] = bit[node] if info(node).is_live else 0
         candidates: dict[fx.Node, None] = dict.fromkeys(part for part in _parts(node) if part in bit)
         for source in needs[node]:
             inside |= before[source]
+            reached[node] |= reached[source] if info(node).is_live else 0
             candidates.update(dict.fromkeys(crossing[source]))
         before[node] = inside
         # What nobody outside of `inside` reads any more is read by nobody outside of a larger set either.
@@ -149,8 +153,20 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
         leaving = [node, *(value for value in crossing[node] if value is not node)]
         if any(not info(value).is_tensor or info(value).storages & written for value in leaving):
             continue
-        if all(group & inside in (0, group) for group in inseparable):
+        if not trained & inside & ~reached[node] and all(group & inside in (0, group) for group in inseparable):
             found[node] = len({info(value).storages or value for value in leaving if info(value).from_input})
+    return found
+
+
+def _trained(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> int:
+    """Return the set of nodes with parameters that the gradient of some output of the model reaches."""
+    found, seen, todo = 0, set[fx.Node](), list(output_node(graph).all_input_nodes)
+    while todo:
+        node = todo.pop()
+        if node not in seen and info(node).is_live:
+            seen.add(node)
+            found |= bit.get(node, 0) if info(node).parameters else 0
+            todo.extend(needs[node])
     return found
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sedona_fx
+from sedona_fx.errors import CutError
 from sedona_fx.graph import info
 from sedona_fx.passes import partition, relax
 from sedona_fx.passes.cuts import possible
@@ -319,3 +320,42 @@ def test_second_outputs_hide_nothing(kind, cuts):
     net = sedona_fx.decouple(model, (x, y), cuts=cuts, heads="tokens-1", loss=second_output)
     for found, expected in zip(net.backward(x, y).output, model(x), strict=True):
         assert torch.equal(found, expected)
+
+
+class Probe(Layers):
+    """A classifier on detached features, which the second output trains."""
+
+    legal = ("a", ":tanh", "b", ":sin")
+
+    def forward(self, x):
+        features = self.b(self.a(x).tanh()).sin()
+        return self.fc(self.d(self.c(features.detach()).tanh()).tanh()), features
+
+
+class Gate(Layers):
+    """A mask, which has no gradient, is made of features, which the second output trains."""
+
+    legal = ("a", ":tanh", "b", ":sin", "c", ":tanh#2")
+
+    def forward(self, x):
+        features = self.b(self.a(x).tanh()).sin()
+        gated = self.c(x).tanh() * (features > 0)
+        return self.fc(self.d(gated).tanh()), features
+
+
+@pytest.mark.parametrize("kind", [Probe, Gate])
+def test_no_block_ends_where_weights_in_front_would_get_no_gradient(kind):
+    model, (x, y) = kind().double(), pair()
+
+    def loss(output, target):
+        scores, features = output  # heads have no features
+        return F.cross_entropy(scores, target) + (0 if features is None else features.square().sum())
+
+    places = possible(analysed(model, x).train.graph)
+    assert tuple(places) == kind.legal
+    for name in places:
+        net = sedona_fx.decouple(model, (x, y), loss=loss, heads="tokens-1", cuts=[name], output=0)
+        net.backward(x, y)
+        assert {n for n, p in net.model.named_parameters() if p.grad is None} == {"table"}, name
+    with pytest.raises(CutError, match="'d'.* weights in front of it would get no gradient"):
+        sedona_fx.decouple(model, (x, y), loss=loss, heads="tokens-1", cuts=["d"], output=0)
