@@ -52,7 +52,7 @@ class Analysed:
 
     ``contexts`` says for every legal cut point what a head has to fit; ``few`` is what the model returned in train mode
     for the first two examples. ``named`` are the user's cuts, each by the name of its cut point; ``head_costs`` is what
-    heads were found to cost so far.
+    heads were found to cost so far; ``left_out`` are the fields of the output that the graphs cannot give.
     """
 
     train: fx.GraphModule
@@ -66,6 +66,7 @@ class Analysed:
     free_batch: bool = True
     hosted: bool = False
     head_costs: dict[Hashable, Cost] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def analyse(
         traced.front_end,
         traced.free_batch,
         traced.hosted,
+        left_out=traced.left_out,
     )
 
 
@@ -211,10 +213,12 @@ def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None
             value = traced.output.final_loss(loss, traced.few, few)
     except Exception as error:
         shape = f"{tuple(few.shape)} {few.dtype}" if isinstance(few, Tensor) else type(few).__name__
+        absent = ", ".join(traced.left_out)
+        lacks = f" Of the output, {absent} is None, as no graph gives it." if absent else ""
         raise DataError(
             f"the loss cannot take the model's output, {tuple(primary.shape)} {primary.dtype}, with the target, "
             f"{shape} (first examples of the first batch): {type(error).__name__}: {error}. It is called as "
-            "loss(output, target); hand another with loss=..., or mend the targets."
+            f"loss(output, target); hand another with loss=..., or mend the targets.{lacks}"
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise DataError(f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}.")

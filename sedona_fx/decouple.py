@@ -165,7 +165,7 @@ def decouple(
     decision: Decision
     with as_trained(owned):
         if given is not None:
-            decision = from_plan(given, traced, by_name(heads) | by_name(own_heads))
+            decision = from_plan(given, traced, by_name(heads) | {head_name(head): head for head in own_heads})
         elif named is not None:
             decision = from_names(list(traced.named), heads, traced)
         else:
@@ -217,7 +217,8 @@ def load(
     objectives = one_a_block(local_loss, plan.blocks)
     if own_heads := [objective.head for objective in objectives if objective is not None]:
         traced = with_free_heads(traced)
-    decision = from_plan(plan, traced, by_name(heads) | by_name(own_heads))
+    decision = from_plan(plan, traced, by_name(heads) | {head_name(head): head for head in own_heads})
+    decision = with_objectives(decision, objectives, heads, traced)  # their heads may share a name
     seed = int(plan.provenance.get("seed", 0))
     net = compile_net(owned, traced, example, decision.heads, plan, loss, objectives, seed)
     net.load_weights(Path(folder) / "weights.pt")
@@ -284,6 +285,7 @@ def _plan_of(
         "front_end": traced.front_end,
         **({} if traced.free_batch else {"free_batch": False}),
         **({"host": "runs as it is"} if traced.hosted else {}),
+        **({"left_out": list(traced.left_out)} if traced.left_out else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

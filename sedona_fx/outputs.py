@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
@@ -58,6 +59,79 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
         return item
 
     return pytree.tree_map(leaf, value)
+
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device)
+_LEAVES = (Tensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a graph computes a value: a tensor, or what stands for one, or a size, while a forward is recorded."""
+    return isinstance(value, _LEAVES)
+
+
+def is_container(value: Any) -> bool:
+    """Whether a value has fields that a graph can fill."""
+    return isinstance(value, (Mapping, list, tuple)) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, (type, TensorSpec))
+    )
+
+
+def is_object(value: Any) -> bool:
+    """Whether a graph can neither compute nor hold a value, as it is an object of somebody's own class (a cache)."""
+    return not (is_leaf(value) or isinstance(value, _CONSTANTS) or is_container(value))
+
+
+def leaves(output: Any) -> Iterator[Any]:
+    """Yield what a graph computes of a model's output, in the order of its fields."""
+    if is_leaf(output):
+        yield output
+    elif is_container(output):
+        for _, value in fields(output):
+            yield from leaves(value)
+
+
+def without_objects(output: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return what a graph can give of a model's output, None in the place of each object, and which these are.
+
+    Hugging Face's decoders return their cache of keys and values, an object, beside the logits. An object that is the
+    whole output stays.
+
+    Returns:
+        The output itself if there are none in it, else a copy; and the objects by field and class, as
+        ``"past_key_values (DynamicCache)"``.
+    """
+    found: list[str] = []
+
+    def copied(value: Any, where: str) -> Any:
+        if where and is_object(value):
+            found.append(f"{where} ({type(value).__name__})")
+            return None
+        if not is_container(value) or is_leaf(value):
+            return value
+        count = len(found)
+        inner = {key: copied(item, f"{where}.{key}" if where else str(key)) for key, item in fields(value)}
+        return _with_fields(value, inner) if len(found) > count else value
+
+    return copied(output, ""), tuple(found)
+
+
+def _with_fields(value: Any, content: Mapping[Any, Any]) -> Any:
+    """Return a copy of a container with other values in its fields."""
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(value):
+        return type(value)(**content)  # Hugging Face's: a field that is None is no key of the mapping
+    if isinstance(value, MutableMapping):
+        same = copy.copy(value)
+        same.update(content)
+        return same
+    if isinstance(value, tuple):
+        return type(value)(*content.values()) if hasattr(value, "_fields") else tuple(content.values())
+    if isinstance(value, list):
+        return list(content.values())
+    same = copy.copy(value)
+    for name, item in content.items():
+        object.__setattr__(same, name, item)
+    return same
 
 
 def _is_float(value: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sedona_fx.errors import OutputError
-from sedona_fx.outputs import OutputFormat, fields, find_primary, map_tensors, pick
+from sedona_fx.outputs import OutputFormat, fields, find_primary, leaves, map_tensors, pick, without_objects
 
 Z, H, N = torch.zeros(2, 3), torch.ones(2, 5), torch.tensor([1, 2])
 Pair = namedtuple("Pair", "aux logits")
@@ -153,3 +153,41 @@ def test_map_tensors_reaches_every_tensor_and_keeps_types(value):
     assert all(torch.equal(a, b + 1) for a, b in zip(again, seen, strict=True))
     map_tensors(lambda t: again.append(t), value)
     assert all(a is b for a, b in zip(again[len(seen) :], seen, strict=True)), "the original is untouched"
+
+
+class Cache:
+    """No container that we know."""
+
+
+C = Cache()
+
+
+@pytest.mark.parametrize(
+    ("output", "without", "names"),
+    [
+        ({"logits": Z, "cache": C}, {"logits": Z, "cache": None}, ("cache (Cache)",)),
+        ((Z, [C, {"a": C, "b": 3}]), (Z, [None, {"a": None, "b": 3}]), ("1.0 (Cache)", "1.1.a (Cache)")),
+        (Pair(C, Z), Pair(None, Z), ("aux (Cache)",)),
+        (Frozen(Z, C), Frozen(Z, None), ("extra (Cache)",)),
+        (OrderedDict(a=Custom(b={Z}), c=Z), OrderedDict(a=Custom(b=None), c=Z), ("a.b (set)",)),
+    ],
+)
+def test_objects_in_an_output_become_none(output, without, names):
+    before = repr(output)
+    found, left_out = without_objects(output)
+    assert left_out == names
+    assert type(found) is type(output)
+    assert repr(found) == repr(without)
+    assert repr(output) == before, "the original is untouched"
+    assert all(leaf is Z for leaf in leaves(output))
+
+
+@pytest.mark.parametrize("output", [Z, None, (Z, 3, "a", [None, 2.5]), Pair(H, Z), Plain(H, Z), {"a": Frozen(Z)}, C])
+def test_outputs_without_objects_in_them_stay(output):
+    found, left_out = without_objects(output)
+    assert found is output
+    assert left_out == ()
+
+
+def test_leaves_come_in_the_order_of_the_fields():
+    assert [id(leaf) for leaf in leaves({"b": (N, [Z, None]), "a": Plain(H, Z)})] == list(map(id, (N, Z, H, Z)))

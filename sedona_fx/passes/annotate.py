@@ -25,11 +25,12 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.cost import Meter
 from sedona_fx.errors import TraceError
+from sedona_fx.flow import ancestors
 from sedona_fx.graph import NodeInfo, Phase, TensorSpec, describe, info, operation
 from sedona_fx.passes.abstract import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.passes.base import graph_pass
 from sedona_fx.passes.channels import channel_dim
-from sedona_fx.passes.host import HostCall, Recorded
+from sedona_fx.passes.host import HostCall, as_recorded
 from sedona_fx.passes.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.passes.watch import keep_modes, keep_state
 
@@ -44,7 +45,8 @@ def annotate(
 
     Args:
         gm: a TRACED graph. Only the records of its nodes change.
-        inputs: placeholder name -> example value; shapes, dtypes and devices are used, numbers never.
+        inputs: placeholder name -> example value; shapes, dtypes and devices are used, and numbers only where a module
+            kept whole asks for integers (the lengths of padded sequences).
         training: the mode the graph belongs to.
         memo: what operations did before, to be added to: an operation in it is not run again. None: all are run.
 
@@ -70,15 +72,17 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], training: bool, memo: Me
     }
     with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
         gm.train(training)
-        runner = _Annotator(gm, fake_mode, memo)
+        runner = _Annotator(gm, fake_mode, memo, inputs)
         runner.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
 
 
 class _Annotator(fx.Interpreter):
     """Runs the graph on fake tensors, but for what a memo says the result of, and writes down what each node did."""
 
-    def __init__(self, gm: fx.GraphModule, fake_mode: FakeTensorMode, memo: Memo | None) -> None:
-        self.fake_mode, self.memo = fake_mode, memo
+    def __init__(
+        self, gm: fx.GraphModule, fake_mode: FakeTensorMode, memo: Memo | None, inputs: Mapping[str, Any]
+    ) -> None:
+        self.fake_mode, self.memo, self.inputs = fake_mode, memo, inputs
         super().__init__(gm, garbage_collect_values=False)
         self.names = {p: name for name, p in gm.named_parameters()}  # tied parameters have one name
         self.own = [*gm.parameters(), *gm.buffers()]
@@ -135,10 +139,16 @@ class _Annotator(fx.Interpreter):
         known = self.storages.count
         self.meter.saved, flops = {}, self.meter.flops
         try:
-            result = _as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
+            result = as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.meter.saved, self.meter.flops, call = {}, flops, None
-            result = self._run_on_noise(n)
+            try:
+                result = self._run_on_noise(n)
+            except Exception as error:
+                raise TraceError(
+                    f"{describe(n)} computes sizes from numbers, and does not run on made-up ones ({error}): hand it "
+                    "lengths and indices as the model's inputs give them, or take the part behind it for root='...'."
+                ) from error
         except Exception as error:
             shapes = [_spec_tree(self._made(self.env[a])) for a in n.all_input_nodes]
             raise TraceError(
@@ -178,14 +188,23 @@ class _Annotator(fx.Interpreter):
                 yield value
 
     def _run_on_noise(self, n: fx.Node) -> Any:
-        """Run one module whose result depends on numbers for real, on made-up numbers, a copy of it, and for its shape.
+        """Run one module whose result depends on numbers for real, a copy of it, and for its shape.
 
-        Only a module kept whole can be such a one: tracing refuses all others.
+        Only a module kept whole can be such a one: tracing refuses all others. Floats are made up; integers, which may
+        not be anything, are the example's, or zeros where they depend on more than the inputs.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with unset_fake_temporarily():
             noise = torch.Generator().manual_seed(0)
-            args, kwargs = pytree.tree_map_only(FakeTensor, lambda t: _made_up(t, noise), (args, kwargs))
+            given = {a: self._made(self.env[a]) for a in n.all_input_nodes}
+            integers = {a: t for a, t in given.items() if isinstance(t, Tensor) and not t.dtype.is_floating_point}
+            known = {id(fake): self._numbers(a) for a, fake in integers.items()}
+
+            def numbers(fake: Tensor) -> Tensor:
+                found = known.get(id(fake))
+                return found if found is not None else _made_up(fake, noise)
+
+            args, kwargs = pytree.tree_map_only(FakeTensor, numbers, (args, kwargs))
             if n.op == "call_module":
                 module = copy.deepcopy(self.module.get_submodule(str(n.target)))
                 self.meter.ignore([*module.parameters(), *module.buffers()])
@@ -200,6 +219,19 @@ class _Annotator(fx.Interpreter):
         ]
         return pytree.tree_unflatten(fakes, spec)
 
+    def _numbers(self, wanted: fx.Node) -> Tensor | None:
+        """Return a value that the example's inputs alone decide, in numbers; None if it depends on more."""
+        behind = ancestors([wanted], {node: node.all_input_nodes for node in self.graph.nodes})
+        if any(node.op not in ("placeholder", "call_function", "call_method") for node in behind):
+            return None
+        env: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            if node in behind and node.op == "placeholder":
+                env[node] = pytree.tree_map_only(Tensor, torch.clone, self.inputs[str(node.target)])
+            elif node in behind:
+                env[node] = getattr(self, node.op)(node.target, *fx.map_arg((node.args, node.kwargs), env.__getitem__))
+        return env[wanted]
+
 
 def _mutable(value: Any) -> Any:
     if isinstance(value, list):
@@ -209,18 +241,6 @@ def _mutable(value: Any) -> Any:
     if isinstance(value, immutable_dict):
         return {key: _mutable(item) for key, item in value.items()}
     return value
-
-
-def _as_recorded(call: HostCall) -> Any:
-    """Return what a call into an untraced host gave for the example batch, on fake tensors."""
-
-    def make(value: Any) -> Any:
-        if not isinstance(value, Recorded):
-            return value
-        spec = value.spec
-        return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device).requires_grad_(value.requires_grad)
-
-    return pytree.tree_map(make, call.recorded)
 
 
 def _made_up(fake: Tensor, noise: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from sedona_fx.args import Args, same_plain
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.graph import info
-from sedona_fx.outputs import fields, map_tensors
+from sedona_fx.outputs import fields, map_tensors, without_objects
 from sedona_fx.passes.watch import keep_modes, keep_state, seed_everything, user_line
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."
@@ -20,6 +20,7 @@ _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the h
 def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool) -> Any:
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
 
+    Objects in the output, which a graph cannot give (:func:`~sedona_fx.outputs.without_objects`), are not compared.
     Where the model has a backward of its own (``torch.autograd.Function``), which a graph may have lost, the gradients
     of all parameters are compared as well.
 
@@ -62,7 +63,8 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
             actual, graph_buffers = run(run_graph)
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
-        if same_bits(expected, actual) and same_bits(buffers, graph_buffers):
+        (wanted, _), (found, _) = without_objects(expected), without_objects(actual)
+        if same_bits(wanted, found) and same_bits(buffers, graph_buffers):
             if custom:
                 _check_equal_gradients(model, run_model, run_graph, custom)
             return expected

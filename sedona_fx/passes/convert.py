@@ -6,11 +6,10 @@ module path, every parameter read where it is used.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import TraceError
 from sedona_fx.graph import INFO, NodeInfo, operation
+from sedona_fx.outputs import fields, is_container, is_leaf, is_object
 from sedona_fx.passes.tracer import holds_tensor
 
 _CHECKS = ("_assert_tensor_metadata", "_guards_fn")  # of dtypes and shapes: net(x) checks its inputs itself
@@ -26,12 +26,25 @@ _RESHAPE = torch.ops.aten.reshape.default  # a view wherever one can be had, and
 
 
 class Converter:
-    """Rewrites one exported program into the graph dialect."""
+    """Rewrites one exported program, a flat list of tensors, into the graph dialect.
+
+    Args:
+        model: what was exported.
+        source: the program's graph.
+        program: says which argument a placeholder belongs to.
+        given: argument name -> value.
+        returned: what the model returned while it was exported, without objects; the program gives its leaves.
+    """
 
     def __init__(
-        self, model: nn.Module, source: fx.GraphModule, program: torch.export.ExportedProgram, given: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        source: fx.GraphModule,
+        program: torch.export.ExportedProgram,
+        given: Mapping[str, Any],
+        returned: Any,
     ) -> None:
-        self.source, self.program, self.given = source, program, given
+        self.source, self.program, self.given, self.returned = source, program, given, returned
         self.tensors: dict[str, Any] = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
@@ -48,10 +61,8 @@ class Converter:
             if node.op in ("placeholder", "get_attr") or _is_check(node):
                 continue
             if node.op == "output":
-                leaves = fx.map_arg(node.args[0], self._value)
-                out_spec = self.program.call_spec.out_spec
-                assert out_spec is not None
-                self._record(self.graph.output(self._rebuilt(pytree.tree_unflatten(list(leaves), out_spec))), "")
+                computed = iter(fx.map_arg(node.args[0], self._value))
+                self._record(self.graph.output(self._rebuilt(self.returned, computed)), "")
                 continue
             path = _path(node)
             read = functools.partial(self._value, path=path)
@@ -99,24 +110,24 @@ class Converter:
         self._record(made, path)
         return made
 
-    def _rebuilt(self, value: Any) -> Any:
+    def _rebuilt(self, value: Any, computed: Iterator[Any]) -> Any:
         """Return nodes that build the model's own output type; tuples, lists and dictionaries need none."""
-        if isinstance(value, (fx.Node, type(None), bool, int, float, str)):
-            return value
+        if is_leaf(value):
+            return next(computed)
+        if is_object(value):
+            raise TraceError(f"the model returns a {type(value).__name__}, which is no known container of tensors.")
+        inner = {key: self._rebuilt(item, computed) for key, item in fields(value)} if is_container(value) else {}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._call(type(value), tuple(map(self._rebuilt, value)), {})
-        if type(value) in (tuple, list):
-            return type(value)(map(self._rebuilt, value))
+            return self._call(type(value), tuple(inner.values()), {})
+        if isinstance(value, (tuple, list)):
+            return (tuple if isinstance(value, tuple) else list)(inner.values())
         if type(value) is dict:
-            return {key: self._rebuilt(inner) for key, inner in value.items()}
+            return inner
         if type(value) is OrderedDict:
-            return self._call(OrderedDict, ([(key, self._rebuilt(inner)) for key, inner in value.items()],), {})
-        if isinstance(value, Mapping):  # Hugging Face's outputs are dataclasses and mappings without what is None
-            return self._call(type(value), (), {str(key): self._rebuilt(inner) for key, inner in value.items()})
-        if dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
-            return self._call(type(value), (), {name: self._rebuilt(getattr(value, name)) for name in names})
-        raise TraceError(f"the model returns a {type(value).__name__}, which is no known container of tensors.")
+            return self._call(OrderedDict, (list(inner.items()),), {})
+        if is_container(value):  # a dataclass, or Hugging Face's outputs: both that and mappings, without what is None
+            return self._call(type(value), (), {str(key): item for key, item in inner.items()})
+        return value
 
     def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         made = self.graph.call_function(function, args, kwargs)

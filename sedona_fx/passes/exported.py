@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.outputs import map_tensors
+from sedona_fx.outputs import leaves, map_tensors, without_objects
 from sedona_fx.passes.check import same_bits
 from sedona_fx.passes.convert import Converter
 from sedona_fx.passes.symbolic import is_impure
@@ -41,11 +41,11 @@ def record_by_export(model: nn.Module, given: Mapping[str, Any]) -> tuple[fx.Gra
         TraceError: the program cannot be captured, or the forward changed state or drew numbers outside of the graph.
     """
     size = Args(**given).batch_size()
-    program, source, reads = _capture(model, given, free=size is not None)
+    program, source, returned, reads = _capture(model, given, free=size is not None)
     if size is not None and not _serves_every_batch(source, program, given):
-        program, source, reads = _capture(model, given, free=False)
+        program, source, returned, reads = _capture(model, given, free=False)
         size = None
-    graph, attributes = Converter(model, source, program, given).convert()
+    graph, attributes = Converter(model, source, program, given, returned).convert()
     graph.eliminate_dead_code(is_impure)
     gm = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
     gm.meta["base_layers"] = tuple(getattr(model, "base_layers", ()))
@@ -54,20 +54,27 @@ def record_by_export(model: nn.Module, given: Mapping[str, Any]) -> tuple[fx.Gra
 
 def _capture(
     model: nn.Module, given: Mapping[str, Any], *, free: bool
-) -> tuple[torch.export.ExportedProgram, fx.GraphModule, list[nn.Module]]:
-    """Return the program, its graph, and the modules that looked at their mode; the batch is free, or the example's."""
+) -> tuple[torch.export.ExportedProgram, fx.GraphModule, Any, list[nn.Module]]:
+    """Return the program, its graph, what the model returned, and the modules that looked at their mode.
+
+    The program gives the tensors in what the model returned, one behind the other: so torch.export need not know the
+    types around them. With `free` its batch is free, else the example's.
+    """
     example = _unusual_batch(given) if free else dict(given)
     watch = StateWatch(model)
     reads: dict[nn.Module, None] = {}
     changes: list[str] = []
     # torch.export takes back what a forward does to attributes: look before it does.
     notes: list[tuple[Any, str]] | None = []
+    returned: Any = None
 
-    def look(*_: Any) -> None:
-        nonlocal notes
+    def look(_module: nn.Module, _inputs: Any, output: Any) -> list[Any]:
+        nonlocal notes, returned
         if change := watch.changed(tensors=False):
             changes.append(change)
             notes = watch.replaced_attributes()
+        returned, _ = without_objects(output)
+        return list(leaves(returned))
 
     handle = model.register_forward_hook(look)
     try:
@@ -85,7 +92,7 @@ def _capture(
     if changed := next(filter(None, [*changes, after]), ""):
         raise TraceError(f"its forward {changed}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
-    return program, source, list(reads)
+    return program, source, returned, list(reads)
 
 
 def _serves_every_batch(
@@ -103,15 +110,15 @@ def _serves_every_batch(
         return True
     # As export orders them: by the signature, not as they were given.
     order = pytree.tree_unflatten(list(range(len(inputs))), program.call_spec.in_spec)[1]
-    leaves = pytree.tree_leaves({name: given[name] for name in order})
+    values = pytree.tree_leaves({name: given[name] for name in order})
 
-    def resized(leaf: Any, count: int) -> Any:
-        sized = isinstance(leaf, Tensor) and leaf.dim()
-        return leaf[:1].expand(count, *leaf.shape[1:]).to("meta") if sized else leaf
+    def resized(value: Any, count: int) -> Any:
+        sized = isinstance(value, Tensor) and value.dim()
+        return value[:1].expand(count, *value.shape[1:]).to("meta") if sized else value
 
     for count in _BATCHES:
         try:
-            guards(*(resized(leaf, count) for leaf in leaves))
+            guards(*(resized(value, count) for value in values))
         except AssertionError:
             return False
     return True

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from sedona_fx.args import Args
 from sedona_fx.errors import CutError, TraceError
@@ -263,3 +264,15 @@ def reads_of(model: nn.Module, root: str, seen: Seen) -> Reads:
 
 def _record(value: Any) -> Any:
     return map_tensors(lambda t: Recorded(TensorSpec(tuple(t.shape), t.dtype, t.device), t.requires_grad), value)
+
+
+def as_recorded(call: HostCall) -> Any:
+    """Return what a call into an untraced host gave for the example batch, as tensors without these numbers."""
+
+    def make(value: Any) -> Any:
+        if not isinstance(value, Recorded):
+            return value
+        spec = value.spec
+        return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device).requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(make, call.recorded)

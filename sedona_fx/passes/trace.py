@@ -18,7 +18,7 @@ from torch import fx, nn
 from sedona_fx.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.graph import Phase, verify
-from sedona_fx.outputs import map_tensors
+from sedona_fx.outputs import map_tensors, without_objects
 from sedona_fx.passes.check import check_equal_forward
 from sedona_fx.passes.exported import record_by_export
 from sedona_fx.passes.host import graph_around, reads_of, watch_root
@@ -28,9 +28,9 @@ from sedona_fx.passes.symbolic import find_leaves, record_symbolically
 from sedona_fx.passes.watch import StateWatch, keep_modes, keep_parameters
 
 WAYS_OUT = (
-    "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then); decouple only a part of "
-    "the model with root='...' and let the rest run as it is; or move the decision out of forward (into __init__, or "
-    "into torch.where)."
+    "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
+    "forward go into a module of their own first); decouple only a part of the model with root='...' and let the rest "
+    "run as it is; or move the decision out of forward (into __init__, or into torch.where)."
 )
 Recorder = Callable[[], tuple[fx.GraphModule, list[nn.Module]]]
 
@@ -44,6 +44,8 @@ class Traced:
     empty where the modes do not differ. ``output`` is what the model returned in train mode for the first two examples.
     ``front_end`` is ``"symbolic"`` or ``"export"``; with the latter all sizes but the batch are fixed, and the batch,
     too, unless ``free_batch``. ``hosted``: only the sub-module ``root`` is a graph, the code around it runs as it is.
+    ``left_out`` are the fields of the output (with `hosted`, of the sub-module's) that are None in what the graphs
+    return, as the model puts objects there, which no graph can give: ``"past_key_values (DynamicCache)"``.
     """
 
     train: fx.GraphModule
@@ -53,6 +55,7 @@ class Traced:
     front_end: str = "symbolic"
     free_batch: bool = True
     hosted: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
@@ -116,7 +119,8 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
     check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
     mode_paths = {f"{root}.{path}" if path else root: flags for path, flags in traced.mode_paths.items()}
-    return Traced(train, evaluation, mode_paths, output, traced.front_end, traced.free_batch, hosted=True)
+    front_end, free_batch, left_out = traced.front_end, traced.free_batch, traced.left_out
+    return Traced(train, evaluation, mode_paths, output, front_end, free_batch, hosted=True, left_out=left_out)
 
 
 def _settle(model: nn.Module, example: Args) -> StateWatch:
@@ -148,9 +152,9 @@ def _prove(model: nn.Module, example: Args, record: Recorder, front_end: str, fr
         paths = {} if same else {m: path for path, m in model.named_modules() if m in flags or m in reads}
         mode_paths = {path: (flags.get(m, True), m.training) for m, path in paths.items()}
     few = example.first(2) if free_batch() else example
-    output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
-    eval_output = check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
+    output, left_out = without_objects(check_equal_forward(model, verify(train, Phase.TRACED), few, training=True))
+    eval_output, _ = without_objects(check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False))
     retype(train, output)
     if not same:
         retype(evaluation, eval_output)
-    return Traced(train, evaluation, mode_paths, output, front_end, free_batch())
+    return Traced(train, evaluation, mode_paths, output, front_end, free_batch(), left_out=left_out)

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.graph import INFO, NodeInfo, describe, info
+from sedona_fx.outputs import without_objects
 from sedona_fx.passes.inplace import InplaceProxy
 from sedona_fx.passes.watch import current_line, user_line
 
@@ -48,7 +49,8 @@ class Tracer(fx.Tracer):
             name: self.create_proxy("placeholder", name, (), {}) if holds_tensor(value) else value
             for name, value in self.values.items()
         }
-        return (lambda root: root.forward(**given)), [self.root]  # the instance's own forward, if it has one
+        # The instance's own forward, if it has one.
+        return (lambda root: without_objects(root.forward(**given))[0]), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays whole."""
@@ -104,6 +106,8 @@ class Tracer(fx.Tracer):
         if self._asked is not None:
             value = f" It asks for the value of {self._asked.name!r}, made in {describe(self._asked)}."
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if "__cuda_array_interface__" in reason:  # PyTorch looked for numbers in a stand-in, as it would in an array
+            reason = "it needs the numbers in a tensor, and there are none while a forward is recorded"
         return f"{where}{user_line(error)}: {reason}.{value}"
 
 

@@ -56,6 +56,8 @@ def net_report(net: Net) -> str:
     below = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
     if shared:
         below = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{below}"
+    if left_out := net.plan.provenance.get("left_out"):
+        below += f"\nNone in the output, as no graph gives it: {', '.join(left_out)}"
     title = f"{net.plan.model}: {len(net.blocks)} blocks, cut by {source}, inputs {shape}"
     return f"{title}\n{table(head, rows)}{below}"
 

@@ -10,6 +10,7 @@ import torchvision
 from graphs import node_of
 from torch import nn
 
+import sedona_fx
 from sedona_fx.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.graph import TensorSpec, info, output_node
@@ -207,3 +208,59 @@ def test_a_detached_value_depends_on_nothing():
 
     gm = annotated(Stop(), x=torch.randn(2, 4))
     assert [info(node_of(gm, site)).is_live for site in ("layer", ":detach", ":add")] == [True, False, True]
+
+
+class Packed(nn.Module):
+    """Reads sequences of different lengths to their ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, h, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(h, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.lstm(packed)[1][0][-1]
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.packed, self.fc = nn.Embedding(9, 4), Packed(), nn.Linear(3, 5)
+
+    def forward(self, ids, mask):
+        return self.fc(self.packed(self.embed(ids), mask.sum(1)))
+
+
+def test_a_module_kept_whole_gets_the_lengths_of_the_example():
+    """Packing refuses made-up lengths: the ones that the inputs decide are computed."""
+    model = Reader().double()
+    lengths, target = torch.tensor([6, 2, 4, 1]), torch.tensor([0, 1, 2, 3])
+    ids = torch.randint(9, (4, 6), generator=torch.Generator().manual_seed(1))
+    inputs = {"ids": ids, "mask": (torch.arange(6) < lengths[:, None]).long()}
+    net = sedona_fx.decouple(model, (inputs, target), cuts=["packed"], heads="linear", leaf_modules=["packed"])
+    assert torch.equal(net(**inputs), model(**inputs))
+    shorter = {"ids": ids, "mask": (torch.arange(6) < lengths.flip(0)[:, None]).long()}
+    assert torch.equal(net(**shorter), model(**shorter))
+    net.backward(inputs, target)
+    states = [model.packed.lstm(model.embed(row[None, :n]))[1][0][-1] for row, n in zip(ids, lengths, strict=True)]
+    h = torch.cat(states)
+    own = nn.functional.cross_entropy(net.blocks[0].head(h), target)
+    (own + nn.functional.cross_entropy(model.fc(h.detach()), target)).backward()
+    for name, parameter in model.named_parameters():
+        found = net.model.get_parameter(name).grad
+        assert (found - parameter.grad).norm() <= 1e-12 * parameter.grad.norm(), name
+
+
+def test_a_module_that_cannot_run_on_made_up_numbers_is_named():
+    class Late(Reader):
+        def forward(self, ids, mask):
+            h = self.embed(ids)
+            return self.fc(self.packed(h, (h.sum(2) > 0).sum(1)))
+
+    model, ids = Late(), torch.zeros(2, 6, dtype=torch.long)
+    inputs = {"ids": ids, "mask": ids}
+    with torch.no_grad():
+        model.embed.weight.fill_(1.0)
+    with pytest.raises(TraceError, match=r"packed computes sizes from numbers.*as the model's inputs give them.*root="):
+        annotate(trace(model, Args(**inputs), leaf_modules=["packed"]).train, inputs, training=True)

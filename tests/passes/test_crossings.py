@@ -357,5 +357,5 @@ def test_no_block_ends_where_weights_in_front_would_get_no_gradient(kind):
         net = sedona_fx.decouple(model, (x, y), loss=loss, heads="tokens-1", cuts=[name], output=0)
         net.backward(x, y)
         assert {n for n, p in net.model.named_parameters() if p.grad is None} == {"table"}, name
-    with pytest.raises(CutError, match="'d'.* weights in front of it would get no gradient"):
+    with pytest.raises(CutError, match=r"'d'.* weights in front of it would get no gradient"):
         sedona_fx.decouple(model, (x, y), loss=loss, heads="tokens-1", cuts=["d"], output=0)

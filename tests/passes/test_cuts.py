@@ -320,3 +320,28 @@ def test_base_layers_by_rule():
     graphs = analysed(model, torch.randn(2, 3, 8, 8))
     assert cut_names(graphs) == [str(k) for k in range(10)]
     assert base_layers(graphs.train) == ["3", "6"]
+
+
+def test_a_module_that_returns_several_values_is_no_cut_but_what_is_in_it():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.inner(x).tanh()
+            return self.last(h), x.mean()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.two, self.out = Two(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h, scale = self.two(x)
+            return self.out(h.tanh()) * scale
+
+    data = torch.randn(2, 4), torch.tensor([0, 1])
+    with pytest.raises(CutError, match=r"module 'two', which returns several values.*the last is 'two\.last'"):
+        sedona_fx.decouple(Model(), data, cuts=["two"])
+    assert sedona_fx.decouple(Model(), data, cuts=["two.last"]).plan.cuts == ("two.last",)

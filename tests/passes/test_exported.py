@@ -124,7 +124,11 @@ class Out:
     extra: Tensor | None = None
 
 
-torch.utils._pytree.register_dataclass(Out)
+class Cache:
+    """An object that holds tensors, of a class that nobody has heard of."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,64 @@ def test_outputs_of_every_kind(wrap):
         assert same_bits(actual, expected)
         assert isinstance(actual, type(expected))
     net.train().backward(x, y)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where"),
+    [
+        (lambda o: {"cache": Cache(o), "logits": o}, "cache"),
+        (lambda o: {"more": [{"cache": Cache(o)}], "logits": o}, "more.0.cache"),
+        (lambda o: Pair(o, Cache(o)), "extra"),
+        (lambda o: Out(o, Cache(o)), "extra"),
+    ],
+    ids=["dict", "deep", "namedtuple", "dataclass"],
+)
+def test_objects_in_the_output_are_left_out(wrap, where):
+    class Wrapped(Looks):
+        def forward(self, x):
+            return wrap(self.body(x))
+
+    model, x, y = Wrapped(), images(), torch.arange(4)
+
+    def logits(output):
+        return output if isinstance(output, Tensor) else output["logits"] if isinstance(output, dict) else output.logits
+
+    net = sedona_fx.decouple(
+        model, (x, y), cuts=["mid"], heads="linear", loss=lambda output, y: F.cross_entropy(logits(output), y)
+    )
+    assert net.plan.provenance["left_out"] == [f"{where} (Cache)"]
+    for training in (True, False):
+        torch.manual_seed(0)
+        expected = copy.deepcopy(model).train(training)(x)
+        torch.manual_seed(0)
+        net.model.load_state_dict(model.state_dict())
+        actual = net.train(training)(x)
+        assert type(actual) is type(expected)
+        assert torch.equal(logits(actual), logits(expected))
+        for key in where.split("."):
+            actual = actual[int(key)] if key.isdigit() else actual[key] if isinstance(actual, dict) else actual.extra
+        assert actual is None
+    net.train().backward(x, y)
+
+
+def test_a_loss_about_an_object_is_told_that_there_is_none():
+    class Wrapped(Looks):
+        def forward(self, x):
+            return Out(self.body(x), Cache(x))
+
+    with pytest.raises(DataError, match=r"no attribute 'keys'.*Of the output, extra \(Cache\) is None"):
+        sedona_fx.decouple(
+            Wrapped(), (images(), torch.arange(4)), cuts=["mid"], loss=lambda output, y: output.extra.keys.sum()
+        )
+
+
+def test_an_object_that_is_the_whole_output_is_refused():
+    class Wrapped(Looks):
+        def forward(self, x):
+            return Cache(self.body(x))
+
+    with pytest.raises(TraceError, match="returns a Cache, which is no known container of tensors"):
+        trace(Wrapped(), Args(x=images()))
 
 
 def test_nested_and_keyword_inputs():

@@ -40,3 +40,27 @@ def test_containers_are_the_models_own(wrap, kind):
     for result in (net(x), net.inference_module()(x), net.backward(x, torch.tensor([0, 1])).output):
         assert type(result) is kind
         assert types(result) == types(model(x))
+
+
+class Note:
+    """Neither a tensor nor a container of any."""
+
+
+def test_objects_beside_the_output_are_left_out():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return {"logits": self.b(self.a(x).tanh()), "notes": [Note()]}
+
+    model, x, y = Wrapped(), torch.randn(2, 4), torch.tensor([0, 1])
+    net = sedona_fx.decouple(
+        model, (x, y), cuts=["a"], loss=lambda output, target: nn.functional.cross_entropy(output["logits"], target)
+    )
+    assert net.plan.provenance["front_end"] == "symbolic"
+    assert net.plan.provenance["left_out"] == ["notes.0 (Note)"]
+    assert net(x)["notes"] == [None]
+    assert torch.equal(net(x)["logits"], model(x)["logits"])
+    net.backward(x, y)
