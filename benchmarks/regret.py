@@ -41,11 +41,12 @@ OTHER_SEEDS = 100
 
 @dataclass(frozen=True)
 class Way:
-    """A search at a cost, in training steps (0: none)."""
+    """A search at a cost, in training steps: a share of a run (0: none), or so many epochs."""
 
     name: str
     search: Callable[[int], Search]
     share: float = 0.25
+    epochs: int | None = None
     scores: Callable[[dict[str, Any]], dict[Plan, float]] | None = None
     control: bool = True
 
@@ -80,15 +81,28 @@ class _Sums(dict[Plan, float]):
         return sum(self._terms[pair] for pair in plan)
 
 
+def guided(name: str, share: float = 0.25, epochs: int | None = None, **settings: Any) -> Way:
+    """Return the guided search at a cost."""
+    return Way(name, lambda n: Guided(training_steps=n, **settings), share, epochs, scores=guided_scores, control=False)
+
+
+def sedona(name: str, share: float = 0.25, **settings: Any) -> Way:
+    """Return SEDONA's search at a cost."""
+    return Way(name, lambda n: Sedona(training_steps=n, **settings), share, scores=sedona_scores)
+
+
 WAYS = [
-    Way("guided (default)", lambda n: Guided(training_steps=n), 0.25, guided_scores, control=False),
-    Way("guided, half a run", lambda n: Guided(training_steps=n), 0.5, guided_scores, control=False),
-    Way("guided, a whole run", lambda n: Guided(training_steps=n), 1.0, guided_scores, control=False),
-    Way("whole plans' cosines", lambda n: Guided(training_steps=n, score="plan"), 0.25, guided_scores, control=False),
-    Way("the same, a whole run", lambda n: Guided(training_steps=n, score="plan"), 1.0, guided_scores, control=False),
-    Way("SEDONA, T = 1", lambda n: Sedona(training_steps=n, unroll=1), 0.25, sedona_scores),
-    Way("SEDONA, T = 5", lambda n: Sedona(training_steps=n, unroll=5), 0.25, sedona_scores),
-    Way("SEDONA, T = 5, a whole run", lambda n: Sedona(training_steps=n, unroll=5), 1.0, sedona_scores),
+    guided("guided (default)"),
+    guided("guided, half a run", 0.5),
+    guided("guided, a whole run", 1.0),
+    guided("the same, without rollouts", 1.0, finalists=0),
+    guided("guided, 25 epochs", epochs=25),
+    guided("the same 25, without rollouts", epochs=25, finalists=0),
+    guided("whole plans' cosines", score="plan"),
+    sedona("SEDONA, T = 1", unroll=1),
+    sedona("SEDONA, T = 5", unroll=5),
+    sedona("SEDONA, T = 5, a whole run", 1.0, unroll=5),
+    sedona("SEDONA, T = 1, by perturbation, a whole run", 1.0, unroll=1, decode="perturbation"),
     Way("random plans, short training", lambda n: Rollout(training_steps=n, plans=8), 0.25),
     Way("latest", lambda n: Latest(), 0),
     Way("uniform", lambda n: Uniform(), 0),
@@ -110,7 +124,7 @@ def find(
         data,
         blocks=BLOCKS,
         heads=HEADS,
-        search=way.search(max(1, round(way.share * steps))),
+        search=way.search(max(1, round(way.share * steps) if way.epochs is None else way.epochs * len(data))),
         budget={"block_flops": half} if half is not None else None,
         seed=OTHER_SEEDS + seed,
         progress=False,
@@ -153,17 +167,17 @@ def _counted(plans: list[Plan]) -> str:
 
 
 def seconds_of_a_run(setting: Setting, train: Images) -> float:
-    """Return the seconds of a plain training run of the net, from the median step."""
-    model = setting.model(0)
+    """Return the seconds of a plain training run of the net, its data included, from the second of two epochs."""
+    model, data = setting.model(0), Batches(*train, size=BATCH, seed=0, pad=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    times = []
-    for x, y in Batches(*train, size=BATCH, seed=0, pad=2):
+    began = 0.0
+    for _ in range(2):
         began = time.process_time()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        times.append(time.process_time() - began)
-    return setting.epochs * len(times) * statistics.median(times)
+        for x, y in data:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return setting.epochs * (time.process_time() - began)
 
 
 def main() -> None:

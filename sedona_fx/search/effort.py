@@ -9,15 +9,26 @@ from dataclasses import dataclass
 
 import torch
 
+from sedona_fx.graph import info
 from sedona_fx.search.alignment import measure
-from sedona_fx.search.pace import seconds_of
+from sedona_fx.search.halving import affordable
+from sedona_fx.search.pace import TIMED_STEPS, seconds_of
 from sedona_fx.search.problem import Problem
 from sedona_fx.search.relaxation import HEAD_OVERHEAD, work
 from sedona_fx.search.splitting import split
 from sedona_fx.search.state import Batch
 from sedona_fx.search.supernet import Supernet
 
-_BACKWARD = 2 / 3  # of a training step
+_FORWARD, _BACKWARD = 1 / 3, 2 / 3  # of a training step
+
+_FLOPS_AN_OPERATOR = {"cpu": 1.7e6}
+"""Forward FLOPs that a device could do in the time that an operator takes however small its tensors are.
+
+On a CPU core: 80 to 93 us for an operator of a training step, its share of the optimizer's step included, where the
+core does 50 to 80 GFLOPs a second (six nets, steps of 16 to 1,100 ms; benchmarks/guided_cost.py).
+"""
+_FLOPS_AN_OPERATOR_ELSEWHERE = 4e8
+"""The same on an accelerator: 60 us, 20 TFLOPs a second. Not measured; by what launching kernels is known to take."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ class Effort:
     def of(cls, problem: Problem, places: list[str], parts: int) -> Effort:
         """Estimate the costs for batches that the warm-up splits into `parts`.
 
-        A comparison, of twice as many samples, walks back from every head through the stretches in front of it.
+        A comparison, of twice as many samples, walks back from every head through the stretches in front of it. Costs
+        are of two kinds: what the tensors' sizes make, and what every operator takes, whatever their sizes
+        (:func:`overhead`).
         """
         heads = work(problem, places).heads
         count = sum(len(problem.candidates[place]) for place in places)
@@ -60,12 +73,20 @@ class Effort:
         total = max(1.0, float(runs[0][len(places)]))
         walks = sum(len(problem.candidates[place]) * runs[0][k] / total for k, place in enumerate(places))
         along = heads * (problem.blocks - 1) / count  # a plan's share of the heads, on average
-        return cls((1 + along) / parts, (1 + heads + _BACKWARD * walks) * min(1.0, 2 / parts))
+        compared = 1 + heads + _BACKWARD * walks
+        fixed = overhead(problem)
+        step = (1 + along) / parts + fixed
+        return cls(step / (1 + fixed), (compared * min(1.0, 2 / parts) + (1 + _BACKWARD * walks) * fixed) / (1 + fixed))
 
     @property
     def least(self) -> int:
         """What pays for one comparison and a step in front of it, in whole training steps."""
         return math.ceil(self.comparison + self.warmup_step)
+
+    @property
+    def of_measuring(self) -> float:
+        """What :meth:`seconds` costs."""
+        return TIMED_STEPS * self.warmup_step + self.comparison
 
     def too_little(self, given: str, enough: str) -> ValueError:
         """Return the error for a budget below :attr:`least`, as given, with what would do."""
@@ -91,7 +112,7 @@ class Effort:
         if batch_size is not None:
             part, compared = split(batch, batch_size)[0], split(batch, 2 * batch_size)[0]
         device = next(iter(tried.parameters())).device
-        steps = [seconds_of(lambda: tried.train(part, optimizer, plan), device) for _ in range(4)][1:]
+        steps = [seconds_of(lambda: tried.train(part, optimizer, plan), device) for _ in range(TIMED_STEPS)][1:]
         comparison = seconds_of(lambda: measure(tried, compared), device)
         return (statistics.median(steps) + comparison) / (self.warmup_step + self.comparison)
 
@@ -105,16 +126,29 @@ class Effort:
         """
         if budget < self.least:
             raise self.too_little(f"training_steps={budget}", f"training_steps to {self.least}")
-        # A plan costs at most a step of the net and its heads; what plans share makes it less.
-        plan = finalists * (1 + HEAD_OVERHEAD * _heads_of_a_plan(problem))
-        rollout_steps = math.floor(budget / 2 / plan) if finalists > 1 else 0
-        if rollout_steps < epoch or budget - rollout_steps * plan < self.least:
-            rollout_steps = 0
-        left = budget - rollout_steps * plan
+        rollout_steps, spent = 0, 0.0
+        if finalists > 1:
+            # A plan costs at most a step of the net and its heads; what plans share makes it less.
+            plan = 1 + HEAD_OVERHEAD * _heads_of_a_plan(problem)
+            rollout_steps, spent = affordable(budget / 2, finalists, plan)
+        if rollout_steps < epoch or budget - spent < self.least:
+            rollout_steps, spent = 0, 0.0
+        left = budget - spent
         taken = max(1, min(states, math.floor(left / 2 / self.comparison)))
         steps = math.floor((left - taken * self.comparison) / self.warmup_step)
-        cost = steps * self.warmup_step + taken * self.comparison + rollout_steps * plan
+        cost = steps * self.warmup_step + taken * self.comparison + spent
         return Shares(steps, taken, finalists if rollout_steps else 0, rollout_steps, cost)
+
+
+def overhead(problem: Problem) -> float:
+    """Return what the operators of a training step take however small its batch is, in terms of what the batch makes.
+
+    0: nothing. 1: half of the step, so that another step of a small batch costs no less than half of a whole one.
+    """
+    graph, device = problem.train.graph, next(problem.train.parameters()).device.type
+    operators = sum(node.op in ("call_module", "call_function", "call_method") for node in graph.nodes)
+    flops = max(1, sum(info(node).flops for node in graph.nodes))
+    return operators * _FLOPS_AN_OPERATOR.get(device, _FLOPS_AN_OPERATOR_ELSEWHERE) / flops
 
 
 def _heads_of_a_plan(problem: Problem) -> float:

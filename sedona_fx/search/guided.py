@@ -17,21 +17,23 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.heads import head_name
 from sedona_fx.search import additive
 from sedona_fx.search.alignment import Alignment
 from sedona_fx.search.comparison import Comparison
-from sedona_fx.search.effort import Effort, Shares
+from sedona_fx.search.effort import Effort, Shares, overhead
 from sedona_fx.search.halving import Descent, Halving
-from sedona_fx.search.journal import Journal
+from sedona_fx.search.journal import Journal, settings_of
+from sedona_fx.search.pace import MEASURED_SHARE
 from sedona_fx.search.plan_costs import best_plans
 from sedona_fx.search.plan_tree import Choice
 from sedona_fx.search.problem import Decision, Problem
@@ -47,7 +49,6 @@ log = logging.getLogger(__name__)
 
 _PLANS_FITTED = 5000
 _PLANS_LISTED = 200
-_WITHOUT_INFLUENCE = ("folder", "save_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,7 @@ class Guided:
             return Decision([], [], {"search": "guided"})
         if problem.data is None:
             raise DataError("search='guided' needs data to search on.")
-        if not all(problem.candidates[place] for place in problem.places()):
-            raise CutError("search='guided' chooses heads by local losses and cannot run with heads=False.")
+        problem.require_heads("search='guided'")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
             try:
@@ -146,13 +146,8 @@ class _Run:
     def decide(self) -> Decision:
         saved = self.journal.read() or {}
         if "decision" in saved:
-            plan, found = saved["decision"]
-            return self._decision([tuple(pair) for pair in plan], found)
+            return self.problem.decision(*saved["decision"])
         shares, effort, batch_size = self._shares(saved.get("shares"))
-        if self.settings.seconds is None:
-            log.info("%s", shares)
-        else:
-            log.info("%s; about %.0f s", shares, self.settings.seconds)
         comparison = Comparison(
             self.net,
             shares.warmup_steps,
@@ -188,41 +183,56 @@ class _Run:
                     halving.run(self.train, self._validation, lambda: watch.at(comparison=comparison, rollout=halving))
                 except KeyboardInterrupt:
                     watch.interrupt(f"step {halving.step} of {halving.steps} of the rollouts")
+                except SearchDivergedError as error:
+                    log.warning("%s; gradients decide alone", error)
+                    found["without_rollouts"] = "their losses turned infinite"
+                    halving.ranked.clear()
                 ranked, rounds = halving.ranked or ranked, halving.rounds
         found |= {
             "search": "guided",
+            "score": self.settings.score,
             "interrupted": watch.interrupted,
             "cost": {"equivalent_steps": watch.spent, **shares.counts(), **self._seconds()},
             "states": len(comparison.met),
             "rounds": rounds,
-            "decided_by": "rollouts" if rounds else "gradients",
+            "decided_by": "rollouts" if rounds and "without_rollouts" not in found else "gradients",
         }
         if self.net.shares_parameters and self.settings.finalists > 1:
             found["without_rollouts"] = "blocks would share a parameter"
         if not watch.interrupted:
             self.journal.write({"decision": [[list(pair) for pair in ranked[0]], found]})
-        return self._decision(ranked[0], found)
+        return self.problem.decision(ranked[0], found)
 
     def _shares(self, saved: Sequence[Any] | None) -> tuple[Shares, Effort, int | None]:
         """Fix how many steps of each kind there will be, as before where that is written down."""
         s = self.settings
         first = next(self.train.fresh())
-        parts = len(split(first, s.batch_size)) if self.problem.free_batch else 1
-        batch_size = s.batch_size if parts > 1 else None
+        batch_size, parts = None, 1
+        if self.problem.free_batch:
+            # No smaller than that operators, which take their time however small it is, are half of a step.
+            batch_size, most = s.batch_size, max(1, math.floor(1 / overhead(self.problem)))
+            while (parts := len(split(first, batch_size))) > most:
+                batch_size *= 2
+        batch_size = batch_size if parts > 1 else None
         if saved is not None:
             return Shares(*saved[0]), Effort(*saved[1]), batch_size
         assert self.problem.data is not None
         effort, epoch = Effort.of(self.problem, self.places, parts), self.problem.data[2] or self.train.length()
         budget = 25 * epoch if s.training_steps is None else s.training_steps
-        if s.seconds is not None:
-            second = effort.seconds(
+        pace = None
+        if s.seconds is not None or effort.of_measuring <= MEASURED_SHARE * budget:
+            pace = effort.seconds(
                 lambda: Supernet(self.problem, self.places, self.device), first, batch_size, self.problem.blocks - 1
             )
-            budget = math.floor(s.seconds / second)
+        if s.seconds is not None and pace is not None:
+            budget = math.floor(s.seconds / pace)
             if budget < effort.least:
-                raise effort.too_little(f"seconds={s.seconds:g}", f"seconds to {math.ceil(effort.least * second)}")
+                raise effort.too_little(f"seconds={s.seconds:g}", f"seconds to {math.ceil(effort.least * pace)}")
         finalists = 0 if self.net.shares_parameters else s.finalists
-        return effort.share(budget, s.states, finalists, epoch, self.problem), effort, batch_size
+        shares = effort.share(budget, s.states, finalists, epoch, self.problem)
+        about = "" if pace is None else f", about {tqdm.format_interval(math.ceil(pace * shares.cost))}"
+        log.info("%s%s", shares, about)
+        return shares, effort, batch_size
 
     def _rank(self, met: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:
         """Return the best plans within the limits; and, as JSON, their scores and what each (place, head) adds."""
@@ -253,12 +263,7 @@ class _Run:
         return {} if self.settings.seconds is None else {"seconds": self.settings.seconds}
 
     def _identity(self) -> dict[str, Any]:
-        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
-        kept = {name: value for name, value in settings.items() if name not in _WITHOUT_INFLUENCE}
-        return {"search": "guided", "settings": kept, **self.problem.identity()}
-
-    def _decision(self, plan: Sequence[Any], found: dict[str, Any]) -> Decision:
-        return Decision([place for place, _ in plan], [self.problem.candidates[place][k] for place, k in plan], found)
+        return {"search": "guided", "settings": settings_of(self.settings), **self.problem.identity()}
 
 
 def _cosines(met: Sequence[Alignment], plans: Sequence[Positions]) -> np.ndarray:

@@ -7,6 +7,8 @@ rate the noise of the last steps is as large as what plans differ by (docs/searc
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,6 +148,26 @@ class Halving:
 def stops_of(steps: int) -> list[int]:
     """Return the steps after which plans are scored; but for the last, half of them go."""
     return sorted({math.ceil(steps * part) for part in ROUNDS})
+
+
+def affordable(budget: float, count: int, one: float, whole: float = math.inf) -> tuple[int, float]:
+    """Return how many steps of successive halving a budget pays for, 0 or more, and what they cost.
+
+    Args:
+        budget: in any unit.
+        count: plans at first.
+        one: cost of a step of one plan alone.
+        whole: cost of a step of all plans, where that is known to be less: for what they share.
+    """
+    each = [min(whole, math.ceil(count * part) * one) for part in (1.0, 0.5, 0.25)]  # at most, in each round
+
+    def cost(steps: int) -> float:
+        stops = [0, *stops_of(steps)]
+        return sum(s * (b - a) for s, (a, b) in zip(each, itertools.pairwise(stops), strict=False))
+
+    most = math.floor(budget / each[-1]) if each[-1] else 0
+    steps = bisect.bisect_right(range(1, most + 1), budget, key=cost)
+    return steps, cost(steps) if steps else 0.0
 
 
 def _plan(pairs: Sequence[Sequence[Any]]) -> Choice:

@@ -10,6 +10,7 @@ import json
 import reprlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sedona_fx.files import replacing
 STATE_FILE = "search.pt"
 FORMAT = 1
 _DIFFERENCES_SHOWN = 3
+_WITHOUT_INFLUENCE = ("folder", "save_seconds", "snapshot_bytes")
 
 
 class Journal:
@@ -73,6 +75,11 @@ class Journal:
         if self.folder is not None:
             save(self.folder / STATE_FILE, {"format": FORMAT, "identity": self._identity, "state": dict(state)})
         self._saved_at = time.monotonic()
+
+
+def settings_of(search: Any) -> dict[str, Any]:
+    """Return the settings of a search (a dataclass) by name, but those that change nothing about what it decides."""
+    return {f.name: getattr(search, f.name) for f in fields(search) if f.name not in _WITHOUT_INFLUENCE}
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-RELAXED_STEPS = 4
-"""Relaxed steps that are run to be timed; the first one, which warms caches up, does not count."""
+TIMED_STEPS = 4
+"""Steps that are run to be timed; the first one, which warms caches up, does not count."""
+MEASURED_SHARE = 0.02
+"""What timing may cost of a search where nothing depends on it but the time that it announces."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Pace:
 
 def measure(relaxed_step: Callable[[], None], meta_iteration: Callable[[], None], device: torch.device) -> Pace:
     """Time the median of a few relaxed steps, and one meta-iteration. Hand in steps on copies."""
-    relaxed = [seconds_of(relaxed_step, device) for _ in range(RELAXED_STEPS)][1:]
+    relaxed = [seconds_of(relaxed_step, device) for _ in range(TIMED_STEPS)][1:]
     return Pace(statistics.median(relaxed), seconds_of(meta_iteration, device))
 
 

@@ -79,6 +79,48 @@ class Problem:
         """Return the number of a place among those to choose from."""
         return self._positions[name]
 
+    def require_heads(self, who: str) -> None:
+        """See that there are heads to choose from at every place.
+
+        Args:
+            who: chooses, for the message: ``"search='guided'"``.
+
+        Raises:
+            CutError: there are none (``heads=False``).
+        """
+        if not all(self.candidates[place] for place in self.places()):
+            raise CutError(
+                f"{who} compares plans by the local losses of their heads and cannot run with heads=False: leave that "
+                "out, or choose cuts by rule (search='balanced') or by name (cuts=[...])."
+            )
+
+    def decision(self, choice: Sequence[tuple[str, int]], provenance: Mapping[str, Any]) -> Decision:
+        """Return a plan, given as its cuts, each with the number of its head among the candidates, as a decision.
+
+        Where there are no candidates the cut has no head.
+        """
+        heads = [self.candidates[cut][k] if self.candidates[cut] else None for cut, k in choice]
+        return Decision([cut for cut, _ in choice], heads, dict(provenance))
+
+    def choice(self, decision: Decision) -> tuple[tuple[str, int], ...]:
+        """Return what :meth:`decision` makes that decision of.
+
+        Raises:
+            CutError: a head is not among the candidates.
+        """
+        found = []
+        for cut, head in zip(decision.cuts, decision.heads, strict=True):
+            specs = self.candidates[cut]
+            if head is None or head not in specs:
+                named = "no head" if head is None else f"the head {head_name(head)!r}"
+                known = [head_name(spec) for spec in specs]
+                raise CutError(
+                    f"the search puts {named} behind {cut!r}, where the candidates are {known}. A search decides among "
+                    "problem.candidates: hand what else there is in heads=[...]."
+                )
+            found.append((cut, specs.index(head)))
+        return tuple(found)
+
     def identity(self) -> dict[str, Any]:
         """Return, as JSON, what tells this problem from another: all that a plan depends on but weights and data."""
         return {

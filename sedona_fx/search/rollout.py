@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from sedona_fx.errors import DataError
 from sedona_fx.search.comparison import Comparison
 from sedona_fx.search.effort import Effort
-from sedona_fx.search.halving import Descent, Halving, stops_of
-from sedona_fx.search.journal import Journal
+from sedona_fx.search.halving import Descent, Halving, affordable
+from sedona_fx.search.journal import Journal, settings_of
 from sedona_fx.search.plan_tree import PlanTree
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.proposals import proposals
@@ -26,8 +24,6 @@ from sedona_fx.search.streams import Stream
 from sedona_fx.search.supernet import Supernet
 from sedona_fx.search.tree_cost import tree_cost, tree_cost_of_one
 from sedona_fx.search.watch import Watch
-
-_WITHOUT_INFLUENCE = ("folder", "save_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +81,7 @@ class Rollout:
         Raises:
             BudgetError: no plan keeps within the problem's limits.
             CheckpointError: `folder` holds another search, or cannot be read.
-            CutError: blocks share a parameter, or there are not enough places to cut.
+            CutError: blocks share a parameter, or there are not enough places to cut, or no heads to compare.
             DataError: no data, or too small a budget.
             SearchDivergedError: every plan's loss turned infinite.
         """
@@ -103,12 +99,11 @@ class Rollout:
     def _decide(self, problem: Problem) -> Decision:
         assert problem.data is not None
         plans, places = proposals(problem, self.plans), problem.places()
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _WITHOUT_INFLUENCE}
-        identity = {"search": "rollout", "settings": settings, **problem.identity()}
+        identity = {"search": "rollout", "settings": settings_of(self), **problem.identity()}
         journal = Journal(self.folder, identity, self.save_seconds)
         saved = journal.read() or {}
         if "decision" in saved:
-            return _decision(problem, *saved["decision"])
+            return problem.decision(*saved["decision"])
         device = next(problem.train.parameters()).device
         batches, val_batches = (NamedBatches(source, problem.train, device) for source in problem.data[:2])
         train = Stream(batches, "training", problem.seed)
@@ -148,7 +143,7 @@ class Rollout:
         }
         if not watch.interrupted:
             journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], found]})
-        return _decision(problem, halving.ranked[0], found)
+        return problem.decision(halving.ranked[0], found)
 
     def _steps(self, problem: Problem, tree: PlanTree, train: Stream) -> int:
         """Return how many steps the budget pays for, were the tree halved at each stop."""
@@ -159,20 +154,10 @@ class Rollout:
         if budget is None:
             budget = 25 * (problem.data[2] or train.length())
         whole, one, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
-        each = [min(whole, math.ceil(count * part) * one) for part in (1.0, 0.5, 0.25)]  # at most, in each round
-
-        def cost(steps: int) -> int:
-            stops = [0, *stops_of(steps)]
-            return math.ceil(sum(s * (b - a) for s, (a, b) in zip(each, itertools.pairwise(stops), strict=False)))
-
-        steps = bisect.bisect_right(range(1, budget + 1), budget, key=cost)
+        steps, _ = affordable(budget, count, one, whole)
         if steps < 1:
             raise DataError(
                 f"training_steps={budget} does not pay for a rollout: one step of all {len(tree.plans())} plans costs "
                 f"as much as {whole:.0f} training steps. Raise training_steps, or try fewer plans."
             )
         return steps
-
-
-def _decision(problem: Problem, plan: Any, found: dict[str, Any]) -> Decision:
-    return Decision([place for place, _ in plan], [problem.candidates[place][k] for place, k in plan], found)

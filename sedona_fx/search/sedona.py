@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,10 +22,10 @@ from tqdm import tqdm
 from sedona_fx.errors import shape_text
 from sedona_fx.search.budget import DECODING_SHARE, Budget, RelaxedWork, Trials, share, share_seconds, share_trials
 from sedona_fx.search.inner import InnerSteps
-from sedona_fx.search.journal import Journal
+from sedona_fx.search.journal import Journal, settings_of
 from sedona_fx.search.learned import SedonaResult
 from sedona_fx.search.learning import Learning
-from sedona_fx.search.pace import RELAXED_STEPS
+from sedona_fx.search.pace import MEASURED_SHARE, TIMED_STEPS
 from sedona_fx.search.perturbation import PlanSpace, perturb
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.relaxation import search_sedona
@@ -226,8 +226,8 @@ class Sedona:
         budget = share(steps, work, self.unroll, self.warmup_steps, self.meta_steps, self.snapshots, decoding)
         if None not in (self.warmup_steps, self.meta_steps, self.perturbation_steps):
             budget = replace(budget, decoding_cost=math.inf)
-        cost = RELAXED_STEPS * budget.relaxed_cost + budget.meta_cost
-        if cost <= _MEASURED_SHARE * budget.equivalent_steps:
+        cost = TIMED_STEPS * budget.relaxed_cost + budget.meta_cost
+        if cost <= MEASURED_SHARE * budget.equivalent_steps:
             learning.pace = learning.measure()
         return budget
 
@@ -268,9 +268,4 @@ class Sedona:
             for i, tensors in enumerate(zip(state.params, state.buffers, strict=True))
             for name, t in (tensors[0] | tensors[1]).items()
         }
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _WITHOUT_INFLUENCE}
-        return {"seed": seed, "settings": settings, **names, "shapes": shapes}
-
-
-_WITHOUT_INFLUENCE = ("folder", "save_seconds", "snapshot_bytes")
-_MEASURED_SHARE = 0.02  # of the search, that measuring its steps may cost where nothing depends on it
+        return {"seed": seed, "settings": settings_of(self), **names, "shapes": shapes}

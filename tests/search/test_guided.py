@@ -21,6 +21,7 @@ import sedona_fx
 from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedError
 from sedona_fx.search import Guided, Limits, Problem
 from sedona_fx.search.comparison import measure
+from sedona_fx.search.guided import _Run
 from sedona_fx.search.plan_tree import PlanTree
 from sedona_fx.search.supernet import Supernet
 from sedona_fx.train.random import random_states
@@ -251,6 +252,33 @@ def test_ctrl_c_among_the_rollouts_decides_by_the_last_round(
     else:
         assert found.provenance["decided_by"] == "gradients"
         assert chosen in [plan for plan, _ in whole.provenance["rounds"][0]["scores"]]
+
+
+def test_where_all_rollouts_diverge_gradients_decide(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(PlanTree, "evaluate", lambda tree, batches: dict.fromkeys(tree.plans(), math.inf))
+    found = QUICK.decide(problem)
+    best, _ = found.provenance["plans"][0]
+    assert [[cut, head] for cut, head in zip(found.cuts, found.heads, strict=True)] == best
+    assert found.provenance["decided_by"] == "gradients"
+    assert "infinite" in found.provenance["without_rollouts"]
+    assert "gradients decide alone" in caplog.text
+
+
+def test_it_says_how_long_it_will_take(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As long as timing a few steps is not worth speaking of; the decision does not depend on it."""
+    long = replace(QUICK, training_steps=2000)
+    monkeypatch.setattr(_Run, "decide", lambda run: run._shares(None))
+    with caplog.at_level(logging.INFO, "sedona_fx"):
+        QUICK.decide(problem)
+        assert "about" not in caplog.text
+        monkeypatch.setattr("sedona_fx.search.effort.seconds_of", as_if_in_50_ms)
+        shares, effort, _ = long.decide(problem)
+    seconds = 0.1 * shares.cost / (effort.warmup_step + effort.comparison)
+    assert f"about 00:{math.ceil(seconds):02d}" in caplog.text
 
 
 # --- models of all kinds ----------------------------------------------------------------------------------------------
