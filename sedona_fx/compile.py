@@ -70,7 +70,7 @@ def compile_net(
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
     built: dict[str, list[nn.Module]] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
         for cut, spec in zip(plan.cuts, heads, strict=True):
             made = [build_head(spec, traced.contexts[cut])] if spec is not None else []
             built[cut] = [head.to(like.device, like.dtype).train(model.training) for head in made]

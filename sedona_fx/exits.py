@@ -129,7 +129,7 @@ def ensemble(net: Net, count: int) -> fx.GraphModule:
     gm = net.lowered(training=False)
     graph, _ = copy_graph(gm.graph)
     result = output_node(graph)
-    outputs: Sequence[Any] = result.args[0]  # type: ignore[assignment]
+    outputs: Any = result.args[0]
     with graph.inserting_before(result):
         primary, key = outputs[-1], net.engine.output.key
         if key is not None and not (isinstance(primary, fx.Node) and info(primary).is_tensor):

@@ -26,8 +26,8 @@ from sedona_fx.search.halving import Descent
 from sedona_fx.search.limits import MEASURES, in_units
 from sedona_fx.search.plan_tree import Choice, PlanTree
 from sedona_fx.search.problem import local_loss_of
-from sedona_fx.search.relaxation import named_batches
-from sedona_fx.search.state import endless
+from sedona_fx.search.relaxation import NamedBatches
+from sedona_fx.search.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def pareto(
         The front; each of its plans can be given to ``decouple(plan=...)``.
 
     Raises:
-        CutError: a cost or a search that is not known, or a single block.
+        CutError: a cost or a search that is not known, a single block, or no heads.
         SearchDivergedError: every plan's loss turned infinite.
         SedonaError: what ``decouple`` raises.
     """
@@ -171,8 +171,7 @@ class _Trials:
     def decide(self, problem: Problem) -> Decision:
         if problem.data is None:
             raise DataError("the front is made of short runs, which need data and a loss.")
-        if not all(problem.candidates[place] for place in problem.places()):
-            raise DataError("the front is made of runs by local losses and cannot be had with heads=False.")
+        problem.require_heads("pareto")
         choices = plans_by_level(problem, self.measure, self.levels, self.each)
         scores = self._train(problem, choices)
         costs = problem.plan_costs
@@ -191,19 +190,17 @@ class _Trials:
     def _train(self, problem: Problem, choices: Sequence[Choice]) -> dict[Choice, float]:
         """Train all plans in one tree, and return the validation loss of each."""
         assert problem.data is not None
-        train, val, epoch = problem.data
         device, s = next(problem.train.parameters()).device, self.settings
-        self.steps = s.steps or epoch or sum(1 for _ in train())
-
+        batches, val_batches = (NamedBatches(source, problem.train, device) for source in problem.data[:2])
+        train, val = Stream(batches, "training", problem.seed), Stream(val_batches, "validation", problem.seed)
+        self.steps = s.steps or problem.data[2] or train.length()
         descent = Descent(s.lr, s.momentum, s.weight_decay)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(problem.seed)
+            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
             tree = PlanTree(problem, choices, descent.optimizer, local_loss_of(problem), device)
-            stream = endless(lambda: named_batches(train, problem.train, device), "training")
-            steps = tqdm(range(self.steps), desc=f"front of {len(choices)} plans", disable=not problem.progress)
-            for step in steps:
-                tree.train(next(stream), step)
-            return tree.evaluate(itertools.islice(named_batches(val, problem.train, device), s.val_batches))
+            for step in tqdm(range(self.steps), desc=f"front of {len(choices)} plans", disable=not problem.progress):
+                tree.train(next(train), step)
+            return tree.evaluate(itertools.islice(val.epoch(), s.val_batches))
 
 
 def plans_by_level(problem: Problem, measure: str, levels: int, each: int) -> list[Choice]:

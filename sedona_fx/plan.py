@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import replacing
@@ -31,7 +33,8 @@ class Plan:
         model: name of the model's class, for messages.
         base_layers: the cut points among which was chosen.
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` of the example batch.
-        provenance: how the decision was made: search, seed, settings, trajectory, costs, front end.
+        provenance: how the decision was made: search, seed, settings, trajectory, costs, front end. In the place of a
+            number that is not finite (the loss of a plan that diverged) it holds None, as JSON has no such numbers.
     """
 
     cuts: tuple[str, ...] = ()
@@ -51,6 +54,7 @@ class Plan:
             raise PlanError(f"a plan names a cut twice: {list(self.cuts)}.")
         if self.devices is not None and len(self.devices) != self.blocks:
             raise PlanError(f"a plan needs one device a block: {self.blocks} blocks, {len(self.devices)} devices.")
+        object.__setattr__(self, "provenance", _finite(self.provenance))
 
     @property
     def blocks(self) -> int:
@@ -58,8 +62,10 @@ class Plan:
         return len(self.cuts) + 1
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=True) + "\n"
+        """Return the plan as JSON text, which any reader of JSON takes."""
+        data = dataclasses.asdict(self)
+        data["inputs"] = _written(data["inputs"])
+        return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the plan") -> Plan:
@@ -163,6 +169,37 @@ class Plan:
         return from_released(alpha, beta, model, blocks, data, heads)
 
 
+def _finite(value: Any) -> Any:
+    """Return a nested value with None for every number that is not finite; the same object where all are."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        changed = {key: _finite(item) for key, item in value.items()}
+        return value if all(changed[key] is item for key, item in value.items()) else changed
+    if isinstance(value, (list, tuple)):
+        items = [_finite(item) for item in value]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    return value
+
+
+def _written(inputs: dict[str, Any]) -> Any:
+    """Return inputs as JSON. An argument may be infinite, and the net is called with it: ``{"float": "inf"}``."""
+
+    def words(value: Any) -> Any:
+        return {"float": repr(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
+
+    return pytree.tree_map(words, inputs)
+
+
+def _read(inputs: dict[str, Any]) -> Any:
+    """Return what :func:`_written` wrote."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, dict) and value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan")
+
+    return pytree.tree_map(lambda v: float(v["float"]) if is_number(v) else v, inputs, is_leaf=is_number)
+
+
 def _checked(name: str, value: Any, source: str) -> Any:
     def wrong(expected: str) -> PlanError:
         return PlanError(f"{source}: the field {name!r} should be {expected}, not {type(value).__name__}.")
@@ -188,6 +225,7 @@ def _checked(name: str, value: Any, source: str) -> Any:
     else:
         for argument, spec in value.items():
             _check_spec(f"{source}: the input {argument!r}", spec)
+        return _read(value)
     return value
 
 

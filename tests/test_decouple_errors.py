@@ -1,5 +1,6 @@
 """What bad input gets: a typed error that names the place and says what to do."""
 
+import functools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import sedona_fx
+from sedona_fx import heads
 from sedona_fx.errors import (
     CheckpointError,
     CutError,
@@ -239,6 +241,52 @@ def test_wrong_arguments_of_the_net():
         net(X, X)
     with pytest.raises(DataError, match=r"cannot take the output of block 0, \(4, 3\) float32, with .*\(4, 5\)"):
         net.losses(X, torch.randn(4, 5))
+
+
+def of_width(width):
+    return lambda context: nn.Sequential(nn.Linear(context.channels, width), nn.Linear(width, 3))
+
+
+def other_linear(context):
+    return nn.Linear(context.channels, 3)
+
+
+@pytest.mark.parametrize("how", [{}, {"search": "latest", "blocks": 3}, {"cuts": ["stem", "neck"]}], ids=str)
+def test_heads_that_a_plan_could_not_tell_apart(how):
+    narrow, wide = of_width(2), of_width(5)
+    given = [narrow, wide] if "cuts" in how else [narrow, other_linear, wide]
+    name = r"'test_decouple_errors:of_width.*lambda>'"
+    which = rf"heads\[0\] and heads\[{len(given) - 1}\] are different factories of one name, {name}, .*register_head"
+    with pytest.raises(CutError, match=which):
+        decouple(heads=given, **how)
+    plan = decouple(heads=[narrow], cuts=["stem"]).plan
+    with pytest.raises(CutError, match=r"different factories of one name"):
+        decouple(plan=plan, heads=[wide, narrow])
+    decouple(heads=[*given[:-1], narrow], **how)  # the same object is the same head
+    partial = functools.partial(of_width, 2)
+    with pytest.raises(CutError, match=r"heads\[0\] and heads\[1\] are different .* 'test_decouple_errors:of_width', "):
+        decouple(heads=[partial, functools.partial(of_width, 5)])
+
+
+def test_registered_names_tell_heads_apart(monkeypatch):
+    monkeypatch.setattr("sedona_fx.heads._REGISTRY", dict(heads._REGISTRY))
+    narrow, wide = of_width(2), of_width(5)
+    sedona_fx.register_head("narrow", narrow)
+    sedona_fx.register_head("wide", wide)
+    net = decouple(heads=[narrow, wide, "narrow"], cuts=["stem", "body", "neck"])
+    assert net.plan.heads == ("narrow", "wide", "narrow")
+    assert [net.blocks[k].head[0].out_features for k in range(3)] == [2, 5, 2]
+
+
+def test_objectives_may_have_heads_of_one_name(tmp_path):
+    def loss(output, inputs, target):
+        return output.square().mean()
+
+    own = [sedona_fx.LocalLoss(loss, head=of_width(width)) for width in (2, 5)]
+    net = decouple(cuts=["stem", "neck"], local_loss=own)
+    net.save(tmp_path)
+    for again in (sedona_fx.load(tmp_path, Net(), local_loss=own), decouple(plan=net.plan, local_loss=own)):
+        assert [again.blocks[k].head[0].out_features for k in range(2)] == [2, 5]
 
 
 def test_messages_of_errors_with_facts():

@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import json
+import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,6 +110,81 @@ def test_it_is_the_same_again_and_leaves_everything_alone(front):
     assert again == front
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Examples with noise from all three global streams, as augmentation has it."""
+
+    def __init__(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        self.x, self.y = torch.randn(18, 3, 8, 8, generator=g), torch.randint(4, (18,), generator=g)
+
+    def __len__(self):
+        return 18
+
+    def __getitem__(self, k):
+        return self.x[k] + random.random() + np.random.rand() + torch.rand(8), self.y[k]
+
+
+def test_data_that_draws_gives_the_same_front_again_and_all_streams_back(monkeypatch):
+    model, own, accelerators = net_of(), torch.Generator(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", accelerators.append)
+    train = torch.utils.data.DataLoader(Noisy(0), batch_size=6, shuffle=True, generator=own)
+    val = torch.utils.data.DataLoader(Noisy(1), batch_size=9, shuffle=True)
+    how = {"val_data": val, "search": Rollout(steps=4), **QUICK, "points": 2, "plans_a_point": 2}
+
+    def states():
+        name, keys, *rest = np.random.get_state()
+        return [torch.get_rng_state().tolist(), own.get_state().tolist(), random.getstate(), name, keys.tolist(), *rest]
+
+    def seed_all():
+        torch.default_generator.manual_seed(1), random.seed(2), np.random.seed(3), own.manual_seed(4)
+
+    seed_all()
+    sedona_fx.decouple(model, train, val_data=val, blocks=3, search=Catch(), heads=HEADS)
+    looked_at = states()  # a search's data is looked at once, to see its shapes
+    seed_all()
+    first = sedona_fx.pareto(model, train, **how)
+    assert states() == looked_at
+    torch.rand(3), random.random(), np.random.rand(), torch.rand(3, generator=own)
+    assert sedona_fx.pareto(model, train, **how) == first
+    assert not accelerators
+    assert sedona_fx.pareto(model, train, **{**how, "seed": 8}) != first
+
+
+def diverging(context):
+    """A head whose loss is not a number."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(context.channels, 4), Nan())
+
+
+class Nan(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def test_plans_that_fail_stay_out_of_the_front_and_are_strict_json(tmp_path):
+    how = {**QUICK, "heads": ["linear", diverging]}
+    front = sedona_fx.pareto(net_of(), TRAIN, val_data=VAL, search=Rollout(steps=1), **how)
+    failed = [point for point in front.tried if any("diverging" in head for head in point.plan.heads)]
+    assert failed
+    for point in front.tried:
+        assert math.isinf(point.loss) == (point in failed)
+        read = sedona_fx.Plan.from_json(strict(point.plan))
+        assert read == point.plan
+        assert read.provenance["val_loss"] == (None if point in failed else point.loss)
+    assert not {id(point) for point in failed} & {id(point) for point in front.points}
+    assert front.plot(tmp_path / "front.png").exists()
+    assert "inf" not in str(front)
+
+
+def strict(plan):
+    """Return a plan's JSON, if a reader that knows the standard alone takes it."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads(plan.to_json(), parse_constant=refuse)
+    return plan.to_json()
+
+
 @pytest.mark.parametrize("cost", ["block_flops", "head_flops", "block_seconds"])
 def test_other_costs_and_a_budget(cost, tmp_path):
     budget = {"activation_bytes": 110_000}
@@ -149,7 +228,7 @@ def test_ties_and_plans_that_diverged():
         ({"blocks": 1}, CutError, r"at least 2 blocks"),
         ({"points": 1}, CutError, r"2 points"),
         ({"cuts": ["1", "2"]}, CutError, r"cuts=... leaves nothing to choose"),
-        ({"heads": False}, DataError, r"heads=False"),
+        ({"heads": False}, CutError, r"pareto compares plans by the local losses .* heads=False"),
         ({"loss": None}, DataError, r"data and a loss"),
         ({"budget": {"activation_bytes": 1}}, BudgetError, r"no plan with 3 blocks needs less than"),
     ],

@@ -1,7 +1,9 @@
 """Plans: what they hold, how they are read and written, and what bad files get."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from sedona_fx import Plan
@@ -24,6 +26,44 @@ def test_json_round_trip():
     assert PLAN.blocks == 3
     assert Plan.from_json(Plan().to_json()) == Plan()
     assert Plan().blocks == 1
+
+
+def strictly(text):
+    """Read JSON as a reader does that knows the standard alone."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_none_in_the_provenance():
+    rounds = [{"step": 2, "scores": [["a", 1.5], ["b", math.inf], ["c", -math.inf]]}, {"step": 4, "scores": ()}]
+    found = {"rounds": rounds, "own": (1, math.nan, {"x": np.float64("inf")}), "kept": [1.0, "inf", True]}
+    plan = Plan(provenance=found)
+    assert rounds[0]["scores"][1][1] == math.inf  # what was handed over stays as it is
+    assert plan.provenance["rounds"][0] == {"step": 2, "scores": [["a", 1.5], ["b", None], ["c", None]]}
+    assert plan.provenance["own"] == [1, None, {"x": None}]
+    assert plan.provenance["kept"] == [1.0, "inf", True]
+    data = strictly(plan.to_json())
+    assert data["provenance"]["own"] == [1, None, {"x": None}]
+    assert Plan.from_json(plan.to_json()).provenance["rounds"][0] == plan.provenance["rounds"][0]
+
+
+def test_files_of_before_that_hold_infinity_are_read():
+    held = '"provenance": {"loss": Infinity, "other": [NaN, -Infinity, 2]}'
+    plan = Plan.from_json(Plan().to_json().replace('"provenance": {}', held))
+    assert plan.provenance == {"loss": None, "other": [None, None, 2]}
+    strictly(plan.to_json())
+
+
+def test_inputs_that_are_infinite_come_back():
+    inputs = {"x": {"shape": [2], "dtype": "float32"}, "low": -math.inf, "nested": [1.5, {"high": math.inf}], "n": 3}
+    plan = Plan(inputs=inputs)
+    assert strictly(plan.to_json())["inputs"]["low"] == {"float": "-inf"}
+    assert Plan.from_json(plan.to_json()) == plan
+    unknown = Plan.from_json(Plan(inputs={"nan": math.nan}).to_json()).inputs["nan"]
+    assert math.isnan(unknown)
 
 
 def test_files_are_replaced_whole(tmp_path, monkeypatch):

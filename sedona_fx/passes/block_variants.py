@@ -61,10 +61,9 @@ def show_layers(block: BlockGraph, layers: Collection[str]) -> tuple[BlockGraph,
 
 
 def _returned(result: fx.Node) -> tuple[tuple[fx.Node, ...], Any]:
-    (returned,) = result.args
-    assert isinstance(returned, tuple)
+    returned: Any = result.args[0]
     exports, local = returned
-    return exports, local  # type: ignore[return-value]
+    return exports, local
 
 
 def _module(block: BlockGraph, graph: fx.Graph) -> fx.GraphModule:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import fx
+from torch.fx.node import Argument, Target
 
 from sedona_fx.flow import block_of
 from sedona_fx.graph import (
@@ -166,15 +167,15 @@ def _made(node: fx.Node, block: int, record: NodeInfo) -> fx.Node:
 
 
 def _insert_after(
-    graph: fx.Graph, node: fx.Node, target: object, args: tuple[object, ...], block: int, record: NodeInfo
+    graph: fx.Graph, node: fx.Node, target: Target, args: tuple[Argument, ...], block: int, record: NodeInfo
 ) -> fx.Node:
     with graph.inserting_after(node):
-        return _made(graph.create_node("call_function", target, args), block, record)  # type: ignore[arg-type]
+        return _made(graph.create_node("call_function", target, args), block, record)
 
 
 def _insert_before(
-    graph: fx.Graph, node: fx.Node, target: object, args: tuple[object, ...], block: int, record: NodeInfo
+    graph: fx.Graph, node: fx.Node, target: Target, args: tuple[Argument, ...], block: int, record: NodeInfo
 ) -> fx.Node:
     kind = "call_method" if isinstance(target, str) else "call_function"
     with graph.inserting_before(node):
-        return _made(graph.create_node(kind, target, args), block, record)  # type: ignore[arg-type]
+        return _made(graph.create_node(kind, target, args), block, record)

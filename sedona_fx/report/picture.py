@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from sedona_fx.report.scores import draw_scores
 from sedona_fx.report.trajectory import draw_trajectory
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from sedona_fx.plan import Plan
 
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -31,9 +33,6 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
     Raises:
         ValueError: the plan does not come from one of these (balanced and uniform plans have no history).
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     found = plan.provenance
     if found.get("trajectory"):
         draw = draw_trajectory
@@ -43,12 +42,7 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
         draw = draw_rounds
     else:
         raise ValueError(f"this plan comes from search={found.get('search')!r} and holds no trajectory to draw")
-    with mpl.rc_context(_STYLE):
-        figure = draw(plan)
-        FigureCanvasAgg(figure)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-    return Path(path)
+    return _drawn(lambda: draw(plan), path)
 
 
 def front_picture(
@@ -70,11 +64,16 @@ def front_picture(
     Returns:
         The path.
     """
+    return _drawn(lambda: draw_front(tried, front, measure, title), path)
+
+
+def _drawn(draw: Callable[[], Figure], path: str | Path) -> Path:
+    """Draw in the house style, without a display, and write the PNG whole."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     with mpl.rc_context(_STYLE):
-        figure = draw_front(tried, front, measure, title)
+        figure = draw()
         FigureCanvasAgg(figure)
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")

@@ -33,7 +33,7 @@ def draw_rounds(plan: Plan) -> Figure:
 
 
 def draw_losses(axis: Axes, plan: Plan) -> None:
-    """Draw the plans' losses, round by round; where one is not finite its line has a gap."""
+    """Draw the plans' losses, round by round; where one was not finite (None) its line has a gap."""
     from matplotlib.ticker import MaxNLocator
 
     rounds: list[dict[str, Any]] = plan.provenance["rounds"]
@@ -41,7 +41,7 @@ def draw_losses(axis: Axes, plan: Plan) -> None:
     for entry in rounds:
         for tried, score in entry["scores"]:
             key = tuple((cut, head) for cut, head in tried)
-            lines.setdefault(key, []).append((entry["step"], score if math.isfinite(score) else math.nan))
+            lines.setdefault(key, []).append((entry["step"], math.nan if score is None else score))
     best = tuple(zip(plan.cuts, map(str, plan.heads), strict=True))
     last = rounds[-1]["step"]
     for key, line in lines.items():
@@ -62,7 +62,7 @@ def draw_losses(axis: Axes, plan: Plan) -> None:
     axis.set_xlabel("training steps")
     axis.set_ylabel("validation loss of the final output")
     axis.set_title(f"{plan.model}: {plan.blocks} blocks, the best of {len(lines)} plans", loc="left")
-    axis.legend(loc="upper right", frameon=False)
+    axis.legend(loc="best", frameon=False)
 
 
 def _net(axis: Axes, plan: Plan, layers: list[str]) -> None:

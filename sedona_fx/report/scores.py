@@ -39,8 +39,9 @@ class _Ranked:
 def draw_scores(plan: Plan) -> Figure:
     """Draw a plan that comes from the guided search.
 
-    On the left a map, places from the input down by heads: what each (place, head) adds to the cosine of a plan's
-    gradient with that of backpropagation; the chosen pairs are framed. On the right the best plans by their scores,
+    On the left a map, places from the input down by heads: of each (place, head) the cosine of its gradient with that
+    of backpropagation, or, of a search with ``score="plan"``, what it adds to that of a plan; the chosen pairs are
+    framed. On the right the best plans by their scores,
     the chosen one dark, those that were rolled out darker than the others. Below these the rollouts, if there were any,
     as :func:`~sedona_fx.report.rounds.draw_losses` draws them.
     """
@@ -76,7 +77,7 @@ def draw_scores(plan: Plan) -> Figure:
 
 
 def _map(axis: Axes, found: Mapping[str, Any], heads: list[str], chosen: _Pairs) -> None:
-    """Draw what every (place, head) adds, places from above to below; where a head is no candidate the map is empty."""
+    """Draw the scores of all (place, head), places from above to below; where a head is no candidate it is empty."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
@@ -106,7 +107,8 @@ def _map(axis: Axes, found: Mapping[str, Any], heads: list[str], chosen: _Pairs)
     axis.spines[:].set_visible(False)
     axis.set_title("framed: chosen", loc="left")
     bar = axis.figure.colorbar(image, ax=axis, aspect=30, pad=0.04)
-    bar.set_label("adds to the cosine with\nbackpropagation's gradient")
+    says = "cosine" if found.get("score") == "cut" else "adds to the cosine"  # older plans do not say which it was
+    bar.set_label(f"{says} with\nbackpropagation's gradient")
     bar.outline.set_visible(False)
 
 

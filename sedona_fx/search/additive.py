@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sedona_fx.search.programme import Positions
+from sedona_fx.search.programme import Positions, every_plan
 
 _RIDGE = 1e-6  # every plan has K - 1 pairs, so that a constant can be moved between the terms: take the smallest
 
@@ -51,12 +51,7 @@ def sample(heads: Sequence[int], cuts: int, count: int, draws: random.Random, *,
         every: list all plans where they are few; else draw in any case.
     """
     if every and math.comb(len(heads), cuts) <= count:
-        ways = (
-            tuple(zip(chosen, picked, strict=True))
-            for chosen in itertools.combinations(range(len(heads)), cuts)
-            for picked in itertools.product(*(range(heads[place]) for place in chosen))
-        )
-        found = list(itertools.islice(ways, count + 1))
+        found = list(itertools.islice(every_plan(heads, cuts), count + 1))
         if len(found) <= count:
             return found
     return [

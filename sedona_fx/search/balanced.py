@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sedona_fx.cost import stretch_costs
-from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule, heads_at
+from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule
 from sedona_fx.search.plan_costs import allowed, heads_tried
 from sedona_fx.search.problem import Decision, Problem, candidate_cost
 from sedona_fx.search.programme import Positions, Ranked
@@ -58,7 +58,7 @@ class Balanced:
         provenance = {"search": "balanced", "by": self.by, "largest_block": largest}
         plan = tuple((places[k], kinds[k]) for k in chosen)
         if allowed(problem, plan):
-            return Decision(cuts, heads_at(problem, plan), {**provenance, "head": self.head})
+            return problem.decision(plan, {**provenance, "head": self.head})
         measure = "block_flops" if self.by == "flops" else self.by
         moved = balance_within(problem, measure, kinds)
         provenance["largest_block"] = int(problem.plan_costs.value(measure, moved))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
 from sedona_fx.cost import step_seconds
-from sedona_fx.errors import DataError, HeadError
+from sedona_fx.errors import DataError
 from sedona_fx.graph import info
 from sedona_fx.heads import build_head, head_name
 from sedona_fx.passes.partition import BlockGraph
@@ -37,17 +36,9 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         DataError: the problem has no example batch.
-        HeadError: two candidates of a place have one name, by which their seconds could not be told apart.
     """
     if not problem.example:
         raise DataError("block_seconds is measured on the first batch of the data, and this problem has none.")
-    for place in places:
-        named = Counter(head_name(spec) for spec in problem.candidates[place])
-        if twice := [name for name, count in named.items() if count > 1]:
-            raise HeadError(
-                f"block_seconds is kept by the names of heads, and several candidates behind {place!r} are named "
-                f"{twice[0]!r}: give each factory a name of its own with sedona_fx.register_head(name, factory)."
-            )
     cuts: dict[str, list[nn.Module]] = {str(info(problem.node(place)).cut): [] for place in places}
     parts = passes.partition(passes.lower_at(problem.train, cuts))
     modules = copy.deepcopy([part.module for part in parts])  # together: what they share stays shared

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
-from sedona_fx.search.problem import HeadSpec, Problem, candidate_cost
+from sedona_fx.search.problem import Problem, candidate_cost
 
 HeadRule = Literal["first", "largest"]
 
@@ -30,8 +29,3 @@ def head_by_rule(problem: Problem, cut: str, rule: HeadRule) -> int:
     node = problem.node(cut)
     flops = [candidate_cost(problem, cut, node, m).flops for m in range(len(problem.candidates[cut]))]
     return flops.index(max(flops)) if flops else 0
-
-
-def heads_at(problem: Problem, plan: Sequence[tuple[str, int]]) -> list[HeadSpec | None]:
-    """Return the heads of a plan of cuts and numbers of candidates; None where there are no heads."""
-    return [problem.candidates[cut][m] if problem.candidates[cut] else None for cut, m in plan]

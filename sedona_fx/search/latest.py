@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule, heads_at
-from sedona_fx.search.plan_costs import allowed
+from sedona_fx.search.largest import HeadRule, check_head_rule
 from sedona_fx.search.problem import Decision, Problem
-from sedona_fx.search.uniform import nearest
+from sedona_fx.search.uniform import cut_behind
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,5 @@ class Latest:
         Raises:
             BudgetError: no plan keeps within the limits.
         """
-        places = problem.places()
-        layers = list(range(len(places) - (problem.blocks - 1), len(places)))
-        cuts = [places[k] for k in layers]
-        plan = tuple((cut, head_by_rule(problem, cut, self.head)) for cut in cuts)
-        if allowed(problem, plan):
-            return Decision(cuts, heads_at(problem, plan), {"search": "latest", "head": self.head})
-        moved, distance = nearest(problem, layers, self.head)
-        found = {"search": "latest", "moved_for_budget": {"latest_cuts": cuts, "distance": distance}}
-        return problem.plan_costs.decision(moved, found)
+        count = len(problem.places())
+        return cut_behind(problem, range(count - (problem.blocks - 1), count), self.head, "latest")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from sedona_fx.errors import CutError, did_you_mean
@@ -44,8 +45,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in self.given().items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or value < 0:
                 raise CutError(f"the budget's {name}={value!r} should be a number of {MEASURES[name]}, at least 0.")
+            # As Python's own number: a plan's JSON has no others.
+            object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
         known = self.measured
         if known and not (isinstance(known, Mapping) and {"places", "stretches", "heads"} <= known.keys()):
             raise CutError(

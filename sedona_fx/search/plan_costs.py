@@ -16,7 +16,7 @@ from sedona_fx.graph import info
 from sedona_fx.heads import head_name
 from sedona_fx.search.block_seconds import measure_seconds
 from sedona_fx.search.limits import MEASURES, Limits, amount
-from sedona_fx.search.problem import Decision, HeadSpec, Problem, candidate_cost
+from sedona_fx.search.problem import Decision, Problem, candidate_cost
 from sedona_fx.search.programme import Positions, Ranked, smallest_largest
 from sedona_fx.search.programme import best_plans as programme
 
@@ -153,9 +153,7 @@ class PlanCosts:
 
     def decision(self, plan: Positions, provenance: Mapping[str, Any]) -> Decision:
         """Return a plan as a decision."""
-        specs = [self.problem.candidates[self.places[b]] for b, _ in plan]
-        heads: list[HeadSpec | None] = [s[m] if s else None for s, (_, m) in zip(specs, plan, strict=True)]
-        return Decision([self.places[b] for b, _ in plan], heads, dict(provenance))
+        return self.problem.decision([(self.places[b], m) for b, m in plan], provenance)
 
 
 def allowed(problem: Problem, plan: Choice) -> bool:

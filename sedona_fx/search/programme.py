@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -32,6 +33,18 @@ class Ranked:
 
     plan: Positions
     score: float
+
+
+def every_plan(heads: Sequence[int], cuts: int) -> Iterator[Positions]:
+    """Yield all plans of some cuts, the lexicographically first places first, then heads.
+
+    Args:
+        heads: number of heads of every place.
+        cuts: K - 1.
+    """
+    for places in itertools.combinations(range(len(heads)), cuts):
+        for picked in itertools.product(*(range(heads[place]) for place in places)):
+            yield tuple(zip(places, picked, strict=True))
 
 
 def best_plans(

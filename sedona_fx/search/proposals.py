@@ -6,12 +6,13 @@ import itertools
 import math
 import random
 
-from sedona_fx.errors import DataError
+from sedona_fx.search.additive import sample
 from sedona_fx.search.balanced import Balanced
 from sedona_fx.search.latest import Latest
 from sedona_fx.search.plan_costs import allowed, best_plans
 from sedona_fx.search.plan_tree import Choice
 from sedona_fx.search.problem import Problem
+from sedona_fx.search.programme import Positions, every_plan
 from sedona_fx.search.uniform import Uniform
 
 _MOST_LISTED = 10_000
@@ -27,34 +28,31 @@ def proposals(problem: Problem, count: int) -> list[Choice]:
 
     Raises:
         BudgetError: no plan keeps within the limits.
-        DataError: there are no heads.
+        CutError: there are no heads.
     """
+    problem.require_heads("search='rollout'")
     places, cuts = problem.places(), problem.blocks - 1
     kinds = [len(problem.candidates[place]) for place in places]
-    if not all(kinds):
-        raise DataError("search='rollout' chooses heads by local losses and cannot run with heads=False.")
+
+    def at_places(plan: Positions) -> Choice:
+        return tuple((places[k], head) for k, head in plan)
+
     if math.comb(len(places), cuts) <= _MOST_LISTED:
-        ways = (
-            tuple((places[k], head) for k, head in zip(chosen, heads, strict=True))
-            for chosen in itertools.combinations(range(len(places)), cuts)
-            for heads in itertools.product(*(range(kinds[k]) for k in chosen))
-        )
+        ways = map(at_places, every_plan(kinds, cuts))
         every = list(itertools.islice((plan for plan in ways if allowed(problem, plan)), count + 1))
         if len(every) <= count and every:
             return every
     found: dict[Choice, None] = {}
     for rule in (Uniform, Balanced, Latest):
         for head in ("first", "largest"):
-            decision = rule(head=head).decide(problem)
-            heads = [problem.candidates[p].index(h) for p, h in zip(decision.cuts, decision.heads, strict=True)]
-            found[tuple(zip(decision.cuts, heads, strict=True))] = None
+            found[problem.choice(rule(head=head).decide(problem))] = None
     found = dict.fromkeys(list(found)[:count])
     draws = random.Random(problem.seed)
     for _ in range(_DRAWS_A_PLAN * count):
         if len(found) == count:
             return list(found)
-        drawn = sorted(draws.sample(range(len(places)), cuts))
-        plan = tuple((places[k], draws.randrange(kinds[k])) for k in drawn)
+        (drawn,) = sample(kinds, cuts, 1, draws, every=False)
+        plan = at_places(drawn)
         if allowed(problem, plan):
             found[plan] = None
     for _ in range(_DRAWS_A_PLAN):

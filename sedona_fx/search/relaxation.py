@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.data import Source, to_device, users_data
-from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.graph import SPLIT_POINTS, TensorSpec, copy_info, info, output_node
 from sedona_fx.heads import build_head, head_name
 from sedona_fx.passes import BlockGraph, partition, relax
@@ -56,7 +56,7 @@ def search_sedona(settings: Sedona, problem: Problem) -> Decision:
     if problem.data is None:
         raise DataError("search='sedona' needs data to search on.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(problem.seed)
+        torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
         blocks = relaxed_blocks(problem, places)
     train, val, _ = problem.data
     device = next(blocks[0].module.parameters()).device
@@ -81,12 +81,11 @@ def search_sedona(settings: Sedona, problem: Problem) -> Decision:
 
 def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraphBlock]:
     """Relax the train graph with every candidate head at every place, and pair its blocks with the eval graph's."""
+    problem.require_heads("search='sedona'")
     heads = {
         name: [build_head(spec, problem.contexts[name]).to(_like(problem)) for spec in problem.candidates[name]]
         for name in places
     }
-    if not all(heads.values()):
-        raise CutError("search='sedona' chooses heads by local losses and cannot run with heads=False.")
     train = partition(relax(problem.train, heads))
     bare: dict[str, list[nn.Module]] = {name: [] for name in places}
     evaluation, trunk = partition(relax(problem.eval, bare)), partition(relax(problem.train, bare))
@@ -217,8 +216,7 @@ def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result:
         **_certain(problem, places, result, cuts),
         **({} if decoding is None else {"decoding": decoding.record(places, _candidates(problem, places))}),
     }
-    chosen = [problem.candidates[name][k] for name, k in zip(names, heads, strict=True)]
-    return Decision(names, list(chosen), provenance)
+    return problem.decision(list(zip(names, heads, strict=True)), provenance)
 
 
 def _candidates(problem: Problem, places: Sequence[str]) -> dict[str, list[str | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from sedona_fx.heads import head_name
 from sedona_fx.search.halving import Descent
 from sedona_fx.search.plan_tree import Choice, PlanTree
 from sedona_fx.search.problem import Decision, Problem, Search, local_loss_of
-from sedona_fx.search.relaxation import named_batches
-from sedona_fx.search.state import endless
+from sedona_fx.search.relaxation import NamedBatches, named_batches
+from sedona_fx.search.streams import Stream
 from sedona_fx.train.random import seeded
 
 
@@ -74,6 +73,7 @@ class BestOf:
         """Choose cuts and heads.
 
         Raises:
+            CutError: no heads to train plans by.
             DataError: no data, or a single validation batch.
             SearchDivergedError: the losses of all plans turned infinite.
         """
@@ -81,14 +81,15 @@ class BestOf:
             return self.search.decide(problem)
         if problem.data is None:
             raise DataError("BestOf compares plans by training them, and needs data for that.")
+        problem.require_heads("BestOf")
         train, val, length = problem.data
         seen, judges = self._split(val, problem.seed)
         runs = []
         for seed in range(problem.seed, problem.seed + self.seeds):
             own = replace(problem, seed=seed, data=(train, lambda: iter(seen), length))
             runs.append(_in_own_folder(self.search, seed).decide(own))
-        choices = [_choice(problem, run) for run in runs]
-        scores = self._scores(problem, list(dict.fromkeys(choices)), train, judges)
+        choices = [problem.choice(run) for run in runs]
+        scores = self._scores(problem, list(dict.fromkeys(choices)), judges)
         best = min(range(self.seeds), key=lambda k: scores[choices[k]])
         if not math.isfinite(scores[choices[best]]):
             raise SearchDivergedError("in the plans of all seeds", None)
@@ -120,32 +121,18 @@ class BestOf:
         kept = min(len(batches) - 1, max(1, round(self.held_out * len(batches))))
         return batches[:-kept], batches[-kept:]
 
-    def _scores(
-        self, problem: Problem, plans: Sequence[Choice], train: Source, judges: Sequence[Pair]
-    ) -> dict[Choice, float]:
+    def _scores(self, problem: Problem, plans: Sequence[Choice], judges: Sequence[Pair]) -> dict[Choice, float]:
         """Return each plan's mean loss on the batches that judge, after a short greedy training."""
+        assert problem.data is not None
         device = next(problem.train.parameters()).device
+        train = Stream(NamedBatches(problem.data[0], problem.train, device), "training", problem.seed)
         descent = Descent(self.lr, self.momentum, self.weight_decay)
         with seeded(device, problem.seed):
             tree = PlanTree(problem, plans, descent.optimizer, local_loss_of(problem), device)
-            steps = self.steps or sum(1 for _ in train())
-            stream = endless(lambda: named_batches(train, problem.train, device), "training")
-            bar = tqdm(
-                itertools.islice(stream, steps),
-                total=steps,
-                desc=f"plans of {self.seeds} seeds",
-                disable=not problem.progress,
-            )
-            for step, batch in enumerate(bar):
-                tree.train(batch, step)
+            steps = self.steps or problem.data[2] or train.length()
+            for step in tqdm(range(steps), desc=f"plans of {self.seeds} seeds", disable=not problem.progress):
+                tree.train(next(train), step)
             return tree.evaluate(named_batches(lambda: iter(judges), problem.train, device))
-
-
-def _choice(problem: Problem, decision: Decision) -> Choice:
-    if any(spec is None for spec in decision.heads):
-        raise DataError("BestOf compares plans by local losses and cannot run with heads=False.")
-    pairs = zip(decision.cuts, decision.heads, strict=True)
-    return tuple((cut, list(problem.candidates[cut]).index(spec)) for cut, spec in pairs if spec is not None)
 
 
 def _in_own_folder(search: Search, seed: int) -> Search:

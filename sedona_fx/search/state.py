@@ -150,19 +150,3 @@ def named_tensors(module: nn.Module) -> Tensors:
 def clones(dicts: Sequence[Tensors]) -> list[Tensors]:
     """Copies without graph."""
     return [{n: t.detach().clone() for n, t in d.items()} for d in dicts]
-
-
-def endless(batches: Batches, what: str) -> Iterator[Batch]:
-    """Go through epoch after epoch.
-
-    Raises:
-        ValueError: one is empty.
-    """
-    while True:
-        epoch = iter(batches())
-        batch = next(epoch, None)
-        if batch is None:
-            raise ValueError(f"the search's {what} data is empty")
-        while batch is not None:
-            yield batch
-            batch = next(epoch, None)

@@ -57,8 +57,8 @@ class Supernet:
         self._problem, self._device = problem, device
         self.local_loss = local_loss_of(problem)
         graphs = passes.partition(passes.lower_at(problem.train, {str(info(problem.node(p)).cut): [] for p in places}))
-        modules = nn.ModuleList(copy.deepcopy([graph.module for graph in graphs]))  # at once: what is shared stays so
-        self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]  # type: ignore[arg-type]
+        modules = copy.deepcopy([graph.module for graph in graphs])  # at once: what is shared stays so
+        self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
         self._ends = [info(problem.node(place)).site for place in places]
         like = next(p for p in problem.train.parameters() if p.is_floating_point())
         self.heads: list[list[nn.Module]] = []
@@ -67,7 +67,7 @@ class Supernet:
             for place in places:
                 built = [build_head(spec, problem.contexts[place]) for spec in problem.candidates[place]]
                 self.heads.append([head.to(like.device, like.dtype) for head in built])
-        self._modules = nn.ModuleList([modules, *(nn.ModuleList(built) for built in self.heads)])
+        self._modules = nn.ModuleList([nn.ModuleList(modules), *(nn.ModuleList(built) for built in self.heads)])
         self._step = 0
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule, heads_at
+from sedona_fx.search.largest import HeadRule, check_head_rule, head_by_rule
 from sedona_fx.search.plan_costs import allowed, heads_tried
 from sedona_fx.search.problem import Decision, Problem
 from sedona_fx.search.programme import Positions
@@ -35,15 +35,29 @@ class Uniform:
         Raises:
             BudgetError: no plan keeps within the limits.
         """
-        places = problem.places()
-        layers = uniform_layers(len(places) + 1, problem.blocks)
-        cuts = [places[k] for k in layers]
-        plan = tuple((cut, head_by_rule(problem, cut, self.head)) for cut in cuts)
-        if allowed(problem, plan):
-            return Decision(cuts, heads_at(problem, plan), {"search": "uniform", "head": self.head})
-        moved, distance = nearest(problem, layers, self.head)
-        found = {"search": "uniform", "moved_for_budget": {"uniform_cuts": cuts, "distance": distance}}
-        return problem.plan_costs.decision(moved, found)
+        layers = uniform_layers(len(problem.places()) + 1, problem.blocks)
+        return cut_behind(problem, layers, self.head, "uniform")
+
+
+def cut_behind(problem: Problem, layers: Sequence[int], rule: HeadRule, name: str) -> Decision:
+    """Cut behind some base layers; where that exceeds the problem's limits, as near to them as a plan within does.
+
+    Args:
+        problem: the net, its candidates and its limits.
+        layers: K-1 of them, 0-based, ascending.
+        rule: for the heads.
+        name: of the search.
+
+    Raises:
+        BudgetError: no plan keeps within the limits.
+    """
+    places = problem.places()
+    plan = tuple((places[k], head_by_rule(problem, places[k], rule)) for k in layers)
+    if allowed(problem, plan):
+        return problem.decision(plan, {"search": name, "head": rule})
+    moved, distance = nearest(problem, layers, rule)
+    about = {f"{name}_cuts": [cut for cut, _ in plan], "distance": distance}
+    return problem.plan_costs.decision(moved, {"search": name, "moved_for_budget": about})
 
 
 def nearest(problem: Problem, layers: Sequence[int], rule: HeadRule) -> tuple[Positions, int]:

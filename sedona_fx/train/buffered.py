@@ -108,10 +108,10 @@ class Buffer:
         ring = dict(state["ring"])
         ring["items"] = [to_device(item, self._device or device) for item in ring["items"]]
         self._ring.load_state_dict(ring)
-        assert self._codec is not None or not state["codecs"]
         self._codecs = {}
         for name, saved in state["codecs"].items():
-            self._codecs[name] = self._codec.fresh()  # type: ignore[union-attr]
+            assert self._codec is not None
+            self._codecs[name] = self._codec.fresh()
             self._codecs[name].load_state_dict(saved)
 
     def _codec_of(self, name: str, value: Any) -> Codec | None:

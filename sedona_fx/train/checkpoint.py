@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sedona_fx.net import Net
 
 FORMAT = 3
-FIELDS = {
+FIELDS: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
     "batch": int,
     "done": int,
@@ -72,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is no checkpoint of this version of sedona_fx.fit. Delete it to start anew."
         )
     for name, kind in FIELDS.items():
-        if name not in state or not isinstance(state[name], kind):  # type: ignore[arg-type]
+        if name not in state or not isinstance(state[name], kind):
             raise CheckpointError(f"{str(path)!r} is damaged: the field {name!r} is missing or of another type.")
     return state
 

@@ -205,8 +205,9 @@ class _Run:
         seed_all(block_seed(self.seed, -1, self.epoch))
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         for owner in (self.loader, getattr(self.loader, "sampler", None), batch_sampler):
-            if callable(getattr(owner, "set_epoch", None)):
-                owner.set_epoch(self.epoch)  # type: ignore[union-attr]
+            set_epoch = getattr(owner, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(self.epoch)
         self._streams = stream_states(self.loader)
         resumed, self._resumed = self._resumed, None
         own = resumed["loader"] if resumed is not None else None

@@ -59,7 +59,7 @@ class Headed(Schedule):
         check_mode(check)
         self.check, self.extra = check, list(extra)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(net.engine.seed)  # as heads are drawn
+            torch.default_generator.manual_seed(net.engine.seed)  # as heads are drawn; no accelerator is seeded
             self._extras = [list(self._build_extras(net, block)) for block in net.blocks]
         self.extras = nn.ModuleList(nn.ModuleList(modules) for modules in self._extras)
         self._layers = net.variants.with_layers() if any(one.needs_layers for one in self.extra) else None
@@ -135,7 +135,8 @@ class Headed(Schedule):
         graph = block.graph(True)
         given = {str(n.target): info(n).value for n in net.graph_module.graph.nodes if n.op == "placeholder"}
         inputs = {name: like(value) if isinstance(value, TensorSpec) else value for name, value in given.items()}
-        output = fx.map_arg(output_node(net.graph_module.graph).args[0][-1], lambda n: info(n).value)  # type: ignore[index]
+        returned: Any = output_node(net.graph_module.graph).args[0]
+        output = fx.map_arg(returned[-1], lambda n: info(n).value)
         primary = pick(output, net.engine.output.key)
         for one in self._extras_of(net, block):
             end = next((n for n in graph.module.graph.nodes if info(n).site == graph.boundary), None)

@@ -88,6 +88,13 @@ def test_a_line_a_plan_that_stops_where_it_was_dropped():
     assert [colors.index(color) for color in colors] == [0, 0, 2, 2, 0]
 
 
+def test_a_plan_that_was_read_back_is_drawn_alike(tmp_path):
+    ROLLOUT.save(tmp_path / "plan.json")
+    ours, theirs = (draw_rounds(plan).axes[0] for plan in (ROLLOUT, Plan.load(tmp_path / "plan.json")))
+    assert repr(lines(ours)) == repr(lines(theirs))
+    assert plan_picture(Plan.load(tmp_path / "plan.json"), tmp_path / "plan.png").exists()
+
+
 def test_cuts_that_end_no_base_layer_are_all_that_is_drawn_of_the_net():
     odd = Plan(cuts=("x", "y"), heads=("mlp", None), base_layers=LAYERS, provenance=ROLLOUT.provenance)
     scores, net = draw_rounds(odd).axes

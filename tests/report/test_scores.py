@@ -75,9 +75,15 @@ def test_the_map_holds_the_scores_and_frames_the_chosen_pairs():
     assert labels(axis.get_xticklabels()) == ["linear", "mlp"]
     assert axis.get_ylim() == (2.5, -0.5)  # the input above
     assert (image.norm.vmin, image.norm.vmax) == (-0.2, 0.2)  # nothing added: the colour in the middle
-    assert image.colorbar.ax.get_ylabel() == "adds to the cosine with\nbackpropagation's gradient"
+    assert image.colorbar.ax.get_ylabel() == "adds to the cosine with\nbackpropagation's gradient"  # an older plan
     assert [patch.get_xy() for patch in axis.patches] == [(0.5, 0.5), (0.5, 1.5)]  # around (b, mlp) and (c, mlp)
     assert labels(axis.texts) == ["+0.100", "-0.200", "+0.050", "+0.000", "+0.150"]
+
+
+@pytest.mark.parametrize(("score", "says"), [("cut", "cosine"), ("plan", "adds to the cosine")])
+def test_the_colour_bar_says_what_the_numbers_are(score, says):
+    (image,) = panels(draw_scores(guided(score=score)))[0].get_images()
+    assert image.colorbar.ax.get_ylabel() == f"{says} with\nbackpropagation's gradient"
 
 
 def test_colours_are_told_apart_by_lightness_and_by_blue_against_yellow():

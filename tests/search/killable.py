@@ -55,7 +55,7 @@ def plan(search: Any, seed: int = 0, width: int = 6) -> sedona_fx.Plan:
     torch.manual_seed(int.from_bytes(random.randbytes(4), "little"))  # the user's streams do not matter
     net = model()
     if width != 6:
-        net[0] = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6))  # type: ignore[index]
+        net[0] = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 6))
     return sedona_fx.decouple(
         net, data, val_data=val_data, blocks=3, heads=["tokens-1", "tokens-2"], search=search, seed=seed, progress=False
     ).plan

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import itertools
+import json
 import random
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sedona_fx
 from sedona_fx import Limits
-from sedona_fx.errors import BudgetError, CutError, HeadError, PlanError
+from sedona_fx.errors import BudgetError, CutError, PlanError
 from sedona_fx.heads import build_head
 from sedona_fx.search import Balanced, Decision, Latest, Sedona, Uniform, allowed, best_plans, plan_costs
 from sedona_fx.search.decode import decode, decode_within
@@ -374,14 +377,27 @@ def test_seconds_are_measured_once_and_kept(monkeypatch):
         sedona_fx.decouple(model, BATCH, plan=plan, heads=HEADS, budget={"block_seconds": spent * 0.5})
 
 
-def test_seconds_tell_heads_apart_by_name():
-    def of_width(width):
-        return lambda context: nn.Sequential(nn.Linear(context.shape[1], width), nn.Linear(width, 3))
+def test_seconds_of_one_head_given_twice():
+    twice = {"blocks": 2, "search": "balanced", "heads": [small_head, small_head]}
+    net = sedona_fx.decouple(net_of(WIDTHS), BATCH, budget={"block_seconds": 60.0}, **twice)
+    assert net.plan.heads == (f"{__name__}:small_head",)
 
-    how = {"blocks": 2, "search": "balanced", "heads": [of_width(2), of_width(500)]}
-    with pytest.raises(HeadError, match=r"several candidates behind '.*' are named '.*lambda>': .*register_head"):
-        sedona_fx.decouple(net_of(WIDTHS), BATCH, budget={"block_seconds": 60.0}, **how)
-    sedona_fx.decouple(net_of(WIDTHS), BATCH, budget={"block_flops": 1e9}, **how)
+
+@pytest.mark.parametrize("number", [np.int64(5000), np.uint8(5), np.float32(2.5), np.float64(1e6), Fraction(9, 2)])
+@pytest.mark.parametrize("measure", ["activation_bytes", "block_seconds"])
+def test_numbers_of_other_libraries_are_numbers(measure, number):
+    limits = Limits(**{measure: number})
+    kept = getattr(limits, measure)
+    assert kept == number
+    assert type(kept) is (int if isinstance(number, np.integer) else float)
+    assert json.loads(json.dumps(limits.given())) == {measure: number}
+    assert limits == Limits(**{measure: kept})
+
+
+@pytest.mark.parametrize("number", [True, np.True_, np.float32("nan"), np.int8(-1), 1j, np.array([5]), "5"])
+def test_what_is_no_amount(number):
+    with pytest.raises(CutError, match=r"the budget's activation_bytes=.* should be a number of bytes, at least 0"):
+        Limits(activation_bytes=number)
 
 
 @pytest.mark.parametrize(

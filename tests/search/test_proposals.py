@@ -11,7 +11,7 @@ import pytest
 from small_conv import HEADS, chain, every_plan, loader, problem_of
 
 import sedona_fx
-from sedona_fx.errors import BudgetError, CutError, DataError
+from sedona_fx.errors import BudgetError, CutError
 from sedona_fx.search import Limits, Problem
 from sedona_fx.search.proposals import proposals
 
@@ -87,5 +87,5 @@ def test_proposals_keep_within_the_budget(
 def test_no_plan_within_the_budget_and_no_heads_are_errors(problem: Problem) -> None:
     with pytest.raises(BudgetError):
         proposals(replace(problem, limits=Limits(block_flops=1)), 5)
-    with pytest.raises(DataError, match="heads=False"):
+    with pytest.raises(CutError, match=r"search='rollout' compares plans .* cannot run with heads=False"):
         proposals(replace(problem, candidates={place: [] for place in problem.candidates}), 5)

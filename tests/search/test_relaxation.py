@@ -165,6 +165,13 @@ def test_a_search_is_deterministic_and_leaves_the_weights_alone():
     assert sedona_fx.decouple(model, loader(), blocks=3, search=SMALL, progress=False, seed=1).plan != first.plan
 
 
+def test_no_accelerator_is_seeded(monkeypatch):
+    problem, seeded = problem_of(conv_net(), loader(1)[0], ["linear"]), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    SMALL.decide(problem)
+    assert not seeded
+
+
 def test_any_number_of_blocks_is_decoded_from_one_search():
     net = sedona_fx.decouple(conv_net(), loader(), blocks=3, search=SMALL, progress=False)
     found = net.plan.provenance

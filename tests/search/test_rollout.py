@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import sedona_fx
 from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.report import plan_picture
 from sedona_fx.search import Decision, Rollout
 from sedona_fx.search.plan_tree import PlanTree
 from sedona_fx.search.problem import local_loss_of
@@ -183,6 +185,31 @@ def test_a_plan_that_diverges_is_dropped_and_all_that_do_are_an_error():
         sedona_fx.decouple(net_of(), loader(), blocks=3, search=Rollout(steps=4, lr=1e30), heads=HEADS, progress=False)
 
 
+class Nan(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+def diverging(context):
+    """A head whose loss is not a number."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(context.channels, 4), Nan())
+
+
+def test_a_search_with_a_plan_that_failed_gives_strict_json_that_is_drawn(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    heads = ["linear", diverging]
+    net = sedona_fx.decouple(net_of(), loader(), blocks=3, search=Rollout(steps=2), heads=heads, progress=False)
+    read = sedona_fx.Plan.from_json(net.plan.to_json())
+    assert read == net.plan
+    assert read.heads == ("linear", "linear")
+    data = json.loads(net.plan.to_json(), parse_constant=refuse)
+    for plan, loss in data["provenance"]["rounds"][0]["scores"]:
+        assert (loss is None) == any("diverging" in head for _, head in plan)
+    assert plan_picture(read, tmp_path / "plan.png").exists()
+
+
 def test_a_budget_is_kept_or_refused():
     data = loader(20)
     net = sedona_fx.decouple(
@@ -203,7 +230,7 @@ def test_shared_parameters_are_refused():
 
 
 def test_without_heads_or_data_it_says_so():
-    with pytest.raises(DataError, match="heads=False"):
+    with pytest.raises(CutError, match="heads=False"):
         sedona_fx.decouple(net_of(), loader(), blocks=3, search="rollout", heads=False, progress=False)
     with pytest.raises(ValueError, match="at least 1"):
         Rollout(plans=0)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import sedona_fx
-from sedona_fx.errors import DataError
+from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.search import BestOf, Decision, Problem, Sedona, Uniform
 
 Data = list[tuple[torch.Tensor, torch.Tensor]]
@@ -35,19 +36,20 @@ class ByHand:
     """Cuts by seed; notes what it was given."""
 
     cuts: dict[int, list[str]]
+    heads: dict[int, Any] = field(default_factory=dict)
     seen: list[Any] = field(default_factory=list)
     needs_data: ClassVar[bool] = True
 
     def decide(self, problem: Problem) -> Decision:
         assert problem.data is not None
         self.seen.append([target for _, target in problem.data[1]()])
-        return Decision(self.cuts[problem.seed], ["linear"], {"search": "by hand"})
+        return Decision(self.cuts[problem.seed], [self.heads.get(problem.seed, "linear")], {"search": "by hand"})
 
 
-def best(search: Any, **options: Any) -> Any:
+def best(search: Any, data: Any = None, heads: Any = ("linear", "mlp"), **options: Any) -> Any:
     settings = {"seeds": 3, "steps": 12, "held_out": 0.5} | options
     return sedona_fx.decouple(
-        net(), batches(4, 1), val_data=batches(4, 2), blocks=2, heads=["linear", "mlp"],
+        net(), data or batches(4, 1), val_data=batches(4, 2), blocks=2, heads=list(heads),
         search=BestOf(search=search, **settings), seed=5, progress=False,
     ).plan  # fmt: skip
 
@@ -106,6 +108,38 @@ def test_any_search_will_do_and_runs_have_folders_of_their_own(tmp_path: Path) -
     assert best(search, seeds=2) == first
     assert first.provenance["search"] == "sedona"
     assert BestOf(search=Sedona.paper()).val_batch_size == 1024
+
+
+def test_data_in_an_order_of_its_own_gives_the_same_scores_again() -> None:
+    own = torch.Generator().manual_seed(3)
+    x, y = (torch.cat(parts) for parts in zip(*batches(4, 1), strict=True))
+    data = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=own)
+    first = best(ByHand({5: ["0"], 6: ["2"], 7: ["0"]}), data)
+    torch.rand(3, generator=own)
+    assert best(ByHand({5: ["0"], 6: ["2"], 7: ["0"]}), data) == first
+
+
+class Nan(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float("nan")
+
+
+def diverging(context: sedona_fx.HeadContext) -> nn.Module:
+    """A head whose loss is not a number."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(context.channels, 3), Nan())
+
+
+def test_a_run_whose_plan_failed_has_no_loss() -> None:
+    search = ByHand({5: ["0"], 6: ["2"]}, heads={5: diverging})
+    plan = best(search, heads=["linear", diverging], seeds=2, steps=2)
+    assert (plan.cuts, plan.heads) == (("2",), ("linear",))
+    failed, won = plan.provenance["seeds"]["runs"]
+    assert failed["held_out_loss"] is None
+    assert won["held_out_loss"] > 0
+    assert sedona_fx.Plan.from_json(plan.to_json()) == plan
+    assert "Infinity" not in plan.to_json()
+    with pytest.raises(SearchDivergedError, match="in the plans of all seeds"):
+        best(ByHand({5: ["0"]}, heads={5: diverging}), heads=[diverging], seeds=1, steps=2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sedona_fx
 from sedona_fx.errors import DataError, ScheduleError
+from sedona_fx.train import Greedy
 from sedona_fx.train.extra_losses import ExtraLoss, KineticEnergy, PredSim, Sight
 from sedona_fx.train.infopro import InfoPro
 
@@ -150,6 +152,17 @@ def test_predsim_in_half_precision_and_under_autocast():
     assert half.net.weight.dtype == torch.bfloat16
     half.load_state_dict(module.state_dict())
     torch.testing.assert_close(half(sight(h.bfloat16(), target=y)), exact, rtol=0.05, atol=0.05)
+
+
+def test_no_accelerator_is_seeded_for_heads_or_extra_losses(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    stream = torch.get_rng_state()
+    net = sedona_fx.decouple(model, (torch.ones(4, 4), torch.tensor([0, 1, 2, 0])), cuts=["1"])
+    Greedy(net, lambda p: torch.optim.SGD(p, lr=0.1), extra=[PredSim()])
+    assert torch.equal(stream, torch.get_rng_state())
+    assert not seeded
 
 
 def test_predsim_refuses_what_it_cannot_compare():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from small import Chain, batch, make_net, same, sgd
 from torch import nn
 
@@ -77,7 +78,6 @@ def trained_in_float64(model, size, cuts):
 
 
 def test_to_float64_with_parameters_read_at_the_root():
-    torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
     nn.init.normal_(model.heads.head.weight)
@@ -85,7 +85,6 @@ def test_to_float64_with_parameters_read_at_the_root():
 
 
 def test_to_float64_with_buffers_read_inside():
-    torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     model = torchvision.models.SwinTransformer([2, 2], 8, [2, 2], [2, 2], [4, 4], num_classes=3)
     net = trained_in_float64(model, 32, ["features.1"])
