@@ -19,13 +19,13 @@ from sedona_fx.search.splitting import split
 from sedona_fx.search.state import Batch
 from sedona_fx.search.supernet import Supernet
 
-_FORWARD, _BACKWARD = 1 / 3, 2 / 3  # of a training step
+_BACKWARD = 2 / 3  # of a training step
 
 _FLOPS_AN_OPERATOR = {"cpu": 1.7e6}
 """Forward FLOPs that a device could do in the time that an operator takes however small its tensors are.
 
 On a CPU core: 80 to 93 us for an operator of a training step, its share of the optimizer's step included, where the
-core does 50 to 80 GFLOPs a second (six nets, steps of 16 to 1,100 ms; benchmarks/guided_cost.py).
+core does 50 to 80 GFLOPs a second (seven nets, steps of 16 to 1,100 ms; benchmarks/guided_cost.py).
 """
 _FLOPS_AN_OPERATOR_ELSEWHERE = 4e8
 """The same on an accelerator: 60 us, 20 TFLOPs a second. Not measured; by what launching kernels is known to take."""

@@ -209,7 +209,7 @@ class _Run:
         first = next(self.train.fresh())
         batch_size, parts = None, 1
         if self.problem.free_batch:
-            # No smaller than that operators, which take their time however small it is, are half of a step.
+            # Not so small that operators, which take their time whatever the size, make more than half of a step.
             batch_size, most = s.batch_size, max(1, math.floor(1 / overhead(self.problem)))
             while (parts := len(split(first, batch_size))) > most:
                 batch_size *= 2
