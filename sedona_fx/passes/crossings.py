@@ -9,6 +9,7 @@ block and do not count.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections import OrderedDict
@@ -117,10 +118,12 @@ def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
 def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs) -> dict[fx.Node, int]:
     """Return the nodes behind which a block can end, with the number of activations that cross there.
 
-    A node can end a block if it is one live tensor, the batch first, that is not just another view of the output, and
-    if what lies in front of it can be told from what lies behind it, and if its gradient reaches all weights in front
-    that the model trains: behind a ``detach`` it does not reach those in front of that, and another output that would
-    train them lies in another block. Sets of nodes are bit sets: a net has thousands of nodes.
+    A node can end a block if it is one live tensor, the batch first, that is not just another view of the output, if
+    what lies in front of it can be told from what lies behind it, and if no weight is left without a gradient: behind a
+    ``detach`` the block's gradient does not reach the weights in front, and another output that trains them belongs to
+    another block. Such weights have to be used again behind the node.
+
+    Sets of nodes are bit sets: a net has thousands of nodes.
     """
     order = [node for node in graph.nodes if node in behind]
     bit = {node: 1 << k for k, node in enumerate(order)}
@@ -129,6 +132,7 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
         for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
     inseparable, trained = _inseparable(graph, bit), _trained(graph, bit, needs)
+    weights = functools.reduce(operator.or_, trained, 0)
     written = {write.storage for write in opaque_writes(graph)}
     before: dict[fx.Node, int] = {}  # what a node needs, itself included
     reached: dict[fx.Node, int] = {}  # those of these that its gradient reaches
@@ -153,21 +157,25 @@ def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs
         leaving = [node, *(value for value in crossing[node] if value is not node)]
         if any(not info(value).is_tensor or info(value).storages & written for value in leaving):
             continue
-        if not trained & inside & ~reached[node] and all(group & inside in (0, group) for group in inseparable):
+        missed = weights & inside & ~reached[node]
+        if missed and any(uses & missed and not uses & ~inside for uses in trained):
+            continue
+        if all(group & inside in (0, group) for group in inseparable):
             found[node] = len({info(value).storages or value for value in leaving if info(value).from_input})
     return found
 
 
-def _trained(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> int:
-    """Return the set of nodes with parameters that the gradient of some output of the model reaches."""
-    found, seen, todo = 0, set[fx.Node](), list(output_node(graph).all_input_nodes)
+def _trained(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
+    """Return for every parameter the set of nodes that use it and that the gradient of some output reaches."""
+    found, seen, todo = dict[str, int](), set[fx.Node](), list(output_node(graph).all_input_nodes)
     while todo:
         node = todo.pop()
         if node not in seen and info(node).is_live:
             seen.add(node)
-            found |= bit.get(node, 0) if info(node).parameters else 0
+            for name in info(node).parameters:
+                found[name] = found.get(name, 0) | bit.get(node, 0)
             todo.extend(needs[node])
-    return found
+    return list(found.values())
 
 
 def _is_batch(value: object, primary: object) -> bool:

@@ -343,7 +343,19 @@ class Gate(Layers):
         return self.fc(self.d(gated).tanh()), features
 
 
-@pytest.mark.parametrize("kind", [Probe, Gate])
+class Refined(Layers):
+    """A guess, and a better one by the same weights, which hears of the first without a gradient, as RAFT iterates."""
+
+    legal = ("a", ":tanh", "b", ":add")
+
+    def forward(self, x):
+        features = self.a(x).tanh()
+        guess = self.b(features)
+        better = self.b(features + self.c(guess.detach()))
+        return self.fc(self.d(better).tanh()), guess
+
+
+@pytest.mark.parametrize("kind", [Probe, Gate, Refined])
 def test_no_block_ends_where_weights_in_front_would_get_no_gradient(kind):
     model, (x, y) = kind().double(), pair()
 
