@@ -31,6 +31,8 @@ from sedona_fx.search import Guided, Sedona
 from sedona_fx.train import Backprop, Greedy, Schedule, evaluate
 
 BLOCKS = 4
+LEAST_STEPS = 200
+"""Plain training steps that the search may cost at least: fewer compare gradients once or twice, which is noise."""
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--search-steps",
         type=int,
-        help="plain training steps that the search may cost; if not given, a quarter of a run's, sedona: as many",
+        help="plain training steps that the search may cost; if not given, a quarter of a run's, 200 at least",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
@@ -144,7 +146,7 @@ def search_of(name: str, search_steps: int | None, run_steps: int) -> Guided | S
     """Return the search, at a cost of `search_steps` plain training steps, or in proportion to a training run's."""
     if name == "sedona":
         return Sedona(training_steps=search_steps or run_steps, unroll=1)
-    return Guided(training_steps=search_steps or run_steps // 4)
+    return Guided(training_steps=search_steps or max(LEAST_STEPS, run_steps // 4))
 
 
 def make(way: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tuple[sedona_fx.Net, Schedule]:

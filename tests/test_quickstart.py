@@ -70,7 +70,13 @@ def test_cifar10_itself(quickstart, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "search_steps", "run_steps", "training_steps"),
-    [("guided", None, 190, 47), ("guided", 30, 190, 30), ("sedona", None, 190, 190), ("sedona", 60, 190, 60)],
+    [
+        ("guided", None, 190, 200),
+        ("guided", None, 4000, 1000),
+        ("guided", 30, 190, 30),
+        ("sedona", None, 190, 190),
+        ("sedona", 60, 190, 60),
+    ],
 )
 def test_what_the_search_may_cost(quickstart, name, search_steps, run_steps, training_steps):
     search = quickstart.search_of(name, search_steps, run_steps)

@@ -232,6 +232,12 @@ class _Run:
         shares = effort.share(budget, s.states, finalists, epoch, self.problem)
         about = "" if pace is None else f", about {tqdm.format_interval(math.ceil(pace * shares.cost))}"
         log.info("%s%s", shares, about)
+        if shares.states == 1 < s.states:
+            log.warning(
+                "gradients are compared in a single state: the scores will be mostly noise. training_steps=%d or more "
+                "pays for another one; 'latest' cuts with head='largest' need no search",
+                math.ceil(4 * effort.comparison),
+            )
         return shares, effort, batch_size
 
     def _rank(self, met: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:

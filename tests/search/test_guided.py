@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ import sedona_fx
 from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedError
 from sedona_fx.search import Guided, Limits, Problem
 from sedona_fx.search.comparison import measure
+from sedona_fx.search.effort import Effort
 from sedona_fx.search.guided import _Run
 from sedona_fx.search.plan_tree import PlanTree
 from sedona_fx.search.supernet import Supernet
@@ -264,6 +266,18 @@ def test_where_all_rollouts_diverge_gradients_decide(
     assert found.provenance["decided_by"] == "gradients"
     assert "infinite" in found.provenance["without_rollouts"]
     assert "gradients decide alone" in caplog.text
+
+
+def test_a_single_comparison_is_warned_of(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
+    effort = Effort.of(problem, problem.places(), 1)
+    least = replace(QUICK, training_steps=effort.least, states=8, finalists=0)
+    assert least.decide(problem).provenance["cost"]["states"] == 1
+    enough = int(re.findall(r"training_steps=(\d+) or more", caplog.text)[0])
+    caplog.clear()
+    found = replace(least, training_steps=enough).decide(problem)
+    assert found.provenance["cost"]["states"] == 2
+    replace(least, states=1).decide(problem)  # as asked for
+    assert "noise" not in caplog.text
 
 
 def test_it_says_how_long_it_will_take(
