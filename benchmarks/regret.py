@@ -32,6 +32,7 @@ import sedona_fx
 from sedona_fx.errors import DataError
 from sedona_fx.heads import head_name
 from sedona_fx.search import Balanced, Guided, Latest, Rollout, Search, Sedona, Uniform
+from sedona_fx.search.decode import preferences
 from sedona_fx.search.plan_costs import PlanCosts
 
 NAMES = [head_name(head) for head in HEADS]
@@ -58,13 +59,10 @@ def guided_scores(found: dict[str, Any]) -> dict[Plan, float]:
 
 def sedona_scores(found: dict[str, Any]) -> dict[Plan, float]:
     """Return the sum over cuts of log-odds to isolate and of the log-share of the head."""
-    alpha, beta = torch.tensor(found["alpha"]), [torch.tensor(row).log_softmax(0) for row in found["beta"]]
-    terms = {
-        (place, head): float(alpha[k, 0] - alpha[k, 1] + beta[k][head])
-        for k, place in enumerate(found["places"])
-        for head in range(len(NAMES))
-    }
-    return _Sums(terms)
+    rows = preferences(torch.tensor(found["alpha"]), [torch.tensor(row) for row in found["beta"]])
+    return _Sums(
+        {(place, head): term for place, row in zip(found["places"], rows, strict=True) for head, term in enumerate(row)}
+    )
 
 
 class _Sums(dict[Plan, float]):

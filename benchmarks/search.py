@@ -30,11 +30,11 @@ from unittest.mock import patch
 import torch
 from common import goal, options, report
 from page import fill, markdown
+from plan_table import Capture
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
 from sedona_fx.memory import peak_bytes
-from sedona_fx.search import Decision, Problem, Uniform
 from sedona_fx.search.hypergradient import hypergradient
 from sedona_fx.search.one_step import one_step_hypergradient
 from sedona_fx.search.relaxation import relaxed_blocks
@@ -51,23 +51,13 @@ NO_PAGE = Path("-")
 Ways = dict[str, Callable[[], Any]]
 
 
-class _Keep:
-    """A search that keeps the problem it is given."""
-
-    needs_data = True
-
-    def decide(self, problem: Problem) -> Decision:
-        self.problem = problem
-        return Uniform().decide(problem)
-
-
 def ways(small: bool) -> Ways:
     """Build the net once and return what is measured, by name."""
     torch.manual_seed(0)
     batch, validation = (16, 64) if small else (128, 1024)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     wide = torch.randn(validation, 3, 32, 32), torch.randint(10, (validation,))
-    model, keep = sedona_fx.models.vgg19(num_classes=10, width=0.25), _Keep()
+    model, keep = sedona_fx.models.vgg19(num_classes=10, width=0.25), Capture()
     sedona_fx.decouple(model, [(x, y), (x, y)], loss=cross_entropy, search=keep, heads=HEADS, progress=False)
     problem = keep.problem
     blocks = relaxed_blocks(problem, problem.places())

@@ -19,6 +19,7 @@ from sedona_fx.heads import build_head
 from sedona_fx.local_loss import LocalLoss
 from sedona_fx.net import Net
 from sedona_fx.passes.cuts import resolve
+from sedona_fx.passes.watch import keep_modes
 from sedona_fx.plan import Plan
 from sedona_fx.search.problem import HeadSpec, cost_of_head
 from sedona_fx.train.engine import Loss
@@ -44,14 +45,10 @@ def as_trained(model: nn.Module) -> Iterator[None]:
 
     Where some modules train and others do not (a frozen BatchNorm), that is meant, and stays.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    if not any(flag for _, flag in flags):
-        model.train()
-    try:
+    with keep_modes(model):
+        if not any(module.training for module in model.modules()):
+            model.train()
         yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 @uncollected()

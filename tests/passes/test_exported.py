@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import random
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +50,16 @@ class Looks(nn.Module):
 
 def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def in_both_modes(net: sedona_fx.Net, model: nn.Module, x: Tensor) -> Iterator[tuple[Any, Any]]:
+    """Yield what the net returns and what the model does, on the same draws and buffers; training first."""
+    for training in (True, False):
+        torch.manual_seed(0)
+        expected = copy.deepcopy(model).train(training)(x)
+        torch.manual_seed(0)
+        net.model.load_state_dict(model.state_dict())
+        yield net.train(training)(x), expected
 
 
 def test_both_modes_are_captured_and_share_the_models_tensors():
@@ -157,12 +168,7 @@ def test_outputs_of_every_kind(wrap):
         return F.cross_entropy(values["logits"] if values is not None else output[0], target)
 
     net = sedona_fx.decouple(model, (x, y), cuts=["mid"], heads="linear", loss=loss)
-    for training in (True, False):
-        torch.manual_seed(0)
-        expected = copy.deepcopy(model).train(training)(x)
-        torch.manual_seed(0)
-        net.model.load_state_dict(model.state_dict())
-        actual = net.train(training)(x)
+    for actual, expected in in_both_modes(net, model, x):
         assert same_bits(actual, expected)
         assert isinstance(actual, type(expected))
     net.train().backward(x, y)
@@ -192,12 +198,7 @@ def test_objects_in_the_output_are_left_out(wrap, where):
         model, (x, y), cuts=["mid"], heads="linear", loss=lambda output, y: F.cross_entropy(logits(output), y)
     )
     assert net.plan.provenance["left_out"] == [f"{where} (Cache)"]
-    for training in (True, False):
-        torch.manual_seed(0)
-        expected = copy.deepcopy(model).train(training)(x)
-        torch.manual_seed(0)
-        net.model.load_state_dict(model.state_dict())
-        actual = net.train(training)(x)
+    for actual, expected in in_both_modes(net, model, x):
         assert type(actual) is type(expected)
         assert torch.equal(logits(actual), logits(expected))
         for key in where.split("."):
