@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 import sedona_fx
-from sedona_fx.graph import cut_points
+from sedona_fx.ir.graph import cut_points
 from sedona_fx.report import table
 
 NAMES = (

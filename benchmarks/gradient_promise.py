@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trees import doubled
 
 import sedona_fx
-from sedona_fx.graph import cut_points, info
+from sedona_fx.ir.graph import cut_points, info
 
 TOLERANCE = 1e-12
 SEED = 11

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import sedona_fx
 from sedona_fx.search import Guided
-from sedona_fx.search.effort import Effort
+from sedona_fx.search.trials.effort import Effort
 
 NO_PAGE = Path("-")
 BATCHES = 4

@@ -30,10 +30,10 @@ from torch import nn
 
 import sedona_fx
 from sedona_fx.errors import DataError
-from sedona_fx.heads import head_name
+from sedona_fx.heads.registry import head_name
 from sedona_fx.search import Balanced, Guided, Latest, Rollout, Search, Sedona, Uniform
-from sedona_fx.search.decode import preferences
-from sedona_fx.search.plan_costs import PlanCosts
+from sedona_fx.search.problem.plan_costs import PlanCosts
+from sedona_fx.search.sedona.decode import preferences
 
 NAMES = [head_name(head) for head in HEADS]
 OTHER_SEEDS = 100

@@ -17,7 +17,7 @@ from torch import nn
 from trees import call, doubled
 
 from sedona_fx.errors import SedonaError
-from sedona_fx.graph import cut_points
+from sedona_fx.ir.graph import cut_points
 
 Row = dict[str, Any]
 KEPT, SKIPPED = "kept", "-"

@@ -34,12 +34,12 @@ from plan_table import Capture
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
-from sedona_fx.memory import peak_bytes
-from sedona_fx.search.hypergradient import hypergradient
-from sedona_fx.search.one_step import one_step_hypergradient
-from sedona_fx.search.relaxation import relaxed_blocks
-from sedona_fx.search.relaxed import relaxed_gradients, sample_cuts
-from sedona_fx.search.state import State, sgd_momentum_step
+from sedona_fx.measure import peak_bytes
+from sedona_fx.search.relaxed.hypergradient import hypergradient
+from sedona_fx.search.relaxed.one_step import one_step_hypergradient
+from sedona_fx.search.relaxed.state import State, sgd_momentum_step
+from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
+from sedona_fx.search.sedona.relaxed_net import relaxed_blocks
 
 HEADS = [f"sedona-{depth}" for depth in (1, 2, 3, 4)]
 SAMPLED = 3
@@ -81,7 +81,7 @@ def ways(small: bool) -> Ways:
         sgd_momentum_step(state, found.grads, **SGD, differentiable=False)
 
     def apart() -> None:
-        with patch("sedona_fx.split.run_together", lambda heads, activation: [head(activation) for head in heads]):
+        with patch("sedona_fx.ir.split_point.run_together", lambda heads, activation: [head(activation) for head in heads]):
             relaxed()
 
     one = partial(one_step_hypergradient, blocks, state, alpha, beta, train, val, loss, **SGD)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import sedona_fx
-from sedona_fx.memory import peak_bytes
+from sedona_fx.measure import peak_bytes
 from sedona_fx.report import plan_picture, table
 from sedona_fx.search import Guided, Sedona
 from sedona_fx.train import Backprop, Greedy, Schedule, evaluate

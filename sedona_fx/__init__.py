@@ -1,14 +1,14 @@
 """Decoupled training for any PyTorch model: search where to cut, train the blocks by local losses."""
 
 from sedona_fx import models, search, train
-from sedona_fx.args import Args
+from sedona_fx.data.args import Args
 from sedona_fx.decouple import decouple, load
 from sedona_fx.errors import SedonaError
-from sedona_fx.heads import HeadContext, register_head
-from sedona_fx.local_loss import LocalLoss
-from sedona_fx.net import Net
-from sedona_fx.pareto import Front, pareto
+from sedona_fx.heads.objective import LocalLoss
+from sedona_fx.heads.registry import HeadContext, register_head
+from sedona_fx.net.net import Net
 from sedona_fx.plan import Plan
+from sedona_fx.recipes.pareto import Front, pareto
 from sedona_fx.search import Limits
 from sedona_fx.train import fit
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedona_fx.analysis import Analysed, Where, analyse, check_target, check_validation
-from sedona_fx.args import Args
-from sedona_fx.compile import as_trained, compile_net, own
-from sedona_fx.data import Mapped, Source, first_pair, search_sources, to_device
-from sedona_fx.decisions import (
+from sedona_fx.compile.analyse import Analysed, Where, analyse, check_target, check_validation
+from sedona_fx.compile.build import as_trained, compile_net, own
+from sedona_fx.compile.choices import (
     Cuts,
     Heads,
     by_name,
@@ -25,20 +23,22 @@ from sedona_fx.decisions import (
     with_free_heads,
     with_objectives,
 )
+from sedona_fx.data.args import Args
+from sedona_fx.data.sources import Mapped, Source, first_pair, search_sources, to_device
 from sedona_fx.errors import CutError, DataError, HeadError, PlanError, did_you_mean
-from sedona_fx.heads import head_name
-from sedona_fx.local_loss import LocalLosses, one_a_block
-from sedona_fx.net import Net
-from sedona_fx.outputs import Key
+from sedona_fx.heads.objective import LocalLosses, one_a_block
+from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.outputs import Key
+from sedona_fx.net.net import Net
+from sedona_fx.net.placing import device_of
+from sedona_fx.net.signature import described, example_like
 from sedona_fx.passes.cuts import base_layers
-from sedona_fx.placing import device_of
 from sedona_fx.plan import Plan
+from sedona_fx.runtime.engine import Loss
 from sedona_fx.search import SEARCHES, Decision, Problem, Search
-from sedona_fx.search.limits import Limits
-from sedona_fx.search.plan_costs import check_possible, within_budget
-from sedona_fx.search.problem import HeadSpec
-from sedona_fx.signature import described, example_like
-from sedona_fx.train.engine import Loss
+from sedona_fx.search.problem.limits import Limits
+from sedona_fx.search.problem.plan_costs import check_possible, within_budget
+from sedona_fx.search.problem.problem import HeadSpec
 
 
 def decouple(

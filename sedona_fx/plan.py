@@ -134,7 +134,7 @@ class Plan:
             HeadError: a head does not fit at its new place.
             DataError: the model does not take the inputs.
         """
-        from sedona_fx.transfer import transfer  # what tools do with a plan is built on plans
+        from sedona_fx.recipes.transfer import transfer  # what tools do with a plan is built on plans
 
         return transfer(self, model, data, by, leaf_modules)
 
@@ -164,7 +164,7 @@ class Plan:
             PlanError: the variables are for another number of base layers, or are no such variables.
             HeadError: there is no such head, or one does not fit.
         """
-        from sedona_fx.released import from_released
+        from sedona_fx.recipes.released import from_released
 
         return from_released(alpha, beta, model, blocks, data, heads)
 

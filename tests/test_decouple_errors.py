@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import sedona_fx
-from sedona_fx import heads
 from sedona_fx.errors import (
     CheckpointError,
     CutError,
@@ -23,6 +22,7 @@ from sedona_fx.errors import (
     did_you_mean,
     shape_text,
 )
+from sedona_fx.heads import registry as heads
 
 
 class Net(nn.Module):
@@ -269,7 +269,7 @@ def test_heads_that_a_plan_could_not_tell_apart(how):
 
 
 def test_registered_names_tell_heads_apart(monkeypatch):
-    monkeypatch.setattr("sedona_fx.heads._REGISTRY", dict(heads._REGISTRY))
+    monkeypatch.setattr("sedona_fx.heads.registry._REGISTRY", dict(heads._REGISTRY))
     narrow, wide = of_width(2), of_width(5)
     sedona_fx.register_head("narrow", narrow)
     sedona_fx.register_head("wide", wide)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sedona_fx.args import Args
+from sedona_fx.data.args import Args
 from sedona_fx.errors import ExportError
 from sedona_fx.export.attention import unfuse_attention
 from sedona_fx.files import replacing
 
 if TYPE_CHECKING:
-    from sedona_fx.net import Net
+    from sedona_fx.net.net import Net
 
 TOLERANCE = 1e-5
 """Largest difference from PyTorch, as a fraction of the largest output, that a float32 file may show."""

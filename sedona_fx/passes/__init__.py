@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from sedona_fx.passes.alias import explicit_writes
+from sedona_fx.fake.memo import Memo
 from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
+from sedona_fx.passes.explicit_writes import explicit_writes
 from sedona_fx.passes.lower import lower
-from sedona_fx.passes.memo import Memo
 from sedona_fx.passes.partition import BlockGraph, partition
 from sedona_fx.passes.prune import prune
 from sedona_fx.passes.relax import relax

@@ -2,7 +2,7 @@
 
 Fake tensors run the real operators' shape and aliasing rules, so shapes, in-place writes, views, the tensors that
 autograd keeps for backward, and FLOPs come from PyTorch itself and not from tables of ours. They cost a millisecond an
-operator, so what an operation did is remembered where it can be (:mod:`sedona_fx.passes.memo`).
+operator, so what an operation did is remembered where it can be (:mod:`sedona_fx.fake.memo`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
-from sedona_fx.cost import Meter
+from sedona_fx.capture.host import HostCall, as_recorded
+from sedona_fx.capture.state_watch import keep_modes, keep_state
 from sedona_fx.errors import TraceError
-from sedona_fx.flow import ancestors
-from sedona_fx.graph import NodeInfo, Phase, TensorSpec, describe, info, operation
-from sedona_fx.passes.abstract import Abstract, CannotMake, Storage, Storages, geometry
-from sedona_fx.passes.base import graph_pass
-from sedona_fx.passes.channels import channel_dim
-from sedona_fx.passes.host import HostCall, as_recorded
-from sedona_fx.passes.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
-from sedona_fx.passes.watch import keep_modes, keep_state
+from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
+from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
+from sedona_fx.ir.channels import channel_dim
+from sedona_fx.ir.cost import Meter
+from sedona_fx.ir.flow import ancestors
+from sedona_fx.ir.graph import NodeInfo, Phase, TensorSpec, describe, info, operation
+from sedona_fx.ir.graph_pass import graph_pass
 
 _STOPS = ("detach", "detach_")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sedona_fx.graph import NodeInfo, Phase, copy_graph, direct_children, info, is_head, output_node, verify
+from sedona_fx.ir.graph import NodeInfo, Phase, copy_graph, direct_children, info, is_head, output_node, verify
 from sedona_fx.passes.partition import BlockGraph
 
 

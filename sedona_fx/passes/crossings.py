@@ -19,11 +19,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
-from sedona_fx.flow import ancestors, dependencies
-from sedona_fx.graph import Phase, TensorSpec, info, operation, output_node
-from sedona_fx.outputs import Key, fields, find_primary
-from sedona_fx.passes.alias import opaque_writes
-from sedona_fx.passes.base import graph_pass
+from sedona_fx.ir.flow import ancestors, dependencies
+from sedona_fx.ir.graph import Phase, TensorSpec, info, operation, output_node
+from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.outputs import Key, fields, find_primary
+from sedona_fx.passes.explicit_writes import opaque_writes
 
 Needs = Mapping[fx.Node, Sequence[fx.Node]]
 
@@ -188,7 +188,7 @@ def _is_batch(value: object, primary: object) -> bool:
 def _parts(node: fx.Node) -> Iterable[fx.Node]:
     """Yield the live values that come into being with a node: itself, or the tensors that a tuple is taken apart into.
 
-    A tuple is taken apart where it is made (see :func:`~sedona_fx.flow.block_of`), so that only tensors cross.
+    A tuple is taken apart where it is made (see :func:`~sedona_fx.ir.flow.block_of`), so that only tensors cross.
     """
     if not info(node).is_live or node.op in ("placeholder", "get_attr"):
         return

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, Target
 
-from sedona_fx.flow import block_of
-from sedona_fx.graph import (
+from sedona_fx.ir.flow import block_of
+from sedona_fx.ir.graph import (
     HEADS,
     SPLIT_POINTS,
     NodeInfo,
@@ -20,8 +20,8 @@ from sedona_fx.graph import (
     output_node,
     split_point_nodes,
 )
-from sedona_fx.passes.base import graph_pass
-from sedona_fx.split import SplitPoint, gated_value
+from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.split_point import SplitPoint, gated_value
 
 
 @graph_pass(Phase.LOWERED)
@@ -62,7 +62,7 @@ def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> 
 
 
 def assign_blocks(graph: fx.Graph, ends: Sequence[fx.Node]) -> None:
-    """Write the block of every node, as :func:`~sedona_fx.flow.block_of` finds it, into its record."""
+    """Write the block of every node, as :func:`~sedona_fx.ir.flow.block_of` finds it, into its record."""
     for node, block in block_of(graph, ends).items():
         info(node).block = block
 

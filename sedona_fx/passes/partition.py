@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sedona_fx.graph import (
+from sedona_fx.ir.graph import (
     SPLIT_POINTS,
     Phase,
     copy_graph,
@@ -20,8 +20,8 @@ from sedona_fx.graph import (
     split_point_nodes,
     verify,
 )
+from sedona_fx.ir.split_point import gated_value
 from sedona_fx.passes.lower import assign_blocks, sort_by_block
-from sedona_fx.split import gated_value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from sedona_fx.graph import (
+from sedona_fx.ir.graph import (
     SPLIT_POINTS,
     Phase,
     copy_graph,
@@ -15,8 +15,8 @@ from sedona_fx.graph import (
     output_node,
     split_point_nodes,
 )
-from sedona_fx.passes.base import graph_pass
-from sedona_fx.split import SplitPoint, gated_value
+from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.split_point import SplitPoint, gated_value
 
 
 @graph_pass(Phase.PRUNED)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx, nn
 
-from sedona_fx.flow import block_of, is_unpacking, shown_late
-from sedona_fx.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
-from sedona_fx.passes.base import graph_pass
-from sedona_fx.split import SplitPoint
+from sedona_fx.ir.flow import block_of, is_unpacking, shown_late
+from sedona_fx.ir.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
+from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.split_point import SplitPoint
 
 
 @graph_pass(Phase.RELAXED)

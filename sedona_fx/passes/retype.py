@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from sedona_fx.graph import INFO, NodeInfo, Phase, output_node
-from sedona_fx.passes.base import graph_pass
-from sedona_fx.passes.sites import name_sites
+from sedona_fx.capture.sites import name_sites
+from sedona_fx.ir.graph import INFO, NodeInfo, Phase, output_node
+from sedona_fx.ir.graph_pass import graph_pass
 
 
 @graph_pass(Phase.TRACED)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sedona_fx.graph import HEADS, Phase, copy_graph, info, output_node
-from sedona_fx.passes.base import graph_pass
+from sedona_fx.ir.graph import HEADS, Phase, copy_graph, info, output_node
+from sedona_fx.ir.graph_pass import graph_pass
 
 
 @graph_pass(Phase.TRACED)

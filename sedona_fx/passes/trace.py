@@ -2,7 +2,7 @@
 
 Two front ends, one graph: symbolic tracing first, ``torch.export`` where it fails. A recording is trusted only after
 checks: making it drew no random number and changed no state, and one forward in each mode gives exactly what the model
-gives, buffers included (:mod:`sedona_fx.passes.check`).
+gives, buffers included (:mod:`sedona_fx.capture.proof`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from sedona_fx.args import Args
+from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.host import graph_around, reads_of, watch_root
+from sedona_fx.capture.proof import check_equal_forward
+from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
+from sedona_fx.capture.state_watch import StateWatch, keep_modes, keep_parameters
+from sedona_fx.capture.symbolic import find_leaves, record_symbolically
+from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.graph import Phase, verify
-from sedona_fx.outputs import map_tensors, without_objects
-from sedona_fx.passes.check import check_equal_forward
-from sedona_fx.passes.exported import record_by_export
-from sedona_fx.passes.host import graph_around, reads_of, watch_root
+from sedona_fx.ir.graph import Phase, verify
+from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.passes.retype import retype
-from sedona_fx.passes.sites import match_sites, name_sites, same_graphs
-from sedona_fx.passes.symbolic import find_leaves, record_symbolically
-from sedona_fx.passes.watch import StateWatch, keep_modes, keep_parameters
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
@@ -67,7 +67,7 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             hold no tensor are part of the graph.
         leaf_modules: module paths that stay whole, which only symbolic tracing can do.
         root: module path of the part to be cut. If the code around it cannot be traced, it runs as it is
-            (:mod:`sedona_fx.passes.host`).
+            (:mod:`sedona_fx.capture.host`).
 
     Returns:
         Graphs whose tensors *are* the model's, each node with its module path and a site name that is the same in

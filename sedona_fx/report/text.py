@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sedona_fx.net import Net
+    from sedona_fx.net.net import Net
 
 
 def human(count: float, unit: str = "") -> str:

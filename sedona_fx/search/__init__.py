@@ -1,16 +1,16 @@
 """How cuts and heads are chosen: by gradient (``Guided``, ``Sedona``), by trial (``Rollout``), or by rule."""
 
-from sedona_fx.search.balanced import Balanced, balance
-from sedona_fx.search.decode import decode
+from sedona_fx.search.best_of import BestOf
 from sedona_fx.search.guided import Guided
-from sedona_fx.search.latest import Latest
-from sedona_fx.search.limits import Limits
-from sedona_fx.search.plan_costs import allowed, best_plans
-from sedona_fx.search.problem import Decision, Problem, Search
+from sedona_fx.search.problem.limits import Limits
+from sedona_fx.search.problem.plan_costs import allowed, best_plans
+from sedona_fx.search.problem.problem import Decision, Problem, Search
 from sedona_fx.search.rollout import Rollout
-from sedona_fx.search.sedona import Sedona
-from sedona_fx.search.seeds import BestOf
-from sedona_fx.search.uniform import Uniform
+from sedona_fx.search.rules.balanced import Balanced, balance
+from sedona_fx.search.rules.latest import Latest
+from sedona_fx.search.rules.uniform import Uniform
+from sedona_fx.search.sedona.decode import decode
+from sedona_fx.search.sedona.sedona import Sedona
 
 SEARCHES: dict[str, type[Search]] = {
     "guided": Guided,

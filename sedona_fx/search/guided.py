@@ -1,8 +1,8 @@
 """The default search: gradients prune the candidate cuts and heads, rollouts decide among what they leave.
 
-1. Train one set of weights for a while, along plans drawn at random (:mod:`~sedona_fx.search.comparison`).
+1. Train one set of weights for a while, along plans drawn at random (:mod:`~sedona_fx.search.trials.gradient_comparison`).
 2. On the way, compare the gradient of every (cut, head) with the true one, and average over the states met: the cosine
-   over all weights in front of the cut (:mod:`~sedona_fx.search.alignment`).
+   over all weights in front of the cut (:mod:`~sedona_fx.search.trials.alignment`).
 3. Let the dynamic programme name the plans with the largest sums within the budget of memory and time.
 4. Train these from the weights of step 1, as ``Greedy`` would, halving their number on the way; the least validation
    loss decides. Where the cost allowed does not pay for an epoch of that, the gradients decide alone: shorter rollouts
@@ -26,24 +26,24 @@ import torch
 from tqdm import tqdm
 
 from sedona_fx.errors import DataError, SearchDivergedError
-from sedona_fx.heads import head_name
-from sedona_fx.search import additive
-from sedona_fx.search.alignment import Alignment
-from sedona_fx.search.comparison import Comparison
-from sedona_fx.search.effort import Effort, Shares, overhead
-from sedona_fx.search.halving import Descent, Halving
-from sedona_fx.search.journal import Journal, settings_of
-from sedona_fx.search.pace import MEASURED_SHARE
-from sedona_fx.search.plan_costs import best_plans
-from sedona_fx.search.plan_tree import Choice
-from sedona_fx.search.problem import Decision, Problem
-from sedona_fx.search.programme import Positions
-from sedona_fx.search.relaxation import NamedBatches
-from sedona_fx.search.splitting import split
-from sedona_fx.search.state import Batch
-from sedona_fx.search.streams import Stream
-from sedona_fx.search.supernet import Supernet
-from sedona_fx.search.watch import Watch
+from sedona_fx.heads.registry import head_name
+from sedona_fx.search.problem import additive
+from sedona_fx.search.problem.dynamic_program import Positions
+from sedona_fx.search.problem.plan_costs import best_plans
+from sedona_fx.search.problem.problem import Decision, Problem
+from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.search.sedona.relaxed_net import NamedBatches
+from sedona_fx.search.session.batches import split
+from sedona_fx.search.session.journal import Journal, settings_of
+from sedona_fx.search.session.progress import Watch
+from sedona_fx.search.session.stream import Stream
+from sedona_fx.search.session.timing import MEASURED_SHARE
+from sedona_fx.search.trials.alignment import Alignment
+from sedona_fx.search.trials.effort import Effort, Shares, overhead
+from sedona_fx.search.trials.gradient_comparison import Comparison
+from sedona_fx.search.trials.plan_tree import Choice
+from sedona_fx.search.trials.successive_halving import Descent, Halving
+from sedona_fx.search.trials.supernet import Supernet
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Guided:
             place to cut, gradients decide alone.
         score: ``"cut"``: each (cut, head) by itself, the cosine over all weights in front of it. ``"plan"``, for
             comparison: the cosine of a plan's whole gradient, made additive by least squares
-            (:mod:`~sedona_fx.search.additive`); plans are ranked by the mean of the cosine and its fit.
+            (:mod:`~sedona_fx.search.problem.additive`); plans are ranked by the mean of the cosine and its fit.
         batch_size: samples in a step of the first part; larger batches are split. More and noisier steps for the same
             cost bring the net and its heads further.
         lr: learning rate of SGD: constant in the first part, falling by a cosine in each round of the rollouts.

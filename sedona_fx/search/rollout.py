@@ -11,19 +11,19 @@ from typing import ClassVar
 import torch
 
 from sedona_fx.errors import DataError
-from sedona_fx.search.comparison import Comparison
-from sedona_fx.search.effort import Effort
-from sedona_fx.search.halving import Descent, Halving, affordable
-from sedona_fx.search.journal import Journal, settings_of
-from sedona_fx.search.plan_tree import PlanTree
-from sedona_fx.search.problem import Decision, Problem
-from sedona_fx.search.proposals import proposals
-from sedona_fx.search.relaxation import NamedBatches
-from sedona_fx.search.state import Batch
-from sedona_fx.search.streams import Stream
-from sedona_fx.search.supernet import Supernet
-from sedona_fx.search.tree_cost import tree_cost, tree_cost_of_one
-from sedona_fx.search.watch import Watch
+from sedona_fx.search.problem.problem import Decision, Problem
+from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.search.sedona.relaxed_net import NamedBatches
+from sedona_fx.search.session.journal import Journal, settings_of
+from sedona_fx.search.session.progress import Watch
+from sedona_fx.search.session.stream import Stream
+from sedona_fx.search.trials.effort import Effort
+from sedona_fx.search.trials.gradient_comparison import Comparison
+from sedona_fx.search.trials.plan_tree import PlanTree
+from sedona_fx.search.trials.proposals import proposals
+from sedona_fx.search.trials.successive_halving import Descent, Halving, affordable
+from sedona_fx.search.trials.supernet import Supernet
+from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class Rollout:
     """Short greedy runs of candidate plans from the same weights, on the same batches; successive halving.
 
     Cuts and heads are judged together. Blocks that plans have in common are trained once
-    (:class:`~sedona_fx.search.plan_tree.PlanTree`). After a quarter and after a half of the steps the worse half of the
-    plans is dropped, by the validation loss of the final output (:class:`~sedona_fx.search.halving.Halving`); the best
+    (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). After a quarter and after a half of the steps the worse half of the
+    plans is dropped, by the validation loss of the final output (:class:`~sedona_fx.search.trials.successive_halving.Halving`); the best
     at the end is the decision.
 
     Args:

@@ -1,19 +1,19 @@
 """How a lowered net is trained: the block engine, one file a schedule, and ``fit``."""
 
-from sedona_fx.train.backlink import BackLink
-from sedona_fx.train.backprop import Backprop
-from sedona_fx.train.block import Block, StepResult
-from sedona_fx.train.codec import Codec
-from sedona_fx.train.delayed import Delayed
+from sedona_fx.rng import block_seed
+from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.train.buffers.codec import Codec
+from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer
 from sedona_fx.train.evaluate import evaluate
-from sedona_fx.train.extra_losses import KineticEnergy, PredSim
 from sedona_fx.train.fit import History, fit
-from sedona_fx.train.greedy import Greedy
-from sedona_fx.train.infopro import InfoPro
-from sedona_fx.train.quantize import VectorQuantizer
-from sedona_fx.train.random import block_seed
-from sedona_fx.train.replay import Replay
-from sedona_fx.train.schedule import Schedule
+from sedona_fx.train.losses.base import KineticEnergy, PredSim
+from sedona_fx.train.losses.infopro import InfoPro
+from sedona_fx.train.schedules.backlink import BackLink
+from sedona_fx.train.schedules.backprop import Backprop
+from sedona_fx.train.schedules.base import Schedule
+from sedona_fx.train.schedules.delayed import Delayed
+from sedona_fx.train.schedules.greedy import Greedy
+from sedona_fx.train.schedules.replay import Replay
 
 __all__ = [
     "BackLink",

@@ -12,10 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import replacing
-from sedona_fx.train.schedule import Schedule
+from sedona_fx.train.schedules.base import Schedule
 
 if TYPE_CHECKING:
-    from sedona_fx.net import Net
+    from sedona_fx.net.net import Net
 
 FORMAT = 3
 FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sedona_fx.data import batches, to_device
+from sedona_fx.data.sources import batches, to_device
 from sedona_fx.errors import DataError
-from sedona_fx.outputs import pick
+from sedona_fx.ir.outputs import pick
 
 if TYPE_CHECKING:
-    from sedona_fx.net import Net
+    from sedona_fx.net.net import Net
 
 
 def evaluate(net: Net, loader: Any) -> dict[str, float]:

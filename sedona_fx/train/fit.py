@@ -13,11 +13,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from sedona_fx.data import Pair, batches, one_shot
+from sedona_fx.data.sources import Pair, batches, one_shot
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
-from sedona_fx.train import checkpoint as files
-from sedona_fx.train.evaluate import evaluate
-from sedona_fx.train.random import (
+from sedona_fx.rng import (
     block_seed,
     loader_streams,
     random_states,
@@ -25,10 +23,12 @@ from sedona_fx.train.random import (
     seed_all,
     stream_states,
 )
-from sedona_fx.train.schedule import Schedule
+from sedona_fx.train import checkpoint as files
+from sedona_fx.train.evaluate import evaluate
+from sedona_fx.train.schedules.base import Schedule
 
 if TYPE_CHECKING:
-    from sedona_fx.net import Net
+    from sedona_fx.net.net import Net
 
 LRFactory = Callable[[torch.optim.Optimizer], LRScheduler]
 

@@ -11,9 +11,9 @@ from graphs import node_of
 from torch import nn
 
 import sedona_fx
-from sedona_fx.args import Args
+from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.graph import TensorSpec, info, output_node
+from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.passes import annotate, trace
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx.errors import CutError
-from sedona_fx.graph import info
+from sedona_fx.ir.graph import info
 from sedona_fx.passes import partition, relax
 from sedona_fx.passes.cuts import possible
 

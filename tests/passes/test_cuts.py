@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx.errors import CutError, OutputError
-from sedona_fx.graph import info
-from sedona_fx.outputs import pick
+from sedona_fx.ir.graph import info
+from sedona_fx.ir.outputs import pick
 from sedona_fx.passes import base_layers
 from sedona_fx.passes.crossings import primary_node
 from sedona_fx.passes.cuts import possible, resolve

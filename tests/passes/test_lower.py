@@ -5,7 +5,7 @@ import torch
 from graphs import analysed
 from torch import nn
 
-from sedona_fx.graph import HEADS, head_nodes, info
+from sedona_fx.ir.graph import HEADS, head_nodes, info
 from sedona_fx.passes import lower, partition, prune, relax
 
 

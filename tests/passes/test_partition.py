@@ -4,7 +4,7 @@ import chain
 import pytest
 import torch
 
-from sedona_fx.graph import HEADS
+from sedona_fx.ir.graph import HEADS
 from sedona_fx.passes import partition
 
 

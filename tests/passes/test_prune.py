@@ -3,7 +3,7 @@
 import chain
 import torch
 
-from sedona_fx.graph import SPLIT_POINTS, split_point_nodes
+from sedona_fx.ir.graph import SPLIT_POINTS, split_point_nodes
 from sedona_fx.passes import prune, relax
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sedona_fx.graph import split_point_nodes
+from sedona_fx.ir.graph import split_point_nodes
+from sedona_fx.ir.split_point import SplitPoint
 from sedona_fx.passes import relax
-from sedona_fx.split import SplitPoint
 
 
 def test_one_backward_gives_the_relaxed_gradients_by_hand():

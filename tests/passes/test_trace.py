@@ -15,9 +15,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 import sedona_fx
-from sedona_fx.args import Args
+from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, ScheduleError, TraceError
-from sedona_fx.graph import info
+from sedona_fx.ir.graph import info
 from sedona_fx.passes import trace
 
 COUNTER = {"calls": 0}

@@ -20,13 +20,13 @@ from torch.nn.functional import cross_entropy
 
 import sedona_fx
 from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedError
+from sedona_fx.rng import random_states
 from sedona_fx.search import Guided, Limits, Problem
-from sedona_fx.search.comparison import measure
-from sedona_fx.search.effort import Effort
 from sedona_fx.search.guided import _Run
-from sedona_fx.search.plan_tree import PlanTree
-from sedona_fx.search.supernet import Supernet
-from sedona_fx.train.random import random_states
+from sedona_fx.search.trials.effort import Effort
+from sedona_fx.search.trials.gradient_comparison import measure
+from sedona_fx.search.trials.plan_tree import PlanTree
+from sedona_fx.search.trials.supernet import Supernet
 
 QUICK = Guided(training_steps=150, states=2, finalists=3, batch_size=3, val_batches=1)
 
@@ -83,7 +83,7 @@ def test_it_does_what_it_says_and_keeps_within_its_cost(
         return call
 
     monkeypatch.setattr(Supernet, "train", counted("steps", Supernet.train))
-    monkeypatch.setattr("sedona_fx.search.comparison.measure", counted("states", measure))
+    monkeypatch.setattr("sedona_fx.search.trials.gradient_comparison.measure", counted("states", measure))
     monkeypatch.setattr(PlanTree, "train", counted("rollouts", PlanTree.train))
     found = replace(QUICK, training_steps=steps, states=states).decide(problem).provenance
     cost = found["cost"]
@@ -96,7 +96,7 @@ def test_it_does_what_it_says_and_keeps_within_its_cost(
 
 def test_seconds_are_turned_into_steps(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     search = replace(QUICK, training_steps=None, seconds=2.0)
-    monkeypatch.setattr("sedona_fx.search.effort.seconds_of", as_if_in_50_ms)
+    monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", as_if_in_50_ms)
     few, many = search.decide(problem), replace(search, seconds=6.0).decide(problem)
     assert few.provenance["cost"]["seconds"] == 2.0
     assert many.provenance["cost"]["equivalent_steps"] > 2 * few.provenance["cost"]["equivalent_steps"]
@@ -289,7 +289,7 @@ def test_it_says_how_long_it_will_take(
     with caplog.at_level(logging.INFO, "sedona_fx"):
         QUICK.decide(problem)
         assert "about" not in caplog.text
-        monkeypatch.setattr("sedona_fx.search.effort.seconds_of", as_if_in_50_ms)
+        monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", as_if_in_50_ms)
         shares, effort, _ = long.decide(problem)
     seconds = 0.1 * shares.cost / (effort.warmup_step + effort.comparison)
     assert f"about 00:{math.ceil(seconds):02d}" in caplog.text
@@ -381,7 +381,7 @@ def test_a_graph_for_one_batch_size_gets_whole_batches(seconds: bool, monkeypatc
     data = [(torch.randn(12, 6, generator=g), torch.randint(3, (12,), generator=g)) for _ in range(4)]
     search = QUICK
     if seconds:
-        monkeypatch.setattr("sedona_fx.search.effort.seconds_of", as_if_in_50_ms)
+        monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", as_if_in_50_ms)
         search = replace(QUICK, training_steps=None, seconds=3.0)
     found = decoupled(Exported(), data, search, heads=["tokens-1", "tokens-2"])
     assert found.provenance["front_end"] == "export"

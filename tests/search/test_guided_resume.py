@@ -19,8 +19,8 @@ import torch
 
 from sedona_fx.errors import CheckpointError
 from sedona_fx.search import Decision, Problem
-from sedona_fx.search.journal import Journal
-from sedona_fx.search.plan_tree import PlanTree
+from sedona_fx.search.session.journal import Journal
+from sedona_fx.search.trials.plan_tree import PlanTree
 
 BOTH = pytest.mark.parametrize("name", ["guided", "rollout"])
 
@@ -120,8 +120,8 @@ def test_a_finished_search_is_returned_at_once(
 ) -> None:
     search = small(name, tmp_path)
     first = search.decide(problem)
-    monkeypatch.setattr("sedona_fx.search.supernet.Supernet.train", None)
-    monkeypatch.setattr("sedona_fx.search.plan_tree.PlanTree.train", None)
+    monkeypatch.setattr("sedona_fx.search.trials.supernet.Supernet.train", None)
+    monkeypatch.setattr("sedona_fx.search.trials.plan_tree.PlanTree.train", None)
     assert replace(search, save_seconds=1.0).decide(problem) == first  # that does not make it another search
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_a_folder_to_go_on_from(
         train(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sedona_fx.search.plan_tree.PlanTree.train", pressed)
+        patch.setattr("sedona_fx.search.trials.plan_tree.PlanTree.train", pressed)
         assert search.decide(problem).provenance["interrupted"]
     assert search.decide(problem) == small(name, None).decide(problem)
 
@@ -159,10 +159,10 @@ def test_seconds_are_counted_once_whatever_the_clock_says_later(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = replace(killable.guided(str(tmp_path)), training_steps=None, seconds=3.0)
-    monkeypatch.setattr("sedona_fx.search.effort.seconds_of", lambda run, device: 0.1)
+    monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", lambda run, device: 0.1)
     whole = replace(search, folder=None).decide(problem)
     assert stopped(search, problem, 8)
-    monkeypatch.setattr("sedona_fx.search.effort.seconds_of", lambda run, device: 0.4)
+    monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", lambda run, device: 0.4)
     other = replace(search, folder=None).decide(problem)
     again = search.decide(problem)
     assert again == whole

@@ -14,10 +14,10 @@ import sedona_fx
 from sedona_fx.errors import CutError, DataError, SearchDivergedError
 from sedona_fx.report import plan_picture
 from sedona_fx.search import Decision, Rollout
-from sedona_fx.search.plan_tree import PlanTree
-from sedona_fx.search.problem import local_loss_of
-from sedona_fx.search.proposals import proposals
-from sedona_fx.search.tree_cost import tree_cost, tree_cost_of_one
+from sedona_fx.search.problem.problem import local_loss_of
+from sedona_fx.search.trials.plan_tree import PlanTree
+from sedona_fx.search.trials.proposals import proposals
+from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 from sedona_fx.train import Greedy
 
 HEADS = ["linear", "sedona-1"]

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sedona_fx.errors import DataError, NonFiniteLossError, ScheduleError
+from sedona_fx.runtime.guard import FiniteGuard
 from sedona_fx.train import Backprop, Greedy, evaluate, fit
-from sedona_fx.train.guard import FiniteGuard
 
 
 def data(size=20):

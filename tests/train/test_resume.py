@@ -11,8 +11,8 @@ from small import batches, make_net, sgd
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
+from sedona_fx.rng import random_states, restore_random
 from sedona_fx.train import Backprop, Greedy, fit
-from sedona_fx.train.random import random_states, restore_random
 
 
 @pytest.mark.parametrize("kind", [Greedy, Backprop])

@@ -1,0 +1,1 @@
+"""From a model and a decision to a net: analyse, choose, build."""

@@ -1,0 +1,85 @@
+"""A block as schedules see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sedona_fx.heads.objective import LocalLoss
+from sedona_fx.passes.partition import BlockGraph
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a training step gave: the losses (detached scalars; one a block, or the final one alone) and the model's
+    output (detached; None where the last block had no turn)."""
+
+    losses: list[Tensor]
+    output: Any
+
+
+class Block:
+    """One block of a net: its train graph and its eval graph over the same modules, and its head.
+
+    Attributes:
+        index: 0 is nearest the input.
+        module: the train graph (head included), ``(exports, local output) = module(*inputs)``.
+        eval_module: the same for evaluation; one object with `module` where the modes do not differ.
+        head: the auxiliary head, or None (last block, or a net without heads).
+        device: where the block lives.
+        objective: what the block learns instead of the model's task, or None.
+    """
+
+    def __init__(
+        self,
+        train: BlockGraph,
+        evaluation: BlockGraph,
+        head: nn.Module | None,
+        device: torch.device,
+        objective: LocalLoss | None = None,
+    ) -> None:
+        self.index = train.index
+        self.train_graph, self.eval_graph = train, evaluation
+        self.module: fx.GraphModule = train.module
+        self.eval_module: fx.GraphModule = evaluation.module
+        self.head, self.device, self.objective = head, device, objective
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the block's parameters, those of its head included, each once."""
+        return self.module.parameters()
+
+    def base_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that belong to the user's model."""
+        heads = {id(p) for p in self.head.parameters()} if self.head is not None else set()
+        return (p for p in self.module.parameters() if id(p) not in heads)
+
+    def buffers(self) -> list[Tensor]:
+        """Return the block's buffers, those of its head included."""
+        return list(self.module.buffers())
+
+    def graph(self, training: bool) -> BlockGraph:
+        """Return the block's graph of a mode."""
+        return self.train_graph if training else self.eval_graph
+
+    def __call__(self, values: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], Any]:
+        """Run the block on named values; return its exports by name, undetached, and its local output."""
+        return run_graph(self.graph(training), values)
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"Block({self.index}, {count:,} parameters, head={type(self.head).__name__}, device={self.device})"
+
+
+def buffers_of(*blocks: Block) -> list[Tensor]:
+    """Return the buffers of some blocks, each once."""
+    return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
+
+
+def run_graph(graph: BlockGraph, values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Run a block's graph on named values; return its exports by name, undetached, and its local output."""
+    exports, local = graph.module(*[values[name] for name in graph.inputs])
+    return dict(zip(graph.exports, exports, strict=True)), local

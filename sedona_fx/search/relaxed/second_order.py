@@ -1,0 +1,205 @@
+"""Convolution and BatchNorm whose second derivative costs what it must, in place of PyTorch's within a context.
+
+PyTorch composes these second derivatives of many operators: some twenty passes over the activation for BatchNorm, one
+small convolution per group for the weight of a grouped one. On a CPU that is most of the time of a hypergradient. Both
+have short forms. A convolution is linear in x and in w, so with its product B(x, w), its gradients and their cotangents
+(u, v) of (x, w) only operators of the first order occur:
+
+    of g: B(u, w) + B(x, v)        of x: B's gradient of x at v        of w: B's gradient of w at u
+
+BatchNorm, with r = 1/std, xh = (x - mean) r, means over a channel's n values, and P v = v - mean(v) - xh mean(v xh):
+
+    first     dx = gamma r P g        dgamma = sum(g xh)        dbeta = sum(g)
+    second, for cotangents (u, a, b) of these, k = mean(u xh), m = mean(g xh), A = sum(u P g):
+              of g: gamma r P u + a xh + b        of gamma: r A
+              of x: r ((a - gamma r k) P g - gamma r m P u) - gamma r^2 A xh / n
+
+Forward and first derivative are PyTorch's own kernels. What these forms do not cover (other dtypes within one call,
+frozen norms, padding by name) runs as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sedona_fx.heads.pooled_relu import last_derivative
+
+_aten = torch.ops.aten
+
+
+class ShortSecondDerivatives(TorchFunctionMode):
+    """Within it, 2-d convolutions and BatchNorm with batch statistics are cheap to differentiate twice (not thrice)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ours = _OURS.get(func)
+        return func(*args, **(kwargs or {})) if ours is None else ours(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or x.dim() != 4 or not _plain(x, weight, bias):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    geometry = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
+    out: Tensor = _Convolution.apply(x, weight, bias, geometry)
+    return out
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    # A single value a channel is an error, which PyTorch words.
+    if not training or weight is None or bias is None or not _plain(x, weight, bias) or x.numel() == x.shape[1]:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    out: Tensor = _Norm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+    return out
+
+
+_OURS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm}
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        out: Tensor = _aten.convolution(x, weight, bias, *geometry)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return *_ConvolutionGradients.apply(g, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]), None
+
+
+class _ConvolutionGradients(torch.autograd.Function):
+    """The gradients of x, w and the bias, those that are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: Any, wanted: Any) -> Any:
+        ctx.save_for_backward(g, x, weight)
+        ctx.geometry = geometry
+        ctx.set_materialize_grads(False)
+        return _aten.convolution_backward(g, x, weight, [weight.shape[0]], *geometry, wanted)
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None, c: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, weight = ctx.saved_tensors
+        by_g = by_x = by_weight = None
+        if ctx.needs_input_grad[0]:
+            terms = [] if u is None else [_aten.convolution(u, weight, c, *ctx.geometry)]
+            if v is not None:
+                terms.append(_aten.convolution(x, v, c if u is None else None, *ctx.geometry))
+            if not terms and c is not None:
+                terms.append(c[:, None, None].expand_as(g))
+            by_g = terms[0].add_(terms[1]) if len(terms) == 2 else (terms[0] if terms else None)
+        if ctx.needs_input_grad[1] and v is not None:
+            by_x = _aten.convolution_backward(g, x, v, None, *ctx.geometry, [True, False, False])[0]
+        if ctx.needs_input_grad[2] and u is not None:
+            by_weight = _aten.convolution_backward(g, u, weight, None, *ctx.geometry, [False, True, False])[1]
+        return by_g, by_x, by_weight, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        out, mean, r = _aten.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, r)
+        ctx.eps = eps
+        kept: Tensor = out
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, mean, r = ctx.saved_tensors
+        return *_NormGradients.apply(g, x, weight, mean, r, ctx.eps), None, None, None, None
+
+
+class _NormGradients(torch.autograd.Function):
+    """The gradients of x, gamma and beta; `mean` and `r` stand for functions of x here."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
+        found = _aten.native_batch_norm_backward(g, x, weight, None, None, mean, r, True, eps, [True, True, True])
+        ctx.save_for_backward(g, x, weight, mean, r, found[1], found[2])
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, gamma, mean, r, g_along_x, g_total = ctx.saved_tensors
+        n = x.numel() // x.shape[1]
+        a = torch.zeros_like(gamma) if a is None else a
+        b = torch.zeros_like(gamma) if b is None else b
+        k = u_mean = spread = torch.zeros_like(r)
+        if u is not None:
+            k, u_mean = (t / n for t in _moments(u, x, gamma, mean, r, ctx.eps))
+            u_g, _ = _moments(u, g, gamma, torch.zeros_like(mean), torch.ones_like(r), ctx.eps)
+            spread = u_g - u_mean * g_total - k * g_along_x
+        slope = a - gamma * r * k
+        by_g = by_x = None
+        if ctx.needs_input_grad[0]:
+            by_g = _combined((gamma * r, u), (slope * r, x), constant=b - gamma * r * u_mean - slope * r * mean)
+        if ctx.needs_input_grad[1]:
+            on_u, on_g = -gamma * r * r * g_along_x / n, r * slope
+            on_x = -r * (on_u * k + on_g * g_along_x / n + gamma * r * r * spread / n)
+            constant = -on_u * u_mean - on_g * g_total / n - on_x * mean
+            by_x = _combined((on_u, u), (on_g, g), (on_x, x), constant=constant)
+        return by_g, by_x, r * spread, None, None, None
+
+
+def _moments(v: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: they are what BatchNorm's backward gives."""
+    _, along, total = _aten.native_batch_norm_backward(v, x, gamma, None, None, mean, r, True, eps, [False, True, True])
+    return along, total
+
+
+def _combined(*terms: tuple[Tensor, Tensor | None], constant: Tensor) -> Tensor:
+    """Return constant + sum of factor * t, with a constant and factors for each channel."""
+    given = [(factor, t) for factor, t in terms if t is not None]
+    shape = [1, -1] + [1] * (given[0][1].dim() - 2)
+    total = torch.addcmul(constant.view(shape), given[0][0].view(shape), given[0][1])
+    for factor, t in given[1:]:
+        total.addcmul_(factor.view(shape), t)
+    return total
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    given = [t for t in tensors if t is not None]
+    kind = given[0].device.type
+    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not casting and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == given[0].dtype for t in given)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)

@@ -1,0 +1,1 @@
+"""Cuts by rule: balanced, uniform, latest."""

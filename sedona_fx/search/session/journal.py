@@ -1,0 +1,126 @@
+"""A folder in which a search writes down where it stands, so that a search that was killed goes on from there.
+
+One file, replaced whole, holds everything that is small; it names the versions of larger files that belong to it
+(:mod:`~sedona_fx.search.sedona.snapshots`). It also says which search it is: a folder of another one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedona_fx.errors import CheckpointError
+from sedona_fx.files import replacing
+
+STATE_FILE = "search.pt"
+FORMAT = 1
+_DIFFERENCES_SHOWN = 3
+_WITHOUT_INFLUENCE = ("folder", "save_seconds", "snapshot_bytes")
+
+
+class Journal:
+    """Where a search stands, in a folder.
+
+    Args:
+        folder: made when it is first written to. None: nothing is written.
+        identity: what makes this search this one, as JSON: settings, seed, names, shapes.
+        save_seconds: how long :meth:`due` waits after a save.
+    """
+
+    def __init__(self, folder: str | Path | None, identity: Mapping[str, Any], save_seconds: float) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._save_seconds, self._saved_at = save_seconds, time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """Return what was written last, or None if nothing was; what a kill left half written is removed.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is that of another search; with what differs.
+        """
+        if self.folder is None or not self.folder.exists():
+            return None
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{str(self.folder)!r} is a file: hand a folder= for the search to write to.")
+        remove_leftovers(self.folder)
+        path = self.folder / STATE_FILE
+        if not path.exists():
+            return None
+        saved = load(path)
+        if saved.get("format") != FORMAT:
+            raise CheckpointError(f"{str(path)!r} is no search of this version of sedona_fx. Delete it to start anew.")
+        if different := list(_differences(saved["identity"], self._identity)):
+            more = len(different) - _DIFFERENCES_SHOWN
+            raise CheckpointError(
+                f"the folder {str(self.folder)!r} holds another search: {'; '.join(different[:_DIFFERENCES_SHOWN])}"
+                + (f"; and {more} more" if more > 0 else "")
+                + ". Hand another folder=, or delete this one to start anew."
+            )
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self.folder is not None and time.monotonic() - self._saved_at >= self._save_seconds
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Write a state of plain numbers, texts, containers and tensors; it takes the place of the last one whole."""
+        if self.folder is not None:
+            save(self.folder / STATE_FILE, {"format": FORMAT, "identity": self._identity, "state": dict(state)})
+        self._saved_at = time.monotonic()
+
+
+def settings_of(search: Any) -> dict[str, Any]:
+    """Return the settings of a search (a dataclass) by name, but those that change nothing about what it decides."""
+    return {f.name: getattr(search, f.name) for f in fields(search) if f.name not in _WITHOUT_INFLUENCE}
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of plain values and tensors, whole."""
+    with replacing(path) as temporary:
+        torch.save(dict(content), temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a file that :func:`save` wrote; tensors come back to the devices they were on.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception as error:
+        # Not PyTorch's own words: for what is damaged it advises to load without weights_only.
+        raise CheckpointError(
+            f"cannot read {str(path)!r} ({type(error).__name__}): it is damaged, or no file of a search. Delete the "
+            "folder to start the search anew."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{str(path)!r} is damaged. Delete the folder to start the search anew.")
+    return content
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files whose writer was killed before they took their places."""
+    for path in folder.glob(".*.pt.*.pt"):
+        path.unlink(missing_ok=True)
+
+
+def _differences(theirs: Any, ours: Any, where: str = "") -> Iterator[str]:
+    """Yield, one by one, where two identities differ."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in dict.fromkeys((*ours, *theirs)):
+            at = f"{where}.{key}" if where else key
+            if key not in theirs or key not in ours:
+                yield f"{at} is only {'here' if key in ours else 'there'}"
+            else:
+                yield from _differences(theirs[key], ours[key], at)
+    elif theirs != ours:
+        yield f"{where} was {reprlib.repr(theirs)} there and is {reprlib.repr(ours)} here"

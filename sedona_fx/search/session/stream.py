@@ -1,0 +1,130 @@
+"""Endless data whose place can be written down: an epoch of a stream depends on (seed, stream, epoch) alone.
+
+A stream draws from random states of its own: torch's, ``random``'s, numpy's, and those of the generators that the
+data holds itself. What else draws in between (dropout, another stream) moves nothing here, and the other way round. So
+(epoch, batches consumed) says everything, and skipping that many batches leads back to the same place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from sedona_fx.errors import CheckpointError
+from sedona_fx.rng import block_seed, random_states, restore_random
+from sedona_fx.search.relaxed.state import Batch, Batches
+
+
+class Stream:
+    """Batches of epoch after epoch, each epoch seeded by (seed, name, epoch).
+
+    Not covered, since it lies outside of all random states: data with a position of its own that outlives an epoch, and
+    workers of a ``DataLoader`` that persist from epoch to epoch.
+
+    Args:
+        epochs: one epoch of data at a call. Generators that it draws from itself may be named as its attribute
+            ``generators``; they are seeded too, and found as they were whenever the stream is not drawing.
+        name: of the stream; streams of other names are independent of it.
+        seed: of the search.
+    """
+
+    def __init__(self, epochs: Batches, name: str, seed: int) -> None:
+        self.name, self._epochs, self._seed = name, epochs, seed
+        self._generators: Sequence[torch.Generator] = getattr(epochs, "generators", ())
+        self._epoch, self._consumed = 0, 0
+        self._batches: Iterator[Batch] | None = None
+        self._states: list[Any] = []
+
+    def fresh(self) -> Stream:
+        """Return another stream of the same batches, at their start."""
+        return Stream(self._epochs, self.name, self._seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next batch.
+
+        Raises:
+            ValueError: an epoch is empty.
+        """
+        batch = self._pull()
+        if batch is None:
+            if not self._consumed:
+                raise ValueError(f"the search's {self.name} data is empty")
+            self._start(self._epoch + 1)
+            return next(self)
+        return batch
+
+    def epoch(self) -> Iterator[Batch]:
+        """Yield what is left of this epoch."""
+        while (batch := self._pull()) is not None:
+            yield batch
+
+    def length(self) -> int:
+        """Return how many batches an epoch has, by going through one."""
+        return sum(1 for _ in self.fresh().epoch())
+
+    @property
+    def position(self) -> list[int]:
+        """Where the stream stands: the epoch, and how many of its batches were handed out."""
+        return [self._epoch, self._consumed]
+
+    def go_to(self, position: Sequence[int]) -> None:
+        """Go to a place that :attr:`position` told, by going through the batches of that epoch in front of it.
+
+        Raises:
+            CheckpointError: the epoch has fewer batches than it had then.
+        """
+        epoch, consumed = position
+        self._start(epoch)
+        for done in range(consumed):
+            if self._pull() is None:
+                raise CheckpointError(
+                    f"the search was saved behind batch {consumed} of an epoch of its {self.name} data, which now ends "
+                    f"after {done} batches. Go on with the data it was begun with."
+                )
+
+    def _start(self, epoch: int) -> None:
+        self._epoch, self._consumed, self._batches = epoch, 0, None
+
+    def _pull(self) -> Batch | None:
+        with self._own_random():
+            if self._batches is None:
+                self._reseed(block_seed(self._seed, self.name, self._epoch))
+                self._batches = iter(self._epochs())
+            batch = next(self._batches, None)
+        self._consumed += batch is not None
+        return batch
+
+    @contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """Put the stream's random states in the place of the global ones; afterwards, back."""
+        outside = self._random()
+        if self._states:
+            self._set_random(self._states)
+        try:
+            yield
+        finally:
+            self._states = self._random()
+            self._set_random(outside)
+
+    def _random(self) -> list[Any]:
+        return [random_states([]), *(g.get_state() for g in self._generators)]
+
+    def _set_random(self, states: Sequence[Any]) -> None:
+        restore_random(states[0])
+        for generator, state in zip(self._generators, states[1:], strict=True):
+            generator.set_state(state)
+
+    def _reseed(self, number: int) -> None:
+        torch.default_generator.manual_seed(number)  # not torch.manual_seed, which seeds accelerators too
+        random.seed(number)
+        np.random.seed(number % 2**32)
+        for generator in self._generators:
+            generator.manual_seed(number)

@@ -1,0 +1,171 @@
+"""One set of weights for all plans: the net with every candidate head."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedona_fx import passes
+from sedona_fx.heads.registry import build_head
+from sedona_fx.ir.graph import info
+from sedona_fx.rng import block_random
+from sedona_fx.runtime.block import run_graph
+from sedona_fx.runtime.engine import detached
+from sedona_fx.search.problem.dynamic_program import Positions
+from sedona_fx.search.problem.problem import Problem, local_loss_of
+from sedona_fx.search.relaxed.state import Batch
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to begin with.
+
+    Attributes:
+        net: parameters and buffers of the net, by the user's names.
+        heads: parameters and buffers of candidate heads, by place and number.
+    """
+
+    net: dict[str, Tensor]
+    heads: dict[tuple[str, int], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward with its graph: the activation at every place, and the loss of the final output."""
+
+    ends: list[Tensor]
+    loss: Tensor
+
+
+class Supernet:
+    """Copies of the net's stretches between places, and of all candidate heads.
+
+    Args:
+        problem: the net; its own weights are left as they are.
+        places: the cut points between the stretches, B - 1 of them.
+        device: of the net.
+    """
+
+    def __init__(self, problem: Problem, places: Sequence[str], device: torch.device) -> None:
+        self.places = list(places)
+        self._problem, self._device = problem, device
+        self.local_loss = local_loss_of(problem)
+        graphs = passes.partition(passes.lower_at(problem.train, {str(info(problem.node(p)).cut): [] for p in places}))
+        modules = copy.deepcopy([graph.module for graph in graphs])  # at once: what is shared stays so
+        self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
+        self._ends = [info(problem.node(place)).site for place in places]
+        like = next(p for p in problem.train.parameters() if p.is_floating_point())
+        self.heads: list[list[nn.Module]] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(problem.seed)
+            for place in places:
+                built = [build_head(spec, problem.contexts[place]) for spec in problem.candidates[place]]
+                self.heads.append([head.to(like.device, like.dtype) for head in built])
+        self._modules = nn.ModuleList([nn.ModuleList(modules), *(nn.ModuleList(built) for built in self.heads)])
+        self._step = 0
+
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether a parameter is used in two stretches."""
+        used = [id(p) for graph in self._graphs for p in graph.module.parameters()]
+        return len(set(used)) < len(used)
+
+    def stretches(self) -> list[list[nn.Parameter]]:
+        """Return the trainable parameters of every stretch, B lists; one that is used twice is the last user's."""
+        seen: set[int] = set()
+        found: list[list[nn.Parameter]] = []
+        for graph in reversed(self._graphs):
+            found.append([p for p in graph.module.parameters() if p.requires_grad and id(p) not in seen])
+            seen |= {id(p) for p in found[-1]}
+        return found[::-1]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all trainable parameters, those of the heads included, each once."""
+        heads = [p for heads in self.heads for head in heads for p in head.parameters() if p.requires_grad]
+        return [*(p for stretch in self.stretches() for p in stretch), *heads]
+
+    def forward(self, batch: Batch) -> Forward:
+        """Run the net in train mode, nothing detached."""
+        inputs, target = batch
+        values: dict[str, Any] = dict(inputs)
+        ends: list[Tensor] = []
+        output: Any = None
+        with block_random(self._problem.seed, 0, self._step, self._device):
+            for graph, end in zip(self._graphs, [*self._ends, None], strict=True):
+                exports, output = run_graph(graph, values)
+                values |= exports
+                if end is not None:
+                    ends.append(values[end])
+        self._step += 1
+        return Forward(ends, self.local_loss(True, output, target))
+
+    def train(self, batch: Batch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
+        """Train along a plan, as ``Greedy`` does: each block and its head by their own loss, one block at a time.
+
+        Where a loss is not finite, nothing is trained.
+
+        Args:
+            batch: inputs by name, and the target.
+            optimizer: of :meth:`parameters`.
+            plan: (place, head) of every cut, by their numbers.
+        """
+        inputs, target = batch
+        values: dict[str, Any] = dict(inputs)
+        heads = dict(plan)
+        for place, (graph, end) in enumerate(zip(self._graphs, [*self._ends, None], strict=True)):
+            with block_random(self._problem.seed, 1 + place, self._step, self._device):
+                exports, output = run_graph(graph, values)
+                values |= exports
+                if end is not None and place in heads:
+                    output = self.heads[place][heads[place]](values[end])
+            if end is None or place in heads:
+                loss = self.local_loss(end is None, output, target)
+                if not math.isfinite(loss.item()):
+                    break
+                if loss.requires_grad:
+                    loss.backward()
+                values = detached(values)
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._step += 1
+
+    def local(self, run: Forward, place: int, head: int, target: Any) -> Tensor:
+        """Return the local loss of a head on the activation at its place."""
+        with block_random(self._problem.seed, 1 + place, self._step, self._device):
+            return self.local_loss(False, self.heads[place][head](run.ends[place]), target)
+
+    def start(self) -> Start:
+        """Return the weights as they are now; the tensors are this net's own."""
+        net: dict[str, Tensor] = {}
+        for graph in self._graphs:
+            net |= graph.module.state_dict()
+        heads = {
+            (place, k): head.state_dict()
+            for place, built in zip(self.places, self.heads, strict=True)
+            for k, head in enumerate(built)
+        }
+        return Start(net, heads)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights, and how many forwards there were; the tensors are this net's own."""
+        return {"modules": self._modules.state_dict(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where a state was taken."""
+        self._modules.load_state_dict(state["modules"])
+        self._step = state["step"]
+
+
+def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module, by name; what has no weights keeps its own."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if name in weights:
+                tensor.copy_(weights[name])

@@ -1,0 +1,44 @@
+"""What a step of many plans at once costs, in plain training steps of the net."""
+
+from __future__ import annotations
+
+from sedona_fx.ir.cost import stretch_costs
+from sedona_fx.ir.graph import info
+from sedona_fx.search.problem.problem import Problem, candidate_cost
+from sedona_fx.search.sedona.relaxed_net import HEAD_OVERHEAD
+from sedona_fx.search.trials.plan_tree import Choice, PlanTree
+
+
+def tree_cost(problem: Problem, tree: PlanTree) -> float:
+    """Return the cost of one step of all blocks of a tree, in training steps of the net, by FLOPs; heads count more."""
+    return sum(_node_costs(problem, tree).values())
+
+
+def tree_cost_of_one(problem: Problem, tree: PlanTree) -> float:
+    """Return the cost of one step of the dearest plan alone."""
+    costs = _node_costs(problem, tree)
+    return max(
+        sum(
+            cost
+            for (choice, last), cost in costs.items()
+            if plan[: len(choice)] == choice and (not last or choice == plan)
+        )
+        for plan in tree.plans()
+    )
+
+
+def _node_costs(problem: Problem, tree: PlanTree) -> dict[tuple[Choice, bool], float]:
+    """Return the cost of every block of a tree, as a share of a training step of the net."""
+    total = max(1, sum(info(node).flops for node in problem.train.graph.nodes))
+    flops: dict[tuple[str, ...], list[int]] = {}
+    costs = {}
+    for node in tree.nodes():
+        cuts = tuple(place for place, _ in node.choice)
+        if cuts not in flops:
+            flops[cuts] = [c.flops for c in stretch_costs(problem.train, [problem.node(cut) for cut in cuts])[0]]
+        own = flops[cuts][node.depth]
+        if not node.last:
+            place, head = node.choice[-1]
+            own += int(HEAD_OVERHEAD * candidate_cost(problem, place, problem.node(place), head).flops)
+        costs[node.choice, node.last] = own / total
+    return costs

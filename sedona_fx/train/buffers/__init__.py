@@ -1,0 +1,1 @@
+"""What schedules keep between steps: replayed activations, stashed weights, batches in flight."""

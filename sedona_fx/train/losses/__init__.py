@@ -1,0 +1,1 @@
+"""Losses added to the local ones, one file each."""

@@ -1,0 +1,46 @@
+"""Uniform cuts: SEDONA's baseline."""
+
+import pytest
+import torch
+from torch import nn
+
+import sedona_fx
+from sedona_fx.errors import CutError
+from sedona_fx.search.rules.uniform import uniform_layers
+
+
+def test_vgg19_in_four():
+    assert uniform_layers(16, 4) == [3, 7, 11]
+    model = sedona_fx.models.vgg19(num_classes=10, width=0.125)
+    net = sedona_fx.decouple(
+        model, (torch.randn(2, 3, 32, 32), torch.tensor([0, 1])), blocks=4, search="uniform", progress=False
+    )
+    places = list(net.plan.base_layers)
+    assert len(places) == 15
+    assert [places.index(cut) for cut in net.plan.cuts] == [3, 7, 11]
+    assert net.plan.provenance["search"] == "uniform"
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_every_number_of_blocks(count):
+    for blocks in range(1, count + 1):
+        layers = uniform_layers(count, blocks)
+        assert len(layers) == blocks - 1
+        assert layers == sorted(set(layers))
+        assert all(0 <= layer < count - 1 for layer in layers)
+
+
+def batch():
+    return torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+
+
+def test_more_blocks_than_base_layers_fall_back_to_all_cuts():
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)]
+    few = sedona_fx.decouple(nn.Sequential(*layers), batch(), blocks=2, search="uniform")
+    assert few.plan.base_layers == ("1",)
+    assert few.plan.cuts == ("1",)
+    for search in ("uniform", "balanced"):
+        many = sedona_fx.decouple(nn.Sequential(*layers), batch(), blocks=5, search=search)
+        assert many.plan.cuts == ("0", "1", "2", "3")
+        with pytest.raises(CutError, match=r"6 blocks need 5 cuts; this model has 4 legal cut points, .* 5 blocks"):
+            sedona_fx.decouple(nn.Sequential(*layers), batch(), blocks=6, search=search)
