@@ -10,7 +10,7 @@ import torchvision.models as zoo
 from common import goal, options, report
 
 import sedona_fx
-from sedona_fx.ir.cost import step_seconds
+from sedona_fx.measure import step_seconds
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint_sequential
 
 import sedona_fx
-from sedona_fx.ir.cost import step_seconds
-from sedona_fx.measure import PeakBytes, device_peak_bytes
+from sedona_fx.measure import PeakBytes, device_peak_bytes, step_seconds
 from sedona_fx.models.resnet import ResNet
 from sedona_fx.search import Balanced
 from sedona_fx.train import BackLink, Backprop, Delayed, Greedy, Replay

@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import sedona_fx
 from sedona_fx.files import replacing
-from sedona_fx.heads.registry import HeadContext
-from sedona_fx.search.problem.problem import Decision, Problem
-from sedona_fx.search.trials.plan_tree import Choice, PlanTree
+from sedona_fx.heads.context import HeadContext
+from sedona_fx.search.problem.problem import Choice, Decision, Problem
+from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
 from sedona_fx.train import block_seed
 

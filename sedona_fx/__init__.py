@@ -4,8 +4,9 @@ from sedona_fx import models, search, train
 from sedona_fx.data.args import Args
 from sedona_fx.decouple import decouple, load
 from sedona_fx.errors import SedonaError
+from sedona_fx.heads.context import HeadContext
 from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.heads.registry import HeadContext, register_head
+from sedona_fx.heads.registry import register_head
 from sedona_fx.net.net import Net
 from sedona_fx.plan import Plan
 from sedona_fx.recipes.pareto import Front, pareto

@@ -26,19 +26,18 @@ from sedona_fx.compile.choices import (
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Mapped, Source, first_pair, search_sources, to_device
 from sedona_fx.errors import CutError, DataError, HeadError, PlanError, did_you_mean
+from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLosses, one_a_block
 from sedona_fx.heads.registry import head_name
-from sedona_fx.ir.outputs import Key
+from sedona_fx.ir.modules import device_of
+from sedona_fx.ir.outputs import Key, Loss
 from sedona_fx.net.net import Net
-from sedona_fx.net.placing import device_of
 from sedona_fx.net.signature import described, example_like
 from sedona_fx.passes.cuts import base_layers
 from sedona_fx.plan import Plan
-from sedona_fx.runtime.engine import Loss
 from sedona_fx.search import SEARCHES, Decision, Problem, Search
 from sedona_fx.search.problem.limits import Limits
 from sedona_fx.search.problem.plan_costs import check_possible, within_budget
-from sedona_fx.search.problem.problem import HeadSpec
 
 
 def decouple(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,3 +71,20 @@ def device_peak_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return None
+
+
+def step_seconds(functions: Mapping[str, Callable[[], Any]], repeats: int = 5, warmup: int = 1) -> dict[str, float]:
+    """Return the median seconds of each function, the runs interleaved so that drift hits all alike.
+
+    Every other turn goes backwards: none always runs on what another one left in the caches.
+
+    Wall time on the host: the functions must wait for their device themselves. Set the number of threads first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in list(functions.items())[:: 1 if turn % 2 == 0 else -1]:
+            start = time.perf_counter()
+            function()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.proof import same_bits
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state, seed_everything, user_line
+from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state, seed_everything
 from sedona_fx.capture.symbolic import is_impure
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args

@@ -21,11 +21,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.proof import nodes_behind
-from sedona_fx.capture.state_watch import keep_modes, keep_state, random_states, seed_everything, set_random_states
+from sedona_fx.capture.state_watch import keep_state, random_states, seed_everything, set_random_states
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args
 from sedona_fx.errors import CutError, TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, TensorSpec, info, output_node
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.capture.state_watch import keep_modes, keep_state, seed_everything, user_line
+from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.state_watch import keep_state, seed_everything
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import fields, map_tensors, without_objects
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import linecache
 import operator
-import os
 import random
 import re
-import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-_NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, np.__file__, __file__))
-_STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 _CONTAINERS = (dict, list, set, deque)
 _WATCHED = (torch.Tensor, *_CONTAINERS)
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
@@ -187,55 +180,6 @@ def keep_parameters(model: nn.Module) -> Iterator[Callable[[], bool]]:
                 parameter.data.copy_(value)
 
 
-@contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its ``training`` flag back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def user_line(error: BaseException) -> str:
-    """Return ``", file.py line 12: `if x.sum() > 0:`"`` for the user's own last line in a traceback."""
-    return _line(traceback.extract_tb(error.__traceback__))
-
-
-def current_line() -> str:
-    """Return the same for the line of the user's that is running now."""
-    return _line(traceback.extract_stack())
-
-
-def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:
-    """Trace once more, looking at the state after every line of the user's code; return the guilty line in words."""
-    found: list[str] = []
-    watch = StateWatch(model)
-    last: dict[FrameType, int] = {}
-
-    def watch_lines(frame: FrameType, event: str, _: Any) -> Any:
-        if found or not _is_users(frame.f_code.co_filename):
-            return None
-        # A line is guilty if the state changed while it ran and no deeper line of the user's was blamed before.
-        if frame in last and event in ("line", "return") and watch.changed():
-            line = linecache.getline(frame.f_code.co_filename, last[frame]).strip()
-            found.append(f", {frame.f_code.co_filename} line {last[frame]}: `{line}`")
-        last[frame] = frame.f_lineno
-        return watch_lines
-
-    previous = sys.gettrace()
-    sys.settrace(watch_lines)
-    try:
-        retrace()
-    except Exception:  # what was found until then stands
-        pass
-    finally:
-        sys.settrace(previous)
-        watch.restore()
-    return found[0] if found else ""
-
-
 def _items(container: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(container, dict):
         return iter(container.items())
@@ -281,13 +225,3 @@ def _same_states(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
     # No device states before: the accelerator was first used in between, and that is no draw.
     devices_same = not before[3] or all(map(torch.equal, before[3], after[3]))
     return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same and devices_same
-
-
-def _is_users(filename: str) -> bool:
-    standard = filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename
-    return not standard and not filename.startswith((*_NOT_USERS, "<"))
-
-
-def _line(stack: traceback.StackSummary) -> str:
-    frames = [frame for frame in stack if frame.line and _is_users(frame.filename)]
-    return f", {frames[-1].filename} line {frames[-1].lineno}: `{frames[-1].line}`" if frames else ""

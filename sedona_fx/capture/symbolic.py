@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from sedona_fx.capture.blame import locate_side_effect
 from sedona_fx.capture.inplace import WRITES
-from sedona_fx.capture.state_watch import StateWatch, locate_side_effect
+from sedona_fx.capture.state_watch import StateWatch
 from sedona_fx.capture.tracer import Tracer
 from sedona_fx.errors import TraceError, did_you_mean
 from sedona_fx.ir.graph import copy_graph, operation

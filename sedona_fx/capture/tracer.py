@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.inplace import InplaceProxy
-from sedona_fx.capture.state_watch import current_line, user_line
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.outputs import without_objects
 

@@ -13,17 +13,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
-from sedona_fx.capture.state_watch import keep_modes, keep_state
+from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
-from sedona_fx.heads.registry import HeadContext
+from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.graph import cut_points, info, output_node
-from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick
+from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
-from sedona_fx.runtime.engine import Loss
 
 
 @dataclass(frozen=True)

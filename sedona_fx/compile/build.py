@@ -10,19 +10,18 @@ import torch
 from torch import nn
 
 from sedona_fx import passes
-from sedona_fx.capture.state_watch import keep_modes
 from sedona_fx.compile.analyse import Analysed, uncollected
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError
+from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import build_head
-from sedona_fx.ir.cost import block_costs
-from sedona_fx.ir.graph import share_copy
+from sedona_fx.ir.cost import block_costs, cost_of_head
+from sedona_fx.ir.modules import keep_modes, share_copy
+from sedona_fx.ir.outputs import Loss
 from sedona_fx.net.net import Net
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.plan import Plan
-from sedona_fx.runtime.engine import Loss
-from sedona_fx.search.problem.problem import HeadSpec, cost_of_head
 
 
 def own(model: nn.Module, *, inplace: bool) -> nn.Module:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from sedona_fx.compile.analyse import Analysed
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
+from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names
 from sedona_fx.ir.graph import describe, info
 from sedona_fx.passes.cuts import follow_one_another, resolve
 from sedona_fx.plan import Plan
 from sedona_fx.search import Decision
-from sedona_fx.search.problem.problem import HeadSpec
 
 Heads = Sequence[HeadSpec] | HeadSpec | bool | None
 Cuts = Sequence[str] | Mapping[str, str] | str | None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sedona_fx.heads import layers as head_layers
 
 if TYPE_CHECKING:
-    from sedona_fx.heads.registry import HeadContext
+    from sedona_fx.heads.context import HeadContext
 
 
 def built_in() -> dict[str, tuple[Callable[[HeadContext], nn.Module], Callable[[HeadContext], str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sedona_fx.errors import HeadError
-from sedona_fx.heads.registry import HeadContext, HeadFactory
+from sedona_fx.heads.context import HeadContext, HeadFactory
 
 Objective = Callable[[Any, Mapping[str, Any], Any], Tensor]
 

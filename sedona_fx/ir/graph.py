@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.utils import _pytree as pytree
-
-from sedona_fx.errors import GraphSpecError
 
 INFO = "sedona"
 """Key of :class:`NodeInfo` in ``node.meta``."""
@@ -26,17 +23,6 @@ SPLIT_POINTS = "sedona_split_points"
 """Module path below which a relaxed or pruned graph keeps its split points."""
 HEADS = "sedona_heads"
 """Module path below which a lowered graph keeps its auxiliary heads."""
-
-
-class Phase(StrEnum):
-    """The stages of the pipeline, in order; a block is one part of a partitioned LOWERED graph."""
-
-    TRACED = "traced"
-    ANALYSED = "analysed"
-    RELAXED = "relaxed"
-    PRUNED = "pruned"
-    LOWERED = "lowered"
-    BLOCK = "block"
 
 
 @dataclass(frozen=True)
@@ -144,23 +130,6 @@ def describe(node: fx.Node) -> str:
     return f"{record.path or 'the model itself'} ({operation(node)})"
 
 
-def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
-    """Let the generated code find submodules as plain attributes.
-
-    ``self.layer1.block.conv`` costs a Python-level ``__getattr__`` a dot, which small nets feel (4 % of a MobileNet's
-    forward); children that stand in ``__dict__`` too cost nothing. They are registered as before.
-    """
-    for module in gm.modules():
-        if type(module) is torch.nn.Module or module is gm:  # the containers that fx made, and no module of the user's
-            vars(module).update(module._modules)
-    return gm
-
-
-def share_copy(module: nn.Module) -> Any:
-    """Copy the structure of a module; parameters and buffers are the same objects."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
-
-
 def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:
     """Yield the nodes behind which a block may end, in the order of the program."""
     return (node for node in graph.nodes if info(node).cut is not None)
@@ -181,113 +150,19 @@ def is_head(node: fx.Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith(HEADS + ".")
 
 
-def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
-    """Check a graph against the specification of its phase and return it.
+@dataclass(frozen=True)
+class BlockGraph:
+    """One block. ``module(*inputs)`` returns ``(exports, local output)``.
 
-    ======== ==============================================================================================
-    TRACED   placeholders first, one output, every target exists, every node has a site of its own; nothing of ours
-    ANALYSED as TRACED; every cut point is one live tensor, on the way to the primary output, with a name of its own
-    RELAXED  each split point reads a cut point, and other live values; nothing reads around it behind the cut
-    PRUNED   as RELAXED; each split point holds one head
-    LOWERED  every node has a block; nothing reads a later block; every live value crosses through a detach
-    BLOCK    no split point, no detach of ours; the output is ``(exports, local output)``
-    ======== ==============================================================================================
-
-    Raises:
-        GraphSpecError: naming the phase, the node and the rule. It means a bug in a pass.
+    ``inputs`` and ``exports`` name values (by site, so that the names of a train and an eval graph agree): inputs of
+    the net, or exports of earlier blocks. Exports are *not* detached;
+    who runs the blocks detaches them (or does not: backprop through blocks). ``boundary`` is the export that the head
+    reads; None for the last block, whose local output is the model's own output.
     """
-    nodes = list(gm.graph.nodes)
 
-    def require(rule: bool, node: fx.Node | None, text: str) -> None:
-        if not rule:
-            where = "" if node is None else f" at node {node.name!r} ({describe(node)})"
-            raise GraphSpecError(f"{phase} graph{where}: {text}. This is a bug in a pass of sedona_fx.")
-
-    try:
-        gm.graph.lint()
-    except (RuntimeError, ValueError) as error:
-        raise GraphSpecError(f"{phase} graph: {error}. This is a bug in a pass of sedona_fx.") from error
-    require(sum(n.op == "output" for n in nodes) == 1 and nodes[-1].op == "output", None, "one output, at the end")
-    started = False
-    for node in nodes:
-        started = started or node.op != "placeholder"
-        require(not (started and node.op == "placeholder"), node, "placeholders come first")
-    checks: dict[Phase, Callable[[list[fx.Node], Callable[..., None]], None]] = {
-        Phase.TRACED: _verify_traced,
-        Phase.ANALYSED: _verify_analysed,
-        Phase.RELAXED: _verify_relaxed,
-        Phase.PRUNED: _verify_relaxed,
-        Phase.LOWERED: _verify_lowered,
-        Phase.BLOCK: _verify_block,
-    }
-    checks[phase](nodes, require)
-    if phase is Phase.PRUNED:
-        for node in split_point_nodes(gm.graph):
-            heads = getattr(gm.get_submodule(str(node.target)), "heads", ())
-            require(len(heads) <= 1, node, "a pruned split point has one head, or none")
-    return gm
-
-
-def _verify_traced(nodes: list[fx.Node], require: Callable[..., None]) -> None:
-    sites: set[str] = set()
-    for node in nodes:
-        target, site = str(node.target), info(node).site
-        require(bool(site) and site not in sites, node, "every node has a site of its own")
-        sites.add(site)
-        require(not target.startswith((SPLIT_POINTS, HEADS)), node, f"the names {SPLIT_POINTS}, {HEADS} are reserved")
-
-
-def _verify_analysed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
-    _verify_traced(nodes, require)
-    names: set[str] = set()
-    for node in nodes:
-        record = info(node)
-        if record.cut is not None:
-            require(record.cut not in names, node, "every cut point has a name of its own")
-            names.add(record.cut)
-            require(record.is_tensor and record.is_live, node, "a cut point is one float tensor with parameters in it")
-            require(not record.training_only, node, "a cut point lies on the way to the primary output")
-        require(not record.base_layer or record.cut is not None, node, "a base layer ends at a cut point")
-
-
-def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
-    positions = {node: k for k, node in enumerate(nodes)}
-    for node in nodes:
-        if node.op != "call_module" or not str(node.target).startswith(SPLIT_POINTS + "."):
-            continue
-        sources = node.all_input_nodes
-        require(bool(sources) and info(sources[0]).cut is not None, node, "a split point reads a cut point first")
-        require(all(info(s).is_live for s in sources), node, "what a split point lets through carries gradients")
-        source = sources[0]
-        for user in source.users:
-            training_only = info(user).training_only
-            require(
-                user is node or positions[user] < positions[node] or training_only,
-                user,
-                "nothing reads around a split point",
-            )
-
-
-def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
-    for node in nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        block = info(node).block
-        require(block is not None, node, "every node belongs to a block")
-        for source in node.all_input_nodes:
-            if source.op == "placeholder":
-                continue
-            source_block = info(source).block
-            require(source_block is not None and source_block <= (block or 0), node, "no node reads a later block")
-            isolated = info(node).boundary or info(source).boundary or not info(source).is_live
-            isolated = isolated or source.op == "get_attr"  # every block reads the model's tensors itself
-            require(
-                source_block == block or isolated, node, f"reads {source.name!r} of block {source_block} undetached"
-            )
-
-
-def _verify_block(nodes: list[fx.Node], require: Callable[..., None]) -> None:
-    for node in nodes:
-        require(not str(node.target).startswith(SPLIT_POINTS + ".") or ".mixture" in str(node.target), node, "no gate")
-    (result,) = nodes[-1].args
-    require(isinstance(result, tuple) and len(result) == 2, nodes[-1], "the output is (exports, local output)")
+    index: int
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    exports: tuple[str, ...]
+    boundary: str | None
+    live_exports: tuple[str, ...]

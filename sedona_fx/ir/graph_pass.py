@@ -16,7 +16,8 @@ from typing import Concatenate, ParamSpec
 
 from torch import fx
 
-from sedona_fx.ir.graph import Phase, info, verify
+from sedona_fx.ir.graph import info
+from sedona_fx.ir.spec import Phase, verify
 
 P = ParamSpec("P")
 Pass = Callable[Concatenate[fx.GraphModule, P], fx.GraphModule]

@@ -229,3 +229,6 @@ class OutputFormat:
             if value is not None:
                 total = total + self.aux_weight * loss(value, target)
         return total
+
+
+Loss = Callable[[Any, Any], Tensor]

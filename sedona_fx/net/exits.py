@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.data.args import Args
 from sedona_fx.errors import HeadError, shape_text
-from sedona_fx.ir.graph import copy_graph, copy_info, direct_children, info, is_head, output_node, share_copy
+from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
+from sedona_fx.ir.modules import direct_children, share_copy
 from sedona_fx.ir.outputs import pick
-from sedona_fx.runtime.engine import hand_on, last_readers
+from sedona_fx.runtime.run import hand_on, last_readers
 
 if TYPE_CHECKING:
     from sedona_fx.net.net import Net

@@ -17,18 +17,18 @@ from sedona_fx.export.onnx import to_onnx
 from sedona_fx.files import replacing
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.ir.cost import Cost
-from sedona_fx.ir.graph import direct_children, share_copy
-from sedona_fx.ir.outputs import OutputFormat
+from sedona_fx.ir.modules import device_of, direct_children, share_copy
+from sedona_fx.ir.outputs import Loss, OutputFormat
 from sedona_fx.net.exits import EarlyExit, ensemble
-from sedona_fx.net.placing import device_of, place, redirect, relink
+from sedona_fx.net.placing import place, redirect, relink
 from sedona_fx.net.signature import Signature
 from sedona_fx.net.variants import Variants
+from sedona_fx.net.weights import mismatch
 from sedona_fx.passes import BlockGraph, strip
 from sedona_fx.plan import Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, Engine, How, Loss, OnBlock
-from sedona_fx.train.checkpoint import mismatch
+from sedona_fx.runtime.engine import Batch, Engine, How, OnBlock
 
 
 class Net(nn.Module):

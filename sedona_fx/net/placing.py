@@ -18,11 +18,6 @@ from sedona_fx.ir.graph import info
 from sedona_fx.runtime.block import Block
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first tensor."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
 def relink(
     graphs: Iterable[fx.GraphModule], model: nn.Module, change: Callable[[Tensor], Tensor] | None = None
 ) -> None:

@@ -10,11 +10,10 @@ from torch import fx, nn
 
 from sedona_fx import passes
 from sedona_fx.errors import ScheduleError
-from sedona_fx.ir.graph import cut_points, info
+from sedona_fx.ir.graph import BlockGraph, cut_points, info
 from sedona_fx.net.placing import redirect
 from sedona_fx.passes.block_variants import show_layers, without_head
 from sedona_fx.passes.cuts import resolve
-from sedona_fx.passes.partition import BlockGraph
 from sedona_fx.runtime.block import Block
 
 Modes = dict[bool, list[BlockGraph]]

@@ -12,12 +12,13 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.fake.memo import Memo
+from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
 from sedona_fx.passes.explicit_writes import explicit_writes
 from sedona_fx.passes.lower import lower
-from sedona_fx.passes.partition import BlockGraph, partition
+from sedona_fx.passes.partition import partition
 from sedona_fx.passes.prune import prune
 from sedona_fx.passes.relax import relax
 from sedona_fx.passes.strip import strip

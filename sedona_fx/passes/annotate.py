@@ -24,15 +24,17 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.host import HostCall, as_recorded
-from sedona_fx.capture.state_watch import keep_modes, keep_state
+from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
+from sedona_fx.fake.meter import Meter
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.ir.channels import channel_dim
-from sedona_fx.ir.cost import Meter
 from sedona_fx.ir.flow import ancestors
-from sedona_fx.ir.graph import NodeInfo, Phase, TensorSpec, describe, info, operation
+from sedona_fx.ir.graph import NodeInfo, TensorSpec, describe, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.spec import Phase
 
 _STOPS = ("detach", "detach_")
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from sedona_fx.ir.graph import NodeInfo, Phase, copy_graph, direct_children, info, is_head, output_node, verify
-from sedona_fx.passes.partition import BlockGraph
+from sedona_fx.ir.graph import BlockGraph, NodeInfo, copy_graph, info, is_head, output_node
+from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.spec import Phase, verify
 
 
 def without_head(block: BlockGraph) -> BlockGraph:

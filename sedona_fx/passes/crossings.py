@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
 from sedona_fx.ir.flow import ancestors, dependencies
-from sedona_fx.ir.graph import Phase, TensorSpec, info, operation, output_node
+from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.outputs import Key, fields, find_primary
+from sedona_fx.ir.spec import Phase
 from sedona_fx.passes.explicit_writes import opaque_writes
 
 Needs = Mapping[fx.Node, Sequence[fx.Node]]

@@ -13,8 +13,9 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import fx, nn
 
 from sedona_fx.ir.flow import ancestors, dependencies
-from sedona_fx.ir.graph import NodeInfo, Phase, info, operation
+from sedona_fx.ir.graph import NodeInfo, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 
 _FOLLOWERS = (
     nn.modules.batchnorm._NormBase,

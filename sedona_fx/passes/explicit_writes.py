@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sedona_fx.ir.graph import Phase, info
+from sedona_fx.ir.graph import info
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 
 
 @graph_pass(Phase.TRACED)

@@ -13,7 +13,6 @@ from sedona_fx.ir.graph import (
     HEADS,
     SPLIT_POINTS,
     NodeInfo,
-    Phase,
     copy_graph,
     info,
     operation,
@@ -21,6 +20,7 @@ from sedona_fx.ir.graph import (
     split_point_nodes,
 )
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint, gated_value
 
 

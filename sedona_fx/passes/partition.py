@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,36 +9,18 @@ from torch import fx
 
 from sedona_fx.ir.graph import (
     SPLIT_POINTS,
-    Phase,
+    BlockGraph,
     copy_graph,
     copy_info,
-    direct_children,
     info,
     is_head,
     output_node,
     split_point_nodes,
-    verify,
 )
+from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.ir.split_point import gated_value
 from sedona_fx.passes.lower import assign_blocks, sort_by_block
-
-
-@dataclass(frozen=True)
-class BlockGraph:
-    """One block. ``module(*inputs)`` returns ``(exports, local output)``.
-
-    ``inputs`` and ``exports`` name values (by site, so that the names of a train and an eval graph agree): inputs of
-    the net, or exports of earlier blocks. Exports are *not* detached;
-    who runs the blocks detaches them (or does not: backprop through blocks). ``boundary`` is the export that the head
-    reads; None for the last block, whose local output is the model's own output.
-    """
-
-    index: int
-    module: fx.GraphModule
-    inputs: tuple[str, ...]
-    exports: tuple[str, ...]
-    boundary: str | None
-    live_exports: tuple[str, ...]
 
 
 def partition(gm: fx.GraphModule) -> list[BlockGraph]:

@@ -7,15 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from sedona_fx.ir.graph import (
-    SPLIT_POINTS,
-    Phase,
-    copy_graph,
-    info,
-    output_node,
-    split_point_nodes,
-)
+from sedona_fx.ir.graph import SPLIT_POINTS, copy_graph, info, output_node, split_point_nodes
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint, gated_value
 
 

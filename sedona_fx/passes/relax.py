@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.ir.flow import block_of, is_unpacking, shown_late
-from sedona_fx.ir.graph import SPLIT_POINTS, NodeInfo, Phase, copy_graph, cut_points, info, output_node
+from sedona_fx.ir.graph import SPLIT_POINTS, NodeInfo, copy_graph, cut_points, info, output_node
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint
 
 

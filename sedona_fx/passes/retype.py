@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx
 
 from sedona_fx.capture.sites import name_sites
-from sedona_fx.ir.graph import INFO, NodeInfo, Phase, output_node
+from sedona_fx.ir.graph import INFO, NodeInfo, output_node
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 
 
 @graph_pass(Phase.TRACED)

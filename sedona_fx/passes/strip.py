@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from sedona_fx.ir.graph import HEADS, Phase, copy_graph, info, output_node
+from sedona_fx.ir.graph import HEADS, copy_graph, info, output_node
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 
 
 @graph_pass(Phase.TRACED)

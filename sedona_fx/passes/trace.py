@@ -19,12 +19,13 @@ from sedona_fx.capture.exported import record_by_export
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
-from sedona_fx.capture.state_watch import StateWatch, keep_modes, keep_parameters
+from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.graph import Phase, verify
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
+from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
 
 WAYS_OUT = (

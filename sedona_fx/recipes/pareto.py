@@ -20,14 +20,14 @@ from sedona_fx.errors import CutError, DataError, SearchDivergedError, did_you_m
 from sedona_fx.heads.registry import head_name
 from sedona_fx.plan import Plan
 from sedona_fx.report.picture import front_picture
-from sedona_fx.report.text import table
+from sedona_fx.report.text import in_units, table
 from sedona_fx.search import Decision, Limits, Problem, Rollout
-from sedona_fx.search.problem.limits import MEASURES, in_units
-from sedona_fx.search.problem.problem import local_loss_of
-from sedona_fx.search.sedona.relaxed_net import NamedBatches
+from sedona_fx.search.problem.limits import MEASURES
+from sedona_fx.search.problem.problem import Choice, local_loss_of
+from sedona_fx.search.session.batches import NamedBatches
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.trials.plan_tree import Choice, PlanTree
-from sedona_fx.search.trials.successive_halving import Descent
+from sedona_fx.search.trials.descent import Descent
+from sedona_fx.search.trials.plan_tree import PlanTree
 
 
 @dataclass(frozen=True)

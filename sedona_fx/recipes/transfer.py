@@ -24,7 +24,7 @@ from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import DataError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.registry import build_head, head_names
 from sedona_fx.ir.graph import info
-from sedona_fx.net.placing import device_of
+from sedona_fx.ir.modules import device_of
 from sedona_fx.net.signature import described, example_like
 from sedona_fx.passes.cuts import base_layers, resolve
 

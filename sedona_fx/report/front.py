@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sedona_fx.search.problem.limits import in_units
+from sedona_fx.report.text import in_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from sedona_fx.search.problem.limits import MEASURES
 
 if TYPE_CHECKING:
     from sedona_fx.net.net import Net
@@ -69,3 +72,15 @@ def shared_parameters(net: Net) -> dict[str, list[int]]:
         for parameter in block.base_parameters():
             users.setdefault(id(parameter), []).append(block.index)
     return {name: users[id(p)] for name, p in net.model.named_parameters() if len(users.get(id(p), ())) > 1}
+
+
+def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:
+    """Return values in the unit in which people read them, and its name: MiB, MFLOPs, ms, ..., by the largest."""
+    largest = max(values, default=0.0)
+    steps = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "FLOPs": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
+    base, names = steps.get(MEASURES[measure], (1e-3, ["s", "ms"]))
+    scale, unit = 1.0, names[0]
+    for name in names[1:]:
+        if (largest / scale >= base) if base > 1 else largest / scale < 1:
+            scale, unit = scale * base, name
+    return [value / scale for value in values], unit

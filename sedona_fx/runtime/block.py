@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.passes.partition import BlockGraph
+from sedona_fx.ir.graph import BlockGraph
+from sedona_fx.runtime.run import run_graph
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,3 @@ class Block:
 def buffers_of(*blocks: Block) -> list[Tensor]:
     """Return the buffers of some blocks, each once."""
     return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
-
-
-def run_graph(graph: BlockGraph, values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Run a block's graph on named values; return its exports by name, undetached, and its local output."""
-    exports, local = graph.module(*[values[name] for name in graph.inputs])
-    return dict(zip(graph.exports, exports, strict=True)), local

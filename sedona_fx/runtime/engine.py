@@ -6,7 +6,7 @@ from below is detached here (the exports of a block are not), and what enters it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.ir.outputs import OutputFormat, map_tensors
-from sedona_fx.passes.partition import BlockGraph
+from sedona_fx.ir.graph import BlockGraph
+from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
 from sedona_fx.rng import block_random
-from sedona_fx.runtime.block import Block, StepResult, buffers_of, run_graph
+from sedona_fx.runtime.block import Block, StepResult, buffers_of
 from sedona_fx.runtime.guard import FiniteGuard
 from sedona_fx.runtime.precision import casting, no_autocast
+from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 
-Loss = Callable[[Any, Any], Tensor]
 OnBlock = Callable[[int], None]
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -210,23 +209,6 @@ class Engine:
         if len(self.blocks) == 1:
             return nullcontext()
         return block_random(self.seed, block.index, step, block.device)
-
-
-def last_readers(graphs: Iterable[Iterable[BlockGraph]]) -> dict[str, int]:
-    """Return the last block that reads each value, for blocks of one or more graphs."""
-    return {name: index for index, parts in enumerate(graphs) for graph in parts for name in graph.inputs}
-
-
-def hand_on(values: Values, exports: Mapping[str, Any], index: int, last_reader: Mapping[str, int]) -> None:
-    """Add the exports of block `index`, cut off from its graph, and drop what no later block reads."""
-    values.update(detached(exports))
-    for name in [name for name in values if last_reader.get(name, -1) <= index]:
-        del values[name]
-
-
-def detached(values: Mapping[str, Any]) -> Values:
-    """Cut named values off from their graphs."""
-    return {name: map_tensors(Tensor.detach, value) for name, value in values.items()}
 
 
 def require_grad_mode(who: str) -> None:

@@ -17,11 +17,11 @@ from sedona_fx.data.sources import Pair, Source
 from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.rng import seeded
-from sedona_fx.search.problem.problem import Decision, Problem, Search, local_loss_of
-from sedona_fx.search.sedona.relaxed_net import NamedBatches, named_batches
+from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, local_loss_of
+from sedona_fx.search.session.batches import NamedBatches, named_batches
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.trials.plan_tree import Choice, PlanTree
-from sedona_fx.search.trials.successive_halving import Descent
+from sedona_fx.search.trials.descent import Descent
+from sedona_fx.search.trials.plan_tree import PlanTree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,21 +28,18 @@ from tqdm import tqdm
 from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.search.problem import additive
-from sedona_fx.search.problem.dynamic_program import Positions
 from sedona_fx.search.problem.plan_costs import best_plans
-from sedona_fx.search.problem.problem import Decision, Problem
-from sedona_fx.search.relaxed.state import Batch
-from sedona_fx.search.sedona.relaxed_net import NamedBatches
-from sedona_fx.search.session.batches import split
+from sedona_fx.search.problem.problem import Choice, Decision, Positions, Problem
+from sedona_fx.search.session.batches import Batch, NamedBatches, split
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Watch
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import MEASURED_SHARE
 from sedona_fx.search.trials.alignment import Alignment
+from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort, Shares, overhead
 from sedona_fx.search.trials.gradient_comparison import Comparison
-from sedona_fx.search.trials.plan_tree import Choice
-from sedona_fx.search.trials.successive_halving import Descent, Halving
+from sedona_fx.search.trials.successive_halving import Halving
 from sedona_fx.search.trials.supernet import Supernet
 
 log = logging.getLogger(__name__)

@@ -12,16 +12,16 @@ import torch
 
 from sedona_fx.errors import DataError
 from sedona_fx.search.problem.problem import Decision, Problem
-from sedona_fx.search.relaxed.state import Batch
-from sedona_fx.search.sedona.relaxed_net import NamedBatches
+from sedona_fx.search.session.batches import Batch, NamedBatches
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Watch
 from sedona_fx.search.session.stream import Stream
+from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.gradient_comparison import Comparison
 from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
-from sedona_fx.search.trials.successive_halving import Descent, Halving, affordable
+from sedona_fx.search.trials.successive_halving import Halving, affordable
 from sedona_fx.search.trials.supernet import Supernet
 from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 

@@ -6,8 +6,9 @@ from sedona_fx.train.buffers.codec import Codec
 from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer
 from sedona_fx.train.evaluate import evaluate
 from sedona_fx.train.fit import History, fit
-from sedona_fx.train.losses.base import KineticEnergy, PredSim
 from sedona_fx.train.losses.infopro import InfoPro
+from sedona_fx.train.losses.kinetic_energy import KineticEnergy
+from sedona_fx.train.losses.predsim import PredSim
 from sedona_fx.train.schedules.backlink import BackLink
 from sedona_fx.train.schedules.backprop import Backprop
 from sedona_fx.train.schedules.base import Schedule

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import replacing
+from sedona_fx.net.weights import mismatch
 from sedona_fx.train.schedules.base import Schedule
 
 if TYPE_CHECKING:
@@ -100,22 +100,6 @@ def check(
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}.") from error
     if difference := mismatch(net, state["net"], dtypes=True):
         raise CheckpointError(f"{where} belongs to another net: {difference}.")
-
-
-def mismatch(module: nn.Module, state: Mapping[str, Any], *, dtypes: bool = False) -> str:
-    """Return the first difference in names and shapes (and dtypes) between a module's state and another, or ``""``."""
-
-    def describe(value: Any) -> str:
-        if not isinstance(value, Tensor):
-            return type(value).__name__
-        return f"{tuple(value.shape)}" + (f" {str(value.dtype).removeprefix('torch.')}" if dtypes else "")
-
-    theirs = {name: describe(value) for name, value in state.items()}
-    ours = {name: describe(value) for name, value in module.state_dict().items()}
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            return f"{name!r} is {theirs.get(name, 'missing')} in the file and {ours.get(name, 'missing')} here"
-    return ""
 
 
 def _reason(error: Exception) -> str:

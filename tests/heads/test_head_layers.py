@@ -8,9 +8,10 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sedona_fx.heads.context import HeadContext
 from sedona_fx.heads.layers import AttentionPool, HeadBatchNorm, InvertedResidual, Mean, ResidualMLP
 from sedona_fx.heads.pointwise_pool import PointwisePool
-from sedona_fx.heads.registry import HeadContext, build_head
+from sedona_fx.heads.registry import build_head
 
 
 def image(channels: int, height: int, width: int | None = None, classes: int = 10) -> HeadContext:

@@ -11,17 +11,10 @@ from torch import nn
 
 from sedona_fx.errors import HeadError
 from sedona_fx.heads import registry as heads
+from sedona_fx.heads.context import HeadContext
 from sedona_fx.heads.layers import HeadBatchNorm
 from sedona_fx.heads.pointwise_pool import PointwisePool
-from sedona_fx.heads.registry import (
-    HeadContext,
-    build_head,
-    default_candidates,
-    default_head,
-    head_name,
-    head_names,
-    register_head,
-)
+from sedona_fx.heads.registry import build_head, default_candidates, default_head, head_name, head_names, register_head
 
 IMAGE_HEADS = (
     *(f"sedona{form}-{depth}" for form in ("", "-wide", "-basic") for depth in range(1, 5)),

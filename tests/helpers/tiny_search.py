@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sedona_fx.search.sedona.budget import RelaxedWork
+from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona.result import SedonaResult
 from sedona_fx.search.sedona.sedona import Sedona

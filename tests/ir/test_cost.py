@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from sedona_fx.heads.registry import HeadContext, build_head
-from sedona_fx.ir.cost import Cost, Meter, block_costs, head_cost, step_seconds, stretch_costs
+from sedona_fx.fake.meter import Meter
+from sedona_fx.heads.context import HeadContext
+from sedona_fx.heads.registry import build_head
+from sedona_fx.ir.cost import Cost, block_costs, head_cost, stretch_costs
 from sedona_fx.ir.graph import TensorSpec, info
+from sedona_fx.measure import step_seconds
 from sedona_fx.passes.cuts import resolve
 
 

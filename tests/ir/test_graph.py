@@ -9,18 +9,8 @@ from torch import fx, nn
 
 from sedona_fx.errors import GraphSpecError
 from sedona_fx.ir.flow import ancestors, block_of, dependencies
-from sedona_fx.ir.graph import (
-    HEADS,
-    SPLIT_POINTS,
-    NodeInfo,
-    Phase,
-    TensorSpec,
-    copy_graph,
-    describe,
-    info,
-    split_point_nodes,
-    verify,
-)
+from sedona_fx.ir.graph import HEADS, SPLIT_POINTS, NodeInfo, TensorSpec, copy_graph, describe, info, split_point_nodes
+from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes import partition, prune
 
 

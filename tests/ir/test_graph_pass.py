@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sedona_fx.errors import GraphSpecError
-from sedona_fx.ir.graph import Phase, info
+from sedona_fx.ir.graph import info
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase
 from sedona_fx.passes import lower, partition, prune, relax, strip
 
 

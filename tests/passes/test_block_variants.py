@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sedona_fx.ir.graph import HEADS, Phase, is_head, verify
+from sedona_fx.ir.graph import HEADS, is_head
+from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes import partition
 from sedona_fx.passes.block_variants import show_layers, without_head
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 import sedona_fx
-from sedona_fx.heads.registry import HeadContext
+from sedona_fx.heads.context import HeadContext
 
 transformers = pytest.importorskip("transformers")
 

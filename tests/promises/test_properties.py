@@ -27,7 +27,7 @@ from zoo import same_state
 
 import sedona_fx
 from sedona_fx.errors import CutError
-from sedona_fx.heads.registry import HeadContext
+from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.graph import info
 from sedona_fx.passes import strip
 from sedona_fx.passes.cuts import aliases, follow_one_another, possible

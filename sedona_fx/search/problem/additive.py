@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sedona_fx.search.problem.dynamic_program import Positions, every_plan
+from sedona_fx.search.problem.dynamic_program import every_plan
+from sedona_fx.search.problem.problem import Positions
 
 _RIDGE = 1e-6  # every plan has K - 1 pairs, so that a constant can be moved between the terms: take the smallest
 

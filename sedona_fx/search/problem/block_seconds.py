@@ -14,10 +14,9 @@ from torch.utils import _pytree as pytree
 from sedona_fx import passes
 from sedona_fx.errors import DataError
 from sedona_fx.heads.registry import build_head, head_name
-from sedona_fx.ir.cost import step_seconds
-from sedona_fx.ir.graph import info
-from sedona_fx.passes.partition import BlockGraph
-from sedona_fx.runtime.block import run_graph
+from sedona_fx.ir.graph import BlockGraph, info
+from sedona_fx.measure import step_seconds
+from sedona_fx.runtime.run import run_graph
 
 if TYPE_CHECKING:
     from sedona_fx.search.problem.problem import Problem

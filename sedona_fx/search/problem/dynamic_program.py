@@ -23,8 +23,7 @@ from fractions import Fraction
 
 import numpy as np
 
-Positions = tuple[tuple[int, int], ...]
-"""A plan: for each cut, the 0-based number of its place and of its head."""
+from sedona_fx.search.problem.problem import Positions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ search (:class:`~sedona_fx.search.sedona.budget.Budget` counts it).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -87,18 +87,6 @@ class Limits:
     def given(self) -> dict[str, float]:
         """Return the limits that were set, by name."""
         return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
-
-
-def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:
-    """Return values in the unit in which people read them, and its name: MiB, MFLOPs, ms, ..., by the largest."""
-    largest = max(values, default=0.0)
-    steps = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "FLOPs": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
-    base, names = steps.get(MEASURES[measure], (1e-3, ["s", "ms"]))
-    scale, unit = 1.0, names[0]
-    for name in names[1:]:
-        if (largest / scale >= base) if base > 1 else largest / scale < 1:
-            scale, unit = scale * base, name
-    return [value / scale for value in values], unit
 
 
 def amount(measure: str, value: float) -> str:

@@ -15,13 +15,13 @@ from sedona_fx.heads.registry import head_name
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import info
 from sedona_fx.search.problem.block_seconds import measure_seconds
-from sedona_fx.search.problem.dynamic_program import Positions, Ranked, smallest_largest
+from sedona_fx.search.problem.dynamic_program import Ranked, smallest_largest
 from sedona_fx.search.problem.dynamic_program import best_plans as programme
 from sedona_fx.search.problem.limits import MEASURES, Limits, amount
-from sedona_fx.search.problem.problem import Decision, Problem, candidate_cost
+from sedona_fx.search.problem.problem import Decision, Positions, Problem, candidate_cost
 
 if TYPE_CHECKING:
-    from sedona_fx.search.trials.plan_tree import Choice
+    from sedona_fx.search.problem.problem import Choice
 
 
 @dataclass(frozen=True)

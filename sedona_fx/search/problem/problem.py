@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
 from sedona_fx.data.sources import Source
 from sedona_fx.errors import CutError
-from sedona_fx.heads.registry import HeadContext, HeadFactory, build_head, head_name
-from sedona_fx.ir.cost import Cost, head_cost
-from sedona_fx.ir.graph import info
-from sedona_fx.ir.outputs import OutputFormat
+from sedona_fx.heads.context import HeadContext, HeadSpec
+from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.cost import Cost, cost_of_head
+from sedona_fx.ir.outputs import Loss, OutputFormat
 from sedona_fx.passes.cuts import base_layers, resolve
-from sedona_fx.runtime.engine import Loss
 from sedona_fx.search.problem.limits import Limits
 
 if TYPE_CHECKING:
     from sedona_fx.search.problem.plan_costs import PlanCosts
-
-HeadSpec = str | HeadFactory
 
 
 @dataclass(frozen=True)
@@ -183,10 +180,9 @@ def candidate_cost(problem: Problem, cut: str, node: fx.Node, index: int = 0) ->
     return cost_of_head(problem.costs, specs[index], problem.contexts[cut], node) if specs else Cost()
 
 
-def cost_of_head(known: dict[Hashable, Cost], spec: HeadSpec, context: HeadContext, node: fx.Node) -> Cost:
-    """Return the cost of a head on the value of a node, and note it: a deep net has many cut points of few shapes."""
-    value = info(node).value
-    key = (spec, value, replace(context, place=""))
-    if key not in known:
-        known[key] = head_cost(lambda: build_head(spec, context), value)
-    return known[key]
+Choice = tuple[tuple[str, int], ...]
+"""A plan: the places of its cuts in order, and for each the number of its head among the candidates."""
+
+
+Positions = tuple[tuple[int, int], ...]
+"""A plan: for each cut, the 0-based number of its place and of its head."""

@@ -24,18 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 from sedona_fx.search.relaxed.block_forward import run_block
-from sedona_fx.search.relaxed.state import (
-    Batch,
-    LocalLoss,
-    RelaxedBlock,
-    Slot,
-    State,
-    Tensors,
-    clones,
-    sgd_momentum_step,
-)
+from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, Slot, State, Tensors, clones, sgd_momentum_step
 from sedona_fx.search.relaxed.unrolled_step import UnrolledStep
 from sedona_fx.search.relaxed.vjp import add, gradients, named
+from sedona_fx.search.session.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ from torch.utils import _pytree as pytree
 from sedona_fx.search.relaxed.block_forward import Ascent, ascend, run_block
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, validation_gradient
 from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
-from sedona_fx.search.relaxed.state import Batch, LocalLoss, RelaxedBlock, State, Tensors, clones, sgd_momentum_step
+from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, Tensors, clones, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.relaxed.vjp import Leaf, gradients, named
+from sedona_fx.search.session.batches import Batch
 
 
 def one_step_hypergradient(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 LocalLoss = Callable[[int, Any, Any], Tensor]
-Batch = tuple[dict[str, Any], Any]
-Batches = Callable[[], Iterator[Batch]]
 Tensors = dict[str, Tensor]
 Slot = tuple[int, str]  # where a state holds a tensor: the block, the name there
 

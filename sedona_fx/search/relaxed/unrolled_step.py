@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sedona_fx.search.relaxed.block_forward import Ascent
-from sedona_fx.search.relaxed.state import Batch, LocalLoss, RelaxedBlock, Slot, State, Tensors, clones
+from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, Slot, State, Tensors, clones
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.relaxed.vjp import named
+from sedona_fx.search.session.batches import Batch
 
 
 class UnrolledStep:

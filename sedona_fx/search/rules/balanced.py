@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sedona_fx.ir.cost import stretch_costs
-from sedona_fx.search.problem.dynamic_program import Positions, Ranked
+from sedona_fx.search.problem.dynamic_program import Ranked
 from sedona_fx.search.problem.plan_costs import allowed, heads_tried
-from sedona_fx.search.problem.problem import Decision, Problem, candidate_cost
+from sedona_fx.search.problem.problem import Decision, Positions, Problem, candidate_cost
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_rule
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sedona_fx.search.problem.dynamic_program import Positions
 from sedona_fx.search.problem.plan_costs import allowed, heads_tried
-from sedona_fx.search.problem.problem import Decision, Problem
+from sedona_fx.search.problem.problem import Decision, Positions, Problem
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_rule
 
 

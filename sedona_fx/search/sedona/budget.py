@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.session.timing import Pace
 
 # An unrolled step in relaxed steps: its own cost, and what it takes to differentiate through it (measured on
@@ -21,18 +22,6 @@ _FORWARD = 1 / 3  # of a training step
 DECODING_SHARE = 0.25
 """What decoding by perturbation may cost of the whole search."""
 _LEAST_TRIAL, _MOST_TRIAL = 5, 50  # steps of a trial, where nobody says how many
-
-
-@dataclass(frozen=True)
-class RelaxedWork:
-    """Work of one step, in any unit: of the net and of all heads on a training batch, of the net on a validation batch
-    (None: as on a training batch). `sampled` is the share of the heads that an ordinary relaxed step runs.
-    """
-
-    net: float
-    heads: float
-    validation: float | None = None
-    sampled: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedona_fx.rng import block_seed, seeded
-from sedona_fx.search.problem.dynamic_program import Positions
 from sedona_fx.search.problem.plan_costs import no_plan
-from sedona_fx.search.problem.problem import Problem
+from sedona_fx.search.problem.problem import Positions, Problem
 from sedona_fx.search.relaxed.hypergradient import validation_loss
-from sedona_fx.search.relaxed.state import Batch, State, clones
+from sedona_fx.search.relaxed.state import State, clones
 from sedona_fx.search.sedona.budget import Trials
 from sedona_fx.search.sedona.decode import preferences
 from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
+from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.session.stream import Stream
 
 _HARD = 1e4  # as `prune` rounds: the softmax of 1e4 beside -1e4 is exactly 1 beside 0

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.data.sources import Source, to_device, users_data
 from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.heads.registry import build_head, head_name
-from sedona_fx.ir.graph import SPLIT_POINTS, TensorSpec, copy_info, info, output_node
+from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.plan import Plan
-from sedona_fx.rng import loader_streams
-from sedona_fx.search.problem.problem import Decision, Problem, candidate_cost, local_loss_of
-from sedona_fx.search.relaxed.state import Batch, LocalLoss
-from sedona_fx.search.sedona.budget import RelaxedWork
+from sedona_fx.search.problem.problem import Decision, Problem, local_loss_of
+from sedona_fx.search.problem.work import work
+from sedona_fx.search.relaxed.state import LocalLoss
 from sedona_fx.search.sedona.certainty import TOLERANCE, certainty
 from sedona_fx.search.sedona.decode import decode_within
 from sedona_fx.search.sedona.perturbation import PlanSpace
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult
+from sedona_fx.search.session.batches import NamedBatches
 
 log = logging.getLogger(__name__)
 
@@ -140,59 +139,6 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
 def _local_loss(problem: Problem, count: int) -> LocalLoss:
     loss = local_loss_of(problem)
     return lambda index, local, target: loss(index == count - 1, local, target)
-
-
-@dataclass(frozen=True)
-class NamedBatches:
-    """Epochs of :func:`named_batches`."""
-
-    source: Source
-    gm: fx.GraphModule
-    device: torch.device
-
-    def __call__(self) -> Iterator[Batch]:
-        """Start an epoch."""
-        return named_batches(self.source, self.gm, self.device)
-
-    @property
-    def generators(self) -> list[torch.Generator]:
-        """The generators that the user's own loader holds."""
-        return loader_streams(users_data(self.source))
-
-
-def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
-    """Go through one epoch, the inputs by the names of a graph's placeholders."""
-    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-    for args, target in source():
-        values = {**dict(zip(names, args.args, strict=False)), **args.kwargs}
-        yield to_device(values, device), to_device(target, device)
-
-
-# Work of a head for each byte (or FLOP) of its activations, relative to the net's: heads are many small operators.
-HEAD_OVERHEAD = 2.0
-
-
-def work(problem: Problem, places: Sequence[str]) -> RelaxedWork:
-    """Estimate the heads' work against the net's: by FLOPs or by activation bytes, whichever says more.
-
-    By FLOPs alone, the candidates of a quarter-width VGG-19 would cost half a training step; they take 3.3, since what
-    they do is bound by memory. The ratio of bytes says 3.0 there. On smaller batches and images they take up to 2.3
-    times what it says (ResNet-32, batch 32): twice the ratio is on the safe side where it is about real nets.
-    """
-    records = [info(node) for node in problem.train.graph.nodes]
-    costs = [
-        candidate_cost(problem, name, problem.node(name), k)
-        for name in places
-        for k in range(len(problem.candidates[name]))
-    ]
-    by_flops = sum(c.flops for c in costs) / max(1, sum(r.flops for r in records))
-    # What the net keeps says little where most of it is frozen: it makes its activations all the same.
-    kept, made = (
-        sum(sum(r.saved.values()) for r in records),
-        sum(r.value.bytes for r in records if r.flops and isinstance(r.value, TensorSpec)),
-    )
-    by_bytes = sum(c.activation_bytes for c in costs) / max(1, kept, made)
-    return RelaxedWork(net=1.0, heads=HEAD_OVERHEAD * max(by_flops, by_bytes))
 
 
 def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:

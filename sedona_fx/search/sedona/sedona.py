@@ -22,22 +22,16 @@ from tqdm import tqdm
 from sedona_fx.errors import shape_text
 from sedona_fx.rng import seeded
 from sedona_fx.search.problem.problem import Decision, Problem
-from sedona_fx.search.relaxed.state import Batches, LocalLoss, RelaxedBlock, State
+from sedona_fx.search.problem.work import RelaxedWork
+from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State
 from sedona_fx.search.sedona.bilevel import Learning
-from sedona_fx.search.sedona.budget import (
-    DECODING_SHARE,
-    Budget,
-    RelaxedWork,
-    Trials,
-    share,
-    share_seconds,
-    share_trials,
-)
+from sedona_fx.search.sedona.budget import DECODING_SHARE, Budget, Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.perturbation import PlanSpace, perturb
 from sedona_fx.search.sedona.relaxed_net import search_sedona
 from sedona_fx.search.sedona.result import SedonaResult
 from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.steps import InnerSteps
+from sedona_fx.search.session.batches import Batches
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import MEASURED_SHARE, TIMED_STEPS

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import Batch, LocalLoss, RelaxedBlock, State, sgd_momentum_step
+from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
+from sedona_fx.search.session.batches import Batch
 
 if TYPE_CHECKING:
     from sedona_fx.search.sedona.sedona import Sedona

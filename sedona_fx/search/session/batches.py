@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.data.sources import Source, to_device, users_data
+from sedona_fx.rng import loader_streams
 
 
 def split(batch: Batch, size: int) -> list[Batch]:
@@ -23,3 +29,35 @@ def split(batch: Batch, size: int) -> list[Batch]:
         pytree.tree_unflatten([leaf if cut is None else cut[k] for leaf, cut in zip(leaves, pieces, strict=True)], spec)
         for k in range(len(next(cut for cut in pieces if cut is not None)))
     ]
+
+
+Batch = tuple[dict[str, Any], Any]
+
+
+Batches = Callable[[], Iterator[Batch]]
+
+
+@dataclass(frozen=True)
+class NamedBatches:
+    """Epochs of :func:`named_batches`."""
+
+    source: Source
+    gm: fx.GraphModule
+    device: torch.device
+
+    def __call__(self) -> Iterator[Batch]:
+        """Start an epoch."""
+        return named_batches(self.source, self.gm, self.device)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators that the user's own loader holds."""
+        return loader_streams(users_data(self.source))
+
+
+def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
+    """Go through one epoch, the inputs by the names of a graph's placeholders."""
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    for args, target in source():
+        values = {**dict(zip(names, args.args, strict=False)), **args.kwargs}
+        yield to_device(values, device), to_device(target, device)

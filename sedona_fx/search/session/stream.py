@@ -17,7 +17,7 @@ import torch
 
 from sedona_fx.errors import CheckpointError
 from sedona_fx.rng import block_seed, random_states, restore_random
-from sedona_fx.search.relaxed.state import Batch, Batches
+from sedona_fx.search.session.batches import Batch, Batches
 
 
 class Stream:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedona_fx.search.problem.dynamic_program import Positions
-from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.search.problem.problem import Positions
+from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.trials.supernet import Supernet
 
 

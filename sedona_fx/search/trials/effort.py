@@ -11,9 +11,8 @@ import torch
 
 from sedona_fx.ir.graph import info
 from sedona_fx.search.problem.problem import Problem
-from sedona_fx.search.relaxed.state import Batch
-from sedona_fx.search.sedona.relaxed_net import HEAD_OVERHEAD, work
-from sedona_fx.search.session.batches import split
+from sedona_fx.search.problem.work import HEAD_OVERHEAD, work
+from sedona_fx.search.session.batches import Batch, split
 from sedona_fx.search.session.timing import TIMED_STEPS, seconds_of
 from sedona_fx.search.trials.alignment import measure
 from sedona_fx.search.trials.successive_halving import affordable

@@ -18,12 +18,11 @@ import torch
 
 from sedona_fx.rng import block_seed
 from sedona_fx.search.problem import additive
-from sedona_fx.search.relaxed.state import Batch
-from sedona_fx.search.session.batches import split
+from sedona_fx.search.session.batches import Batch, split
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.alignment import Alignment, measure
+from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort
-from sedona_fx.search.trials.successive_halving import Descent
 from sedona_fx.search.trials.supernet import Supernet
 
 _FIRST_COMPARED = 0.5

@@ -19,17 +19,12 @@ from torch import Tensor, nn
 from sedona_fx import passes
 from sedona_fx.errors import CutError
 from sedona_fx.heads.registry import build_head
-from sedona_fx.ir.graph import info
-from sedona_fx.passes.partition import BlockGraph
+from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.rng import block_random
-from sedona_fx.runtime.block import run_graph
-from sedona_fx.runtime.engine import detached
-from sedona_fx.search.problem.problem import Problem
-from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.runtime.run import detached, run_graph
+from sedona_fx.search.problem.problem import Choice, Problem
+from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.trials.supernet import Start, load
-
-Choice = tuple[tuple[str, int], ...]
-"""A plan: the places of its cuts in order, and for each the number of its head among the candidates."""
 
 
 @dataclass

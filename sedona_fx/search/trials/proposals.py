@@ -7,13 +7,12 @@ import math
 import random
 
 from sedona_fx.search.problem.additive import sample
-from sedona_fx.search.problem.dynamic_program import Positions, every_plan
+from sedona_fx.search.problem.dynamic_program import every_plan
 from sedona_fx.search.problem.plan_costs import allowed, best_plans
-from sedona_fx.search.problem.problem import Problem
+from sedona_fx.search.problem.problem import Choice, Positions, Problem
 from sedona_fx.search.rules.balanced import Balanced
 from sedona_fx.search.rules.latest import Latest
 from sedona_fx.search.rules.uniform import Uniform
-from sedona_fx.search.trials.plan_tree import Choice
 
 _MOST_LISTED = 10_000
 _DRAWS_A_PLAN = 20

@@ -15,31 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from sedona_fx.errors import SearchDivergedError
 from sedona_fx.heads.registry import head_name
-from sedona_fx.search.problem.problem import Problem, local_loss_of
-from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.search.problem.problem import Choice, Problem, local_loss_of
+from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.trials.plan_tree import Choice, PlanTree
+from sedona_fx.search.trials.descent import Descent
+from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.supernet import Start
 from sedona_fx.search.trials.tree_cost import tree_cost
 
 ROUNDS = (0.25, 0.5, 1.0)
-
-
-@dataclass(frozen=True)
-class Descent:
-    """How blocks train: SGD."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of some parameters."""
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 @dataclass

@@ -15,11 +15,9 @@ from sedona_fx import passes
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import info
 from sedona_fx.rng import block_random
-from sedona_fx.runtime.block import run_graph
-from sedona_fx.runtime.engine import detached
-from sedona_fx.search.problem.dynamic_program import Positions
-from sedona_fx.search.problem.problem import Problem, local_loss_of
-from sedona_fx.search.relaxed.state import Batch
+from sedona_fx.runtime.run import detached, run_graph
+from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
+from sedona_fx.search.session.batches import Batch
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sedona_fx.ir.cost import stretch_costs
 from sedona_fx.ir.graph import info
-from sedona_fx.search.problem.problem import Problem, candidate_cost
-from sedona_fx.search.sedona.relaxed_net import HEAD_OVERHEAD
-from sedona_fx.search.trials.plan_tree import Choice, PlanTree
+from sedona_fx.search.problem.problem import Choice, Problem, candidate_cost
+from sedona_fx.search.problem.work import HEAD_OVERHEAD
+from sedona_fx.search.trials.plan_tree import PlanTree
 
 
 def tree_cost(problem: Problem, tree: PlanTree) -> float:

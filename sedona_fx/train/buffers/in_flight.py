@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sedona_fx.runtime.engine import Values
+from sedona_fx.runtime.run import Values
 
 
 @dataclass

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sedona_fx.errors import ScheduleError
+from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import map_tensors
-from sedona_fx.passes.partition import BlockGraph
-from sedona_fx.runtime.block import Block, StepResult, run_graph
-from sedona_fx.runtime.engine import Batch, How, Values, detached, hand_on, last_readers, require_grad_mode
+from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.engine import Batch, How, require_grad_mode
 from sedona_fx.runtime.guard import Snapshot
 from sedona_fx.runtime.precision import casting, no_autocast, scaled, unscaled
+from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 from sedona_fx.train.schedules.base import OptimizerFactory
 from sedona_fx.train.schedules.headed import Headed
 

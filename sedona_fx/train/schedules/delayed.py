@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from sedona_fx.data.sources import to_device
 from sedona_fx.errors import NonFiniteLossError, ScheduleError
 from sedona_fx.ir.outputs import map_tensors
-from sedona_fx.runtime.block import Block, StepResult, run_graph
-from sedona_fx.runtime.engine import Batch, Values, hand_on, last_readers, require_grad_mode
+from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.engine import Batch, require_grad_mode
 from sedona_fx.runtime.precision import casting, no_autocast, scaled, unscaled
+from sedona_fx.runtime.run import Values, hand_on, last_readers, run_graph
 from sedona_fx.train.buffers.in_flight import Flight, Held
 from sedona_fx.train.buffers.weight_stash import Slots, copies
 from sedona_fx.train.schedules.base import OptimizerFactory, Schedule

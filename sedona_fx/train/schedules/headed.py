@@ -12,7 +12,8 @@ from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.outputs import pick
 from sedona_fx.runtime.block import Block
-from sedona_fx.runtime.engine import Batch, How, Values
+from sedona_fx.runtime.engine import Batch, How
+from sedona_fx.runtime.run import Values
 from sedona_fx.train.losses.base import Extra, Sight
 from sedona_fx.train.schedules.base import OptimizerFactory, Schedule, described
 

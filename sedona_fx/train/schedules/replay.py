@@ -16,7 +16,8 @@ from sedona_fx.data.sources import to_device
 from sedona_fx.errors import NonFiniteLossError, ScheduleError
 from sedona_fx.rng import block_seed
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, How, Values, require_grad_mode
+from sedona_fx.runtime.engine import Batch, How, require_grad_mode
+from sedona_fx.runtime.run import Values
 from sedona_fx.train.buffers.codec import Codec, make_codec
 from sedona_fx.train.buffers.replay_buffer import Buffer, Entry, Stored
 from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer

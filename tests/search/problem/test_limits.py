@@ -19,9 +19,9 @@ import sedona_fx
 from sedona_fx import Limits
 from sedona_fx.errors import BudgetError, CutError, PlanError
 from sedona_fx.heads.registry import build_head
+from sedona_fx.report.text import in_units
 from sedona_fx.search import Balanced, Decision, Latest, Sedona, Uniform, allowed, best_plans
 from sedona_fx.search.problem import plan_costs
-from sedona_fx.search.problem.limits import in_units
 from sedona_fx.search.rules.uniform import uniform_layers
 from sedona_fx.search.sedona.decode import decode, decode_within
 

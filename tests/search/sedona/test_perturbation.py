@@ -24,10 +24,11 @@ import sedona_fx
 from sedona_fx import Limits
 from sedona_fx.errors import BudgetError, DataError
 from sedona_fx.search import Decision, Problem, Sedona
+from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.relaxed.state import State
 from sedona_fx.search.sedona import bilevel as learning
 from sedona_fx.search.sedona import perturbation, sedona
-from sedona_fx.search.sedona.budget import RelaxedWork, Trials, share, share_seconds, share_trials
+from sedona_fx.search.sedona.budget import Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.perturbation import Perturbed, PlanSpace, perturb
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona.result import SedonaResult

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from tiny_search import SMALL, WORK, Layer, batches, make_blocks, same, search
 from torch import Tensor
 
+from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.sedona import bilevel as learning
 from sedona_fx.search.sedona import sedona
-from sedona_fx.search.sedona.budget import RelaxedWork, share
+from sedona_fx.search.sedona.budget import share
 from sedona_fx.search.sedona.decode import decode
 from sedona_fx.search.sedona.sedona import Sedona
 from sedona_fx.search.sedona.snapshots import SnapshotStore

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from sedona_fx.errors import SearchDivergedError
 from sedona_fx.search import Problem
+from sedona_fx.search.problem.problem import Choice
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.trials.plan_tree import Choice
-from sedona_fx.search.trials.successive_halving import Descent, Halving, stops_of
+from sedona_fx.search.trials.descent import Descent
+from sedona_fx.search.trials.successive_halving import Halving, stops_of
 from sedona_fx.search.trials.supernet import Supernet
 
 DESCENT = Descent(lr=0.1, momentum=0.9, weight_decay=1e-3)

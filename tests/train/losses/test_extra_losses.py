@@ -10,8 +10,10 @@ from torch import nn
 import sedona_fx
 from sedona_fx.errors import DataError, ScheduleError
 from sedona_fx.train import Greedy
-from sedona_fx.train.losses.base import ExtraLoss, KineticEnergy, PredSim, Sight
+from sedona_fx.train.losses.base import ExtraLoss, Sight
 from sedona_fx.train.losses.infopro import InfoPro
+from sedona_fx.train.losses.kinetic_energy import KineticEnergy
+from sedona_fx.train.losses.predsim import PredSim
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
