@@ -86,7 +86,7 @@ def reference_gradients(
         loss: of the whole and of each block.
     """
     model, heads = copy.deepcopy(model), copy.deepcopy(net.heads)
-    key, seed = net.plan.output, int(net.plan.provenance["seed"])
+    key, seed = net.plan.output, net.plan.seed
     shared = _used_by_several(net)
     values: list[Tensor] = []
 

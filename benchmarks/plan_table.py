@@ -29,6 +29,7 @@ from tqdm import tqdm
 import sedona_fx
 from sedona_fx.files import replacing
 from sedona_fx.heads.context import HeadContext
+from sedona_fx.search import Search
 from sedona_fx.search.problem.problem import Choice, Decision, Problem
 from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
@@ -138,7 +139,7 @@ SETTINGS = {
 }
 
 
-class Capture:
+class Capture(Search):
     """A search that hands its problem over and decides nothing of interest."""
 
     needs_data = True

@@ -58,7 +58,7 @@ class Case:
     @property
     def exported(self) -> bool:
         """Whether the graph was captured by ``torch.export``."""
-        return self.net.plan.provenance.get("front_end") == "export"
+        return self.net.capture.front_end == "export"
 
 
 def ready(entry: Entry) -> tuple[nn.Module, Any, Any]:

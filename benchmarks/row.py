@@ -66,11 +66,11 @@ def one_line(error: BaseException) -> str:
 def _describe(row: Row, entry: Entry, case: Case) -> None:
     graph, net = case.net.graph_module.graph, case.net
     row["parameters"] = sum(p.numel() for p in case.model.parameters())
-    row["front_end"] = net.plan.provenance.get("front_end", "?")
+    row["front_end"] = net.capture.front_end
     row["nodes"], row["cuts"], row["blocks"] = len(graph.nodes), sum(1 for _ in cut_points(graph)), len(net.blocks)
     if entry.refused:
         row["reason"] = f"should have been refused ({entry.refused})"
-    if "host" in net.plan.provenance:
+    if net.capture.hosted:
         row["note"] = "; ".join(filter(None, [row["note"], "its host runs as Python: no ONNX"]))
     if _large(case.model):
         row["note"] = "; ".join(filter(None, [row["note"], "too large here for 4, 7 and 8"]))
@@ -93,7 +93,7 @@ def _runs_in_float64(entry: Entry) -> bool:
 def _check(number: str, entry: Entry, case: Case) -> str:
     """Return ``kept``, ``-`` where a promise is not checked, or how it is broken."""
     large = _large(case.model)
-    hosted = "host" in case.net.plan.provenance
+    hosted = case.net.capture.hosted
     if (large and number in "478") or (entry.headless and number in "34") or (hosted and number == "8"):
         return SKIPPED
     checks: dict[str, Callable[[], str]] = {

@@ -81,7 +81,9 @@ def ways(small: bool) -> Ways:
         sgd_momentum_step(state, found.grads, **SGD, differentiable=False)
 
     def apart() -> None:
-        with patch("sedona_fx.ir.split_point.run_together", lambda heads, activation: [head(activation) for head in heads]):
+        with patch(
+            "sedona_fx.ir.split_point.run_together", lambda heads, activation: [head(activation) for head in heads]
+        ):
             relaxed()
 
     one = partial(one_step_hypergradient, blocks, state, alpha, beta, train, val, loss, **SGD)

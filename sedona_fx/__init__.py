@@ -10,6 +10,8 @@ from sedona_fx.heads.registry import register_head
 from sedona_fx.net.net import Net
 from sedona_fx.plan import Plan
 from sedona_fx.recipes.pareto import Front, pareto
+from sedona_fx.recipes.released import released_plan
+from sedona_fx.recipes.transfer import transfer_plan
 from sedona_fx.search import Limits
 from sedona_fx.train import fit
 
@@ -31,6 +33,8 @@ __all__ = [
     "models",
     "pareto",
     "register_head",
+    "released_plan",
     "search",
     "train",
+    "transfer_plan",
 ]

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sedona_fx.plan import Plan
+from typing import Any
 
 
 class SedonaError(Exception):
     """Base of all errors raised on purpose by sedona_fx."""
+
+
+class SettingsError(SedonaError, ValueError):
+    """A setting of a search, a head rule or a loss has a value that it cannot have."""
+
+
+class MissingExtraError(SedonaError, ImportError):
+    """A part of sedona_fx needs a package that is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f'{what} needs {package}, which is not installed: pip install "sedona-fx[{extra}]"')
 
 
 class TraceError(SedonaError):
@@ -71,9 +80,12 @@ class NonFiniteLossError(SedonaError):
 
 
 class SearchDivergedError(SedonaError):
-    """The search met a loss that is not finite. `plan` is the plan decoded from what was learned until then."""
+    """The search met a loss that is not finite.
 
-    def __init__(self, where: str, plan: Plan | None) -> None:
+    `plan` is the :class:`~sedona_fx.Plan` decoded from what was learned until then, or None.
+    """
+
+    def __init__(self, where: str, plan: Any) -> None:
         self.plan = plan
         kept = "the plan found so far is kept in `error.plan`" if plan is not None else "no plan had been found yet"
         super().__init__(f"the search's loss is not finite {where}; {kept}. Lower `lr`, or check the data.")

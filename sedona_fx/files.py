@@ -7,6 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedona_fx.errors import CheckpointError
 
 
 @contextmanager
@@ -29,3 +34,19 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_torch_file(path: str | Path, what: str) -> Any:
+    """Read a file that ``torch.save`` wrote: tensors on the CPU, plain values, no code.
+
+    Args:
+        path: of the file.
+        what: it should hold, for the message: ``"weights"``.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged archive makes the unpickler raise
+        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {type(error).__name__}: {error}.") from error

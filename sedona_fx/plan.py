@@ -5,19 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import replacing
 
-FORMAT = 1
+FORMAT = 2
+"""Of the JSON. 1 kept the fields `capture`, `seed` and `block_seconds` in its provenance, and is still read."""
+
+
+FrontEnd = Literal["symbolic", "export"]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How the model's forward became a graph, as far as whoever runs the graph has to know it.
+
+    Attributes:
+        front_end: ``"symbolic"`` (``torch.fx``) or ``"export"`` (``torch.export``, which fixes all sizes but the
+            batch's).
+        free_batch: whether the graph takes batches of any size.
+        hosted: whether the code around the plan's `root` could not be captured and runs as Python.
+        left_out: fields of the model's output that the graph cannot give; None stands in their place.
+    """
+
+    front_end: FrontEnd = "symbolic"
+    free_batch: bool = True
+    hosted: bool = False
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def fixed_sizes(self) -> bool:
+        """Whether inputs must have the sizes that the model was captured with (but for a free batch)."""
+        return self.front_end == "export" and not self.hosted
 
 
 @dataclass(frozen=True)
@@ -33,8 +59,13 @@ class Plan:
         model: name of the model's class, for messages.
         base_layers: the cut points among which was chosen.
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` of the example batch.
-        provenance: how the decision was made: search, seed, settings, trajectory, costs, front end. In the place of a
-            number that is not finite (the loss of a plan that diverged) it holds None, as JSON has no such numbers.
+        seed: of the search, of the heads' initial weights and of the blocks' random draws in training.
+        capture: how the model became a graph; written anew whenever the plan is applied. None: not applied yet.
+        block_seconds: seconds of stretches and heads as the search measured them, so that the same budget gives the
+            same plan again; None: not measured.
+        provenance: how the decision was made, for people: search, settings, trajectory, costs, versions. Nothing reads
+            it to decide anything. In the place of a number that is not finite (the loss of a plan that diverged) it
+            holds None, as JSON has no such numbers.
     """
 
     cuts: tuple[str, ...] = ()
@@ -45,6 +76,9 @@ class Plan:
     model: str = ""
     base_layers: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    capture: Capture | None = None
+    block_seconds: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,8 +118,11 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{source} holds {type(data).__name__}, not an object with the fields of a plan.")
         known = {f.name for f in dataclasses.fields(cls)}
-        if data.pop("format", None) != FORMAT:
+        written = data.pop("format", None)
+        if written not in (1, FORMAT):
             raise PlanError(f'{source} has no "format": {FORMAT}; it was not written by this version of sedona_fx.')
+        if written == 1:
+            _from_format_1(data, source)
         for name in data:
             if name not in known:
                 raise PlanError(f"{source} has the unknown field {name!r}{did_you_mean(name, known)}.")
@@ -107,66 +144,6 @@ class Plan:
         """Write the plan to a file, replacing it whole."""
         with replacing(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
-
-    def transfer(
-        self,
-        model: nn.Module,
-        data: Any = None,
-        by: Literal["path", "fraction"] | None = None,
-        leaf_modules: Collection[str] = (),
-    ) -> Plan:
-        """Return the plan for another net: for a wider one, cuts at the same paths; for a deeper one, at the same
-        fractions of it.
-
-        Heads keep their names, devices their order. ``provenance["transfer"]`` says what became of every cut.
-
-        Args:
-            model: the other net. It is not touched.
-            data: one (inputs, target) pair or an iterable of such; None: noise in the shapes of this plan's inputs.
-            by: ``"path"``: cut behind the same module paths. ``"fraction"``: a cut behind base layer i of B (from 1)
-                goes where the other net's base layer j of C has j/C nearest to i/B; of two as near the earlier. Where
-                two cuts want the same layer, the sum of the distances decides, then the earlier cuts. None: by path if
-                both have as many base layers and all paths are legal cuts, else by fraction.
-            leaf_modules: module paths that are kept whole while tracing.
-
-        Raises:
-            PlanError: the nets do not correspond: paths that are missing, or more cuts than base layers.
-            HeadError: a head does not fit at its new place.
-            DataError: the model does not take the inputs.
-        """
-        from sedona_fx.recipes.transfer import transfer  # what tools do with a plan is built on plans
-
-        return transfer(self, model, data, by, leaf_modules)
-
-    @classmethod
-    def from_released(
-        cls,
-        alpha: Sequence[Sequence[float]] | Tensor,
-        beta: Sequence[Sequence[float] | Tensor] | Tensor,
-        model: nn.Module,
-        blocks: int = 4,
-        data: Any = None,
-        heads: str | None = None,
-    ) -> Plan:
-        """Read a decision that SEDONA's authors released: their variables, decoded for one of their nets.
-
-        Args:
-            alpha: (B-1, 2) logits: isolate, let through.
-            beta: (B-1, 4) logits of the heads of depth 1 to 4.
-            model: a net of :mod:`sedona_fx.models` with B base layers, of any width.
-            blocks: K, from 1 to B.
-            data: one (inputs, target) pair or an iterable of such, to check that the heads fit; None: unchecked.
-            heads: the heads' name without depth. None: by the width of the first convolution, as the paper has it:
-                ``"sedona-wide"`` (2048 features) from 32 channels on, ``"sedona"`` (512) below: quarter-width nets
-                have 16, those of full width 64.
-
-        Raises:
-            PlanError: the variables are for another number of base layers, or are no such variables.
-            HeadError: there is no such head, or one does not fit.
-        """
-        from sedona_fx.recipes.released import from_released
-
-        return from_released(alpha, beta, model, blocks, data, heads)
 
 
 def _finite(value: Any) -> Any:
@@ -200,6 +177,24 @@ def _read(inputs: dict[str, Any]) -> Any:
     return pytree.tree_map(lambda v: float(v["float"]) if is_number(v) else v, inputs, is_leaf=is_number)
 
 
+def _from_format_1(data: dict[str, Any], source: str) -> None:
+    """Take out of the provenance what has fields of its own since format 2."""
+    record = data.get("provenance")
+    if not isinstance(record, dict):
+        return  # left out, or refused later
+    data["seed"] = _checked("seed", record.pop("seed", 0), f"{source}, in its provenance")
+    if "front_end" in record:
+        data["capture"] = {
+            "front_end": record.pop("front_end"),
+            "free_batch": record.pop("free_batch", True),
+            "hosted": record.pop("host", None) is not None,
+            "left_out": record.pop("left_out", []),
+        }
+    budget = record.get("budget")
+    if isinstance(budget, dict) and "measured" in budget:
+        data["block_seconds"] = budget.pop("measured")
+
+
 def _checked(name: str, value: Any, source: str) -> Any:
     def wrong(expected: str) -> PlanError:
         return PlanError(f"{source}: the field {name!r} should be {expected}, not {type(value).__name__}.")
@@ -217,16 +212,40 @@ def _checked(name: str, value: Any, source: str) -> Any:
     elif name in ("model", "root"):
         if not isinstance(value, str):
             raise wrong("a name")
+    elif name == "seed":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong("a whole number")
+    elif name in ("capture", "block_seconds") and value is None:
+        return None
     elif not isinstance(value, dict):
         raise wrong("an object")
-    elif name == "provenance":
-        if isinstance(value.get("seed", 0), bool) or not isinstance(value.get("seed", 0), int):
-            raise PlanError(f"{source}: the seed in the field 'provenance' should be a whole number.")
-    else:
+    elif name == "capture":
+        return _read_capture(value, source)
+    elif name == "block_seconds":
+        if not value.keys() >= {"places", "stretches", "heads"}:
+            raise PlanError(f"{source}: the field 'block_seconds' should have places, stretches and heads.")
+    elif name == "inputs":
         for argument, spec in value.items():
             _check_spec(f"{source}: the input {argument!r}", spec)
         return _read(value)
     return value
+
+
+def _read_capture(value: dict[str, Any], source: str) -> Capture:
+    """Return the record; what it lacks has its default."""
+    known = {f.name for f in dataclasses.fields(Capture)}
+    for name in value:
+        if name not in known:
+            raise PlanError(f"{source}: the field 'capture' has the unknown entry {name!r}{did_you_mean(name, known)}.")
+    left_out = value.get("left_out", [])
+    flags = [value.get(name, True) for name in ("free_batch", "hosted")]
+    names = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
+    if not names or not all(isinstance(flag, bool) for flag in flags):
+        raise PlanError(f"{source}: the field 'capture' should have two flags and a list of names: {value!r}.")
+    made = Capture(**{**value, "left_out": tuple(left_out)})
+    if made.front_end not in ("symbolic", "export"):
+        raise PlanError(f"{source}: the front end {made.front_end!r} is neither 'symbolic' nor 'export'.")
+    return made
 
 
 def _check_spec(where: str, spec: Any) -> None:

@@ -23,6 +23,7 @@ from sedona_fx.errors import (
     shape_text,
 )
 from sedona_fx.heads import registry as heads
+from sedona_fx.search import Search
 
 
 class Net(nn.Module):
@@ -166,7 +167,7 @@ def test_the_sedona_search_wants_data_that_it_can_go_through_again():
 
 
 def test_devices_are_looked_at_before_the_search():
-    class Never:
+    class Never(Search):
         needs_data = False
 
         def decide(self, problem):

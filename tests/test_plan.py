@@ -8,6 +8,7 @@ import pytest
 
 from sedona_fx import Plan
 from sedona_fx.errors import PlanError
+from sedona_fx.plan import Capture
 
 PLAN = Plan(
     cuts=("layer1", "layer2.0"),
@@ -17,7 +18,10 @@ PLAN = Plan(
     model="Net",
     base_layers=("layer1", "layer2.0", "layer3"),
     inputs={"x": {"shape": [2, 3], "dtype": "float32"}, "flag": True, "pair": [1, {"shape": [], "dtype": "int64"}]},
-    provenance={"search": "uniform", "seed": 3, "loss": float("inf")},
+    seed=3,
+    capture=Capture("export", free_batch=False, left_out=("cache (Cache)",)),
+    block_seconds={"places": ["layer1"], "stretches": [0.5, 0.25], "heads": {"layer1": {"mlp-sr": 0.125}}},
+    provenance={"search": "uniform", "loss": float("inf")},
 )
 
 
@@ -26,6 +30,29 @@ def test_json_round_trip():
     assert PLAN.blocks == 3
     assert Plan.from_json(Plan().to_json()) == Plan()
     assert Plan().blocks == 1
+
+
+def test_plans_of_format_1_are_read():
+    """They kept in the provenance what has fields of its own now; the provenance keeps none of it."""
+    measured = {"places": ["a"], "stretches": [1.0, 2.0], "heads": {"a": {"linear": 0.5}}}
+    record = {
+        "search": "balanced",
+        "budget": {"block_seconds": 3.0, "measured": measured},
+        "seed": 7,
+        "front_end": "export",
+        "free_batch": False,
+        "host": "runs as it is",
+        "left_out": ["cache (Cache)"],
+        "torch": "2.11",
+    }
+    text = json.dumps({"format": 1, "cuts": ["a"], "heads": ["linear"], "provenance": record})
+    plan = Plan.from_json(text)
+    assert (plan.seed, plan.block_seconds) == (7, measured)
+    assert plan.capture == Capture("export", free_batch=False, hosted=True, left_out=("cache (Cache)",))
+    assert plan.provenance == {"search": "balanced", "budget": {"block_seconds": 3.0}, "torch": "2.11"}
+    assert Plan.from_json(plan.to_json()) == plan
+    bare = Plan.from_json('{"format": 1, "cuts": [], "heads": [], "provenance": {"front_end": "symbolic"}}')
+    assert (bare.seed, bare.capture, bare.block_seconds) == (0, Capture(), None)
 
 
 def strictly(text):
@@ -98,8 +125,8 @@ def but(**changes):
         (PLAN.to_json()[:100], r"the plan '.*plan.json' is not JSON: .*truncated; make the plan again"),
         ("", "is not JSON"),
         ("[1, 2]", "holds list, not an object"),
-        (without("format"), r'has no "format": 1; it was not written by this version'),
-        (but(format=2), r'has no "format": 1'),
+        (without("format"), r'has no "format": 2; it was not written by this version'),
+        (but(format=3), r'has no "format": 2'),
         (but(cutz=[]), r"unknown field 'cutz'; the nearest names are 'cuts'"),
         (without("cuts"), "lacks the field 'cuts'"),
         (without("heads"), "lacks the field 'heads'"),
@@ -113,7 +140,20 @@ def but(**changes):
         (but(model=None), "the field 'model' should be a name, not NoneType"),
         (but(inputs=[]), "the field 'inputs' should be an object, not list"),
         (but(provenance=None), "the field 'provenance' should be an object"),
-        (but(provenance={"seed": "x"}), "the seed in the field 'provenance' should be a whole number"),
+        (
+            but(format=1, provenance={"seed": "x"}),
+            "in its provenance: the field 'seed' should be a whole number, not str",
+        ),
+        (but(seed=1.5), "the field 'seed' should be a whole number, not float"),
+        (but(seed=True), "the field 'seed' should be a whole number, not bool"),
+        (but(capture=[]), "the field 'capture' should be an object, not list"),
+        (but(capture={"frontend": "export"}), "unknown entry 'frontend'; the nearest names are 'front_end'"),
+        (but(capture={"front_end": "magic"}), "the front end 'magic' is neither 'symbolic' nor 'export'"),
+        (but(capture={"free_batch": 1}), "the field 'capture' should have two flags and a list of names"),
+        (but(capture={"left_out": [3]}), "the field 'capture' should have two flags and a list of names"),
+        (but(capture={"left_out": 3}), "the field 'capture' should have two flags and a list of names"),
+        (but(block_seconds=[]), "the field 'block_seconds' should be an object, not list"),
+        (but(block_seconds={"places": []}), "the field 'block_seconds' should have places, stretches and heads"),
         (but(inputs={"x": {"shape": "23", "dtype": "int64"}}), r"the input 'x' has the shape '23'"),
         (but(inputs={"x": [{"shape": [2.5], "dtype": "int64"}]}), r"the input 'x' has the shape \[2.5\]"),
         (but(inputs={"x": {"shape": [2], "dtype": "float99"}}), r"the dtype 'float99', which torch does not know"),

@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.proof import same_bits
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state, seed_everything
+from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.symbolic import is_impure
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
+from sedona_fx.rng import seed_all
 
 _BATCHES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
@@ -132,7 +133,7 @@ def _are_scratch(model: nn.Module, given: Mapping[str, Any], notes: list[tuple[A
         with keep_state(model), torch.no_grad():
             for attributes, name in notes if poisoned else ():
                 attributes[name] = object()  # whoever reads this fails
-            seed_everything(0)
+            seed_all(0)
             return model(**map_tensors(torch.clone, Args(**given).first(2).kwargs))
 
     with keep_parameters(model) as overwritten:

@@ -21,13 +21,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.proof import nodes_behind
-from sedona_fx.capture.state_watch import keep_state, random_states, seed_everything, set_random_states
+from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args
 from sedona_fx.errors import CutError, TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, TensorSpec, info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
+from sedona_fx.rng import random_states, restore_random, seed_all
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Recorded:
 class Visit:
     """What the second call needs of the first: the states of the random generators before it."""
 
-    random: tuple[Any, ...]
+    random: list[Any]
 
 
 class _Reached(BaseException):  # no Exception: the host may catch those
@@ -102,10 +103,10 @@ class Leave(HostCall):
             calls += 1
             for buffer, value in kept:
                 buffer.data.copy_(value)  # past autograd, as batch norm's own updates go
-            set_random_states(now)
+            restore_random(now)
             return output
 
-        set_random_states(visit.random)
+        restore_random(visit.random)
         result = self.run(inputs, put_back)
         if calls != 1:
             raise TraceError(f"the model called {self.root!r} {calls} times: root= names a module called once.")
@@ -178,7 +179,7 @@ def watch_root(model: nn.Module, example: Args, root: str, *, training: bool) ->
 
     with keep_state(model), keep_modes(model), torch.enable_grad(), replaced_forward(sub, look):
         model.train(training)
-        seed_everything(0)
+        seed_all(0)
         output = model(**map_tensors(torch.clone, example.bind(model.forward)))
     if len(calls) != 1:
         raise CutError(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.blame import user_line
-from sedona_fx.capture.state_watch import keep_state, seed_everything
+from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import fields, map_tensors, without_objects
+from sedona_fx.rng import seed_all
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."
 
@@ -47,7 +48,7 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
 
     def run(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         with keep_state(model), torch.enable_grad():
-            seed_everything(0)
+            seed_all(0)
             result = call()
             custom.update(_custom_functions(result))
             return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in model.buffers()]
@@ -103,7 +104,7 @@ def _check_equal_gradients(
 
     def gradients(call: Callable[[], Any]) -> list[Tensor]:
         with keep_state(model), torch.enable_grad():
-            seed_everything(0)
+            seed_all(0)
             outputs: list[Tensor] = []
             map_tensors(outputs.append, call())
             roots = [output for output in outputs if output.requires_grad]

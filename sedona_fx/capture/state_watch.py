@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from sedona_fx.rng import random_states, restore_random, same_random_states
 
 _CONTAINERS = (dict, list, set, deque)
 _WATCHED = (torch.Tensor, *_CONTAINERS)
@@ -63,7 +63,7 @@ class StateWatch:
 
         Without `tensors`, parameters and buffers may have been replaced: torch.export puts fake ones in their place.
         """
-        if not _same_states(self.random, random_states()):
+        if not same_random_states(self.random, random_states()):
             return "draws random numbers outside of PyTorch's modules"
         for where, container, copy in self.containers:
             if _untouched(container, copy) or (not tensors and where.rpartition(".")[2] in _REGISTRIES):
@@ -94,7 +94,7 @@ class StateWatch:
                 if where not in self.modules or not isinstance(name, str):
                     return None
                 found.append((container, name))
-        return found if _same_states(self.random, random_states()) else None
+        return found if same_random_states(self.random, random_states()) else None
 
     def restore(self) -> str:
         """Return what changed, after putting everything back."""
@@ -107,7 +107,7 @@ class StateWatch:
             for _, tensor, _, kept in self.tensors:
                 if kept is not None:  # whatever its version says: batch norm does not count its updates
                     tensor.copy_(kept)
-        set_random_states(self.random)
+        restore_random(self.random)
         return changed
 
     def settle(self) -> None:
@@ -128,30 +128,6 @@ class StateWatch:
         self.restore()
         for container, name, value in notes if same and not overwritten else ():
             container[name] = value
-
-
-def random_states() -> tuple[Any, ...]:
-    """Return the states of PyTorch's, Python's and NumPy's global generators."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices
-
-
-def set_random_states(states: tuple[Any, ...]) -> None:
-    """Put the global generators back to what :func:`random_states` returned."""
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])
-    if states[3]:
-        torch.cuda.set_rng_state_all(states[3])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators (an accelerator that nobody has used yet stays asleep)."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
@@ -218,10 +194,3 @@ def _same(before: Any, after: Any) -> bool:
         return bool(before == after)
     except Exception:  # a tuple with tensors in it
         return False
-
-
-def _same_states(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    numpy_same = all(np.array_equal(a, b) for a, b in zip(before[2], after[2], strict=True))
-    # No device states before: the accelerator was first used in between, and that is no draw.
-    devices_same = not before[3] or all(map(torch.equal, before[3], after[3]))
-    return torch.equal(before[0], after[0]) and before[1] == after[1] and numpy_same and devices_same

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
 from sedona_fx.heads.context import HeadContext
-from sedona_fx.ir.cost import Cost
+from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import cut_points, info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick
@@ -46,29 +46,6 @@ class Where:
     named: Sequence[str | tuple[str, str]] = ()
 
 
-@dataclass(frozen=True)
-class Analysed:
-    """A model's ANALYSED graphs (one object where the modes do not differ) and what was learned about its output.
-
-    ``contexts`` says for every legal cut point what a head has to fit; ``few`` is what the model returned in train mode
-    for the first two examples. ``named`` are the user's cuts, each by the name of its cut point; ``head_costs`` is what
-    heads were found to cost so far; ``left_out`` are the fields of the output that the graphs cannot give.
-    """
-
-    train: fx.GraphModule
-    eval: fx.GraphModule
-    mode_paths: Mapping[str, tuple[bool, bool]]
-    output: OutputFormat
-    contexts: dict[str, HeadContext]
-    few: Any
-    named: tuple[str, ...] = ()
-    front_end: str = "symbolic"
-    free_batch: bool = True
-    hosted: bool = False
-    head_costs: dict[Hashable, Cost] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
-
-
 @contextmanager
 def uncollected() -> Iterator[None]:
     """Pause the cyclic garbage collector: graphs are large, all alive, and gone through in vain."""
@@ -94,7 +71,7 @@ def analyse(
     values = _returned(train)
     key = find_primary(values, output)
     auxiliary: tuple[Key, ...] = ()
-    passes.crossings(train, output=output, whole=traced.hosted)
+    passes.crossings(train, output=output, whole=traced.capture.hosted)
     if traced.eval is traced.train:
         evaluation = train
     else:
@@ -102,7 +79,7 @@ def analyse(
         evaluation = passes.explicit_writes(evaluation)
         eval_values = _returned(evaluation)
         eval_key = output if output in dict(fields(eval_values)) else None
-        passes.crossings(evaluation, output=eval_key, whole=traced.hosted)
+        passes.crossings(evaluation, output=eval_key, whole=traced.capture.hosted)
         auxiliary = _training_only(values, eval_values, key)
     if not any(info(node).depends for node in output_node(train.graph).all_input_nodes):
         raise CutError(
@@ -132,17 +109,15 @@ def analyse(
     # Of what the model itself returned: the graph's dicts and lists are fx's own immutable ones.
     output_format = OutputFormat.of(traced.output, key, auxiliary)
     return Analysed(
-        train,
-        evaluation,
-        traced.mode_paths,
-        output_format,
-        contexts,
-        traced.output,
-        named,
-        traced.front_end,
-        traced.free_batch,
-        traced.hosted,
-        left_out=traced.left_out,
+        train=train,
+        eval=evaluation,
+        mode_paths=traced.mode_paths,
+        output=output_format,
+        contexts=contexts,
+        example=example,
+        few=traced.output,
+        named=named,
+        capture=traced.capture,
     )
 
 
@@ -198,7 +173,7 @@ def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where
     choose(limits[-1])
 
 
-def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None) -> None:
+def check_target(traced: Analysed, target: Any, loss: Loss | None) -> None:
     """Try the loss on the model's own output for a few examples.
 
     Raises:
@@ -206,14 +181,14 @@ def check_target(traced: Analysed, example: Args, target: Any, loss: Loss | None
     """
     if loss is None:
         return
-    few = first_examples(target, example.batch_size(), 2) if traced.free_batch else target
+    few = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
     primary = pick(traced.few, traced.output.key)
     try:
         with torch.no_grad():
             value = traced.output.final_loss(loss, traced.few, few)
     except Exception as error:
         shape = f"{tuple(few.shape)} {few.dtype}" if isinstance(few, Tensor) else type(few).__name__
-        absent = ", ".join(traced.left_out)
+        absent = ", ".join(traced.capture.left_out)
         lacks = f" Of the output, {absent} is None, as no graph gives it." if absent else ""
         raise DataError(
             f"the loss cannot take the model's output, {tuple(primary.shape)} {primary.dtype}, with the target, "

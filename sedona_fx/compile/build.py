@@ -1,96 +1,73 @@
-"""ANALYSED graphs and a decision -> net."""
+"""ANALYSED graphs and a plan -> net: fresh heads, LOWERED graphs, blocks, costs."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from sedona_fx import passes
-from sedona_fx.compile.analyse import Analysed, uncollected
-from sedona_fx.data.args import Args
-from sedona_fx.errors import DataError
+from sedona_fx.compile.analyse import uncollected
+from sedona_fx.compile.request import Request
 from sedona_fx.heads.context import HeadSpec
-from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import build_head
+from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import block_costs, cost_of_head
-from sedona_fx.ir.modules import keep_modes, share_copy
-from sedona_fx.ir.outputs import Loss
 from sedona_fx.net.net import Net
+from sedona_fx.net.parts import NetParts
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.plan import Plan
-
-
-def own(model: nn.Module, *, inplace: bool) -> nn.Module:
-    """Return the copy of the model that the net will own; with `inplace` it shares the tensors."""
-    if not isinstance(model, nn.Module):
-        raise DataError(f"decouple takes an nn.Module, not {type(model).__name__}.")
-    try:
-        return share_copy(model) if inplace else copy.deepcopy(model)
-    except Exception as error:
-        raise DataError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
-            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
-            "torch.nn.utils.parametrizations."
-        ) from error
-
-
-@contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
-    """Put a model that is in eval mode as a whole into train mode meanwhile: it is searched as it will be trained.
-
-    Where some modules train and others do not (a frozen BatchNorm), that is meant, and stays.
-    """
-    with keep_modes(model):
-        if not any(module.training for module in model.modules()):
-            model.train()
-        yield
+from sedona_fx.rng import seeded_init
 
 
 @uncollected()
-def compile_net(
-    model: nn.Module,
-    traced: Analysed,
-    example: Args,
-    heads: Sequence[HeadSpec | None],
-    plan: Plan,
-    loss: Loss | None,
-    objectives: Sequence[LocalLoss | None],
-    seed: int,
-) -> Net:
-    """ANALYSED -> RELAXED -> PRUNED -> LOWERED -> blocks, in both modes, with fresh heads drawn from the seed."""
+def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan) -> Net:
+    """ANALYSED -> RELAXED -> PRUNED -> LOWERED -> blocks, in both modes.
+
+    Args:
+        request: the model, the loss and the objectives.
+        analysed: its graphs.
+        heads: for each cut of the plan a name or a factory, or None for no head; drawn from the plan's seed.
+        plan: what was decided.
+    """
+    built = _build_heads(request.model, analysed, heads, plan)
     devices = [torch.device(name) for name in plan.devices] if plan.devices is not None else None
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-    built: dict[str, list[nn.Module]] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
-        for cut, spec in zip(plan.cuts, heads, strict=True):
-            made = [build_head(spec, traced.contexts[cut])] if spec is not None else []
-            built[cut] = [head.to(like.device, like.dtype).train(model.training) for head in made]
-    graphs = {True: passes.lower_at(traced.train, built, devices)}
-    graphs[False] = graphs[True] if traced.eval is traced.train else passes.lower_at(traced.eval, built, devices)
-    parts = {True: passes.partition(graphs[True])}
-    parts[False] = parts[True] if graphs[False] is graphs[True] else passes.partition(graphs[False])
-    ends = [resolve(traced.train.graph)[cut] for cut in plan.cuts]
-    costs = [
-        cost_of_head(traced.head_costs, spec, traced.contexts[cut], end) if spec is not None else None
+    placed = {cut: [head] if head is not None else [] for cut, head in built.items()}
+    lowered = {True: passes.lower_at(analysed.train, placed, devices)}
+    same = analysed.eval is analysed.train
+    lowered[False] = lowered[True] if same else passes.lower_at(analysed.eval, placed, devices)
+    blocks = {True: passes.partition(lowered[True])}
+    blocks[False] = blocks[True] if same else passes.partition(lowered[False])
+    cut_nodes = resolve(analysed.train.graph)
+    ends = [cut_nodes[cut] for cut in plan.cuts]
+    head_costs = [
+        cost_of_head(analysed.head_costs, spec, analysed.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)
     ]
     return Net(
-        model,
-        {True: traced.train, False: traced.eval},
-        graphs,
-        parts,
-        [built[cut][0] if built[cut] else None for cut in plan.cuts],
-        plan=plan,
-        output=traced.output,
-        loss=loss,
-        example=example,
-        costs=block_costs(traced.train, ends, costs),
-        mode_paths=traced.mode_paths,
-        objectives=objectives,
-        seed=seed,
+        NetParts(
+            model=request.model,
+            analysed=analysed,
+            lowered=lowered,
+            blocks=blocks,
+            heads=list(built.values()),
+            costs=block_costs(analysed.train, ends, head_costs),
+            plan=plan,
+            loss=request.loss,
+            objectives=request.objectives,
+        )
     )
+
+
+def _build_heads(
+    model: nn.Module, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan
+) -> dict[str, nn.Module | None]:
+    """Return the head of every cut, in the model's dtype, mode and on its device."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+    built: dict[str, nn.Module | None] = {}
+    with seeded_init(plan.seed):
+        for cut, spec in zip(plan.cuts, heads, strict=True):
+            head = build_head(spec, analysed.contexts[cut]) if spec is not None else None
+            built[cut] = head.to(like.device, like.dtype).train(model.training) if head is not None else None
+    return built

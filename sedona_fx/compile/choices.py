@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sedona_fx.compile.analyse import Analysed
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names
+from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import describe, info
 from sedona_fx.passes.cuts import follow_one_another, resolve
 from sedona_fx.plan import Plan
@@ -135,7 +135,8 @@ def from_plan(plan: Plan, traced: Analysed, factories: Mapping[str, HeadSpec]) -
                 "heads=[...]."
             )
         specs.append(factories.get(name, name) if name is not None else None)
-    return Decision(nodes, specs, dict(plan.provenance))
+    measured = dict(plan.block_seconds) if plan.block_seconds is not None else None
+    return Decision(nodes, specs, dict(plan.provenance), measured)
 
 
 def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: str) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,22 +20,26 @@ from sedona_fx.errors import ExportError
 from sedona_fx.export.attention import unfuse_attention
 from sedona_fx.files import replacing
 
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
-
 TOLERANCE = 1e-5
 """Largest difference from PyTorch, as a fraction of the largest output, that a float32 file may show."""
 ROUNDING = 10.0
 """Where float32 itself is not that exact: largest difference as a multiple of PyTorch's own distance from float64."""
 
 
-def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
-    """Export the inference graph of a net (heads and boundaries stripped) with a dynamic batch.
+def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str, free_batch: bool) -> Path:
+    """Export an inference graph (heads and boundaries stripped) with a dynamic batch.
 
     The file is run by ONNX Runtime on the example and on batches of other sizes and compared with PyTorch: to 1e-5 of
     the largest output, or, for nets that magnify rounding (untrained ones often do, and then PyTorch differs as much
     from itself on another size of batch), to ten times PyTorch's own rounding error. Only then does it replace what was
     at `path`.
+
+    Args:
+        graph: in eval mode; it is not touched.
+        example: a batch, every input under the name of its placeholder.
+        path: of the file.
+        name: of the model, for messages.
+        free_batch: whether the graph takes batches of any size.
 
     Returns:
         The path.
@@ -45,27 +49,22 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
     """
     import onnxruntime
 
-    if "host" in net.plan.provenance:
-        raise ExportError(
-            f"the code around root={net.plan.root!r} runs as Python and cannot be exported: export the sub-module, "
-            f"net.model.get_submodule({net.plan.root!r}), by itself."
-        )
-    # A copy: `cpu()` moves parameters in place, and those of the inference module are the net's own.
-    module = copy.deepcopy(net.inference_module()).cpu()
-    inputs = {name: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for name, value in example.kwargs.items()}
+    # A copy: `cpu()` moves parameters in place, and those of the inference graph are the net's own.
+    module = copy.deepcopy(graph).cpu()
+    inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for key, value in example.kwargs.items()}
     batch = torch.export.Dim("batch", min=1)
-    size = Args(**inputs).batch_size() if net.plan.provenance.get("free_batch", True) else None
+    size = Args(**inputs).batch_size() if free_batch else None
     shapes = {
-        name: pytree.tree_map(
+        key: pytree.tree_map(
             lambda t: {0: batch} if size is not None and isinstance(t, Tensor) and t.dim() > 0 else None, value
         )
-        for name, value in inputs.items()
+        for key, value in inputs.items()
     }
     order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
     with replacing(path) as temporary:
         with _quiet():
-            given = tuple(_resized(inputs[name], size, 2) for name in order)
-            dynamic = tuple(shapes[name] for name in order)
+            given = tuple(_resized(inputs[key], size, 2) for key in order)
+            dynamic = tuple(shapes[key] for key in order)
             try:
                 try:
                     _write(module, given, dynamic, temporary)
@@ -77,12 +76,12 @@ def to_onnx(net: Net, example: Args, path: str | Path) -> Path:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
                 raise ExportError(
-                    f"{net.plan.model} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
+                    f"{name} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
                     "torch.onnx.export on net.inference_module() shows the whole story."
                 ) from error
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         for count in (1, 2, 5) if size is not None else (None,):
-            _compare(module, session, [_resized(inputs[name], size, count) for name in order], str(path))
+            _compare(module, session, [_resized(inputs[key], size, count) for key in order], str(path))
     return Path(path)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,11 +12,10 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children, share_copy
-from sedona_fx.ir.outputs import pick
+from sedona_fx.ir.outputs import Key, pick
+from sedona_fx.plan import Capture
+from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.run import hand_on, last_readers
-
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
 
 
 class Exit(NamedTuple):
@@ -34,19 +33,37 @@ class EarlyExit(nn.Module):
     crosses a boundary has the batch as its first dimension; else the whole batch goes on until all are sure.
 
     Made by ``net.early_exit(threshold)``; in eval mode, without gradients, sharing the net's tensors.
+
+    Args:
+        blocks: of the net; all but the last have heads for the model's task.
+        threshold: in (0, 1].
+        key: of the primary output in what the model returns.
+        bind: from the arguments of a call to the net's inputs by name.
+        capture: how the graphs were made: whether they take batches of any size.
+        example: a batch, to find out which values hold one row per example.
     """
 
-    def __init__(self, net: Net, threshold: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        threshold: float,
+        *,
+        key: Key,
+        bind: Callable[[Args], dict[str, Any]],
+        capture: Capture,
+        example: Args,
+    ) -> None:
         super().__init__()
         if not 0 < threshold <= 1:
             raise HeadError(f"threshold={threshold!r} is no probability: give one in (0, 1].")
-        _require_task_heads(net, range(len(net.blocks) - 1), "early_exit")
+        _require_task_heads(blocks[:-1], "early_exit")
         self.threshold = threshold
-        graphs = [block.eval_graph for block in net.blocks]
-        self.blocks = share_copy(nn.ModuleList([graph.module for graph in graphs])).eval()
-        self._graphs, self._key, self._bind = graphs, net.engine.output.key, net.bind
-        self._last_reader = last_readers([graph] for graph in graphs)
-        self._batched = self._find_batched(net)
+        self._graphs = [block.eval_graph for block in blocks]
+        self.blocks = share_copy(nn.ModuleList([graph.module for graph in self._graphs])).eval()
+        self._key, self._bind = key, bind
+        self._last_reader = last_readers([graph] for graph in self._graphs)
+        free_rows = capture.free_batch and not capture.hosted
+        self._batched = self._find_batched(example) if free_rows else None
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Exit:
@@ -89,11 +106,8 @@ class EarlyExit(nn.Module):
         hand_on(values, dict(zip(graph.exports, exports, strict=True)), index, self._last_reader)
         return local if isinstance(local, Tensor) else pick(local, self._key)
 
-    def _find_batched(self, net: Net) -> set[str] | None:
-        """Return the values that hold one row an example, or None if others depend on the number of examples, too."""
-        if not net.plan.provenance.get("free_batch", True) or "host" in net.plan.provenance:
-            return None
-        example = net.example
+    def _find_batched(self, example: Args) -> set[str] | None:
+        """Return the values that hold one row per example, or None if others depend on the number of examples too."""
         if (example.batch_size() or 0) < 3:
             example = example.map(lambda t: t[:1].expand(3, *t.shape[1:]) if t.dim() else t)
         two, three = (self._shapes(example.first(count)) for count in (2, 3))
@@ -114,25 +128,23 @@ class EarlyExit(nn.Module):
         return found
 
 
-def ensemble(net: Net, count: int) -> fx.GraphModule:
+def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: int) -> fx.GraphModule:
     """Return a graph of the summed log-softmax of the last `count` heads, the model's own output one of them.
 
     SEDONA's ensemble (Pyeon et al. 2021, section 4.4: the last two heads). Logits over dimension 1, or over the last of
     three; heads before these do not run. In eval mode, sharing the net's tensors.
     """
-    blocks = len(net.blocks)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= blocks:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(blocks):
         raise HeadError(
-            f"ensemble({count!r}): give a number of heads from 1 to {blocks}, the model's own output included."
+            f"ensemble({count!r}): give a number of heads from 1 to {len(blocks)}, the model's own output included."
         )
-    chosen = range(blocks - count, blocks - 1)
-    _require_task_heads(net, chosen, f"ensemble({count})")
-    gm = net.lowered(training=False)
-    graph, _ = copy_graph(gm.graph)
+    chosen = range(len(blocks) - count, len(blocks) - 1)
+    _require_task_heads([blocks[index] for index in chosen], f"ensemble({count})")
+    graph, _ = copy_graph(lowered.graph)
     result = output_node(graph)
     outputs: Any = result.args[0]
     with graph.inserting_before(result):
-        primary, key = outputs[-1], net.engine.output.key
+        primary = outputs[-1]
         if key is not None and not (isinstance(primary, fx.Node) and info(primary).is_tensor):
             known = not isinstance(primary, fx.Node)
             primary = pick(primary, key) if known else graph.call_function(pick, (primary, key))
@@ -141,7 +153,7 @@ def ensemble(net: Net, count: int) -> fx.GraphModule:
             logs = graph.call_function(log_probabilities, (node,))
             total = logs if total is None else graph.call_function(torch.add, (total, logs))
             for made in (logs, total):
-                copy_info(result, made, block=blocks - 1)
+                copy_info(result, made, block=len(blocks) - 1)
     result.args = (total,)
     for node in list(graph.nodes):
         if info(node).boundary and node.target is torch.detach:
@@ -149,7 +161,7 @@ def ensemble(net: Net, count: int) -> fx.GraphModule:
             graph.erase_node(node)
         elif is_head(node) and not node.users:
             graph.erase_node(node)
-    return direct_children(share_copy(fx.GraphModule(gm, graph, class_name="Ensemble"))).eval()
+    return direct_children(share_copy(fx.GraphModule(lowered, graph, class_name="Ensemble"))).eval()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -172,9 +184,8 @@ def _confidence(logits: Tensor) -> Tensor:
     return largest.flatten(1).mean(1) if largest.dim() > 1 else largest
 
 
-def _require_task_heads(net: Net, blocks: Sequence[int], who: str) -> None:
-    for index in blocks:
-        block = net.blocks[index]
+def _require_task_heads(blocks: Sequence[Block], who: str) -> None:
+    for block in blocks:
         if block.head is None or block.objective is not None:
             what = "no head" if block.head is None else "an objective of its own (local_loss=)"
-            raise HeadError(f"{who} asks the heads for the model's output, and block {index} has {what}.")
+            raise HeadError(f"{who} asks the heads for the model's output, and block {block.index} has {what}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,17 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.capture.host import rehost
 from sedona_fx.data.args import Args
-from sedona_fx.errors import CheckpointError, ScheduleError
+from sedona_fx.errors import ExportError, ScheduleError
 from sedona_fx.export.onnx import to_onnx
-from sedona_fx.files import replacing
-from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.modules import device_of, direct_children, share_copy
-from sedona_fx.ir.outputs import Loss, OutputFormat
 from sedona_fx.net.exits import EarlyExit, ensemble
+from sedona_fx.net.parts import NetParts
 from sedona_fx.net.placing import place, redirect, relink
 from sedona_fx.net.signature import Signature
 from sedona_fx.net.variants import Variants
-from sedona_fx.net.weights import mismatch
-from sedona_fx.passes import BlockGraph, strip
-from sedona_fx.plan import Plan
+from sedona_fx.net.weights import load_weights, save_weights
+from sedona_fx.passes import strip
+from sedona_fx.plan import Capture, Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.engine import Batch, Engine, How, OnBlock
@@ -44,55 +40,49 @@ class Net(nn.Module):
         steps: training steps taken; with the seed it decides the draws of every block.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        analysed: Mapping[bool, fx.GraphModule],
-        graphs: Mapping[bool, fx.GraphModule],
-        partitions: Mapping[bool, Sequence[BlockGraph]],
-        heads: Sequence[nn.Module | None],
-        *,
-        plan: Plan,
-        output: OutputFormat,
-        loss: Loss | None,
-        example: Args,
-        costs: Sequence[Cost],
-        mode_paths: Mapping[str, tuple[bool, bool]],
-        objectives: Sequence[LocalLoss | None],
-        seed: int,
-    ) -> None:
+    def __init__(self, parts: NetParts) -> None:
         super().__init__()
+        plan, model = parts.plan, parts.model
         self.model = model
-        self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(heads) if head is not None})
+        self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(parts.heads) if head is not None})
         self.training = self.heads.training = model.training
         self.steps = 0
-        self.plan, self.costs = plan, list(costs)
-        self._graphs, self._example, self._modal = (
-            dict(graphs),
-            example,
-            [(path, model.get_submodule(path), flags) for path, flags in mode_paths.items()],
-        )
-        placeholders = {str(node.target) for node in graphs[True].graph.nodes if node.op == "placeholder"}
-        self._signature = Signature(model, plan, placeholders)
+        self.plan, self.costs = plan, list(parts.costs)
+        self._graphs, self._example = dict(parts.lowered), parts.analysed.example
+        # Modules whose own code depends on their training flag: the graph holds for these flags alone.
+        self._flagged = [(path, model.get_submodule(path), flags) for path, flags in parts.analysed.mode_paths.items()]
+        placeholders = [str(node.target) for node in self._graphs[True].graph.nodes if node.op == "placeholder"]
+        self._signature = Signature(model.forward, plan.inputs, placeholders, parts.analysed.capture)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
-        where = _devices(plan, model)
+        devices = _devices(plan, model)
         self._blocks = tuple(
-            Block(*parts)
-            for parts in zip(
-                partitions[True], partitions[False], [*heads, None], where, [*objectives, None], strict=True
+            Block(*block_parts)
+            for block_parts in zip(
+                parts.blocks[True],
+                parts.blocks[False],
+                [*parts.heads, None],
+                devices,
+                [*parts.objectives, None],
+                strict=True,
             )
         )
-        self.engine = Engine(self._blocks, output, loss, seed)
-        self.variants = Variants(analysed, self._blocks, plan.cuts, device_of(model))
-        moves = plan.devices is not None
-        self._plain = {True: direct_children(strip(graphs[True], keep_moves=moves))}
-        same = graphs[False] is graphs[True]
-        self._plain[False] = self._plain[True] if same else direct_children(strip(graphs[False], keep_moves=moves))
-        if moves:
+        self.engine = Engine(self._blocks, parts.analysed.output, parts.loss, plan.seed)
+        analysed_graphs = {True: parts.analysed.train, False: parts.analysed.eval}
+        self.variants = Variants(analysed_graphs, self._blocks, plan.cuts, device_of(model))
+        self._plain = self._without_heads()
+        if plan.devices is not None:
             traced_on = device_of(model)
             place(self._blocks, model)
             relink(self._all_graphs(), model)
-            redirect(self._own_graphs(), where, traced_on)
+            redirect(self._own_graphs(), devices, traced_on)
+
+    def _without_heads(self) -> dict[bool, fx.GraphModule]:
+        """Return the graphs of both modes as the user's model has them: no heads, no boundaries."""
+        moves = self.plan.devices is not None
+        plain = {True: direct_children(strip(self._graphs[True], keep_moves=moves))}
+        same = self._graphs[False] is self._graphs[True]
+        plain[False] = plain[True] if same else direct_children(strip(self._graphs[False], keep_moves=moves))
+        return plain
 
     # ---- the model's own face -------------------------------------------------------------------------------------
 
@@ -107,7 +97,7 @@ class Net(nn.Module):
     def _run(self, args: Args) -> Any:
         self._check_modes()
         values = self.bind(args)
-        if self._signature.hosted:  # the host's own code is at hand, and runs its way to `root` once
+        if self.capture.hosted:  # the host's own code is at hand, and runs its way to `root` once
             return self.model(**{name: value for name, value in values.items() if value is not None})
         graph = self._plain[self.training]
         return graph(*[values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"])
@@ -163,6 +153,11 @@ class Net(nn.Module):
         return result
 
     @property
+    def capture(self) -> Capture:
+        """How the model became these graphs."""
+        return self._signature.capture
+
+    @property
     def example(self) -> Args:
         """The batch that the net was traced with."""
         return self._example
@@ -192,11 +187,18 @@ class Net(nn.Module):
 
     def early_exit(self, threshold: float) -> EarlyExit:
         """Return a module that stops at the first head that is sure: it gives the output, and the blocks left at."""
-        return EarlyExit(self, threshold)
+        return EarlyExit(
+            self._blocks,
+            threshold,
+            key=self.engine.output.key,
+            bind=self.bind,
+            capture=self.capture,
+            example=self._example,
+        )
 
     def ensemble(self, n: int) -> fx.GraphModule:
         """Return a graph of the last `n` heads' summed log-softmax, the model's own output one of them."""
-        return ensemble(self, n)
+        return ensemble(self._graphs[False], self._blocks, self.engine.output.key, n)
 
     def original_state_dict(self) -> dict[str, Any]:
         """Return the state of the user's model; loads with ``strict=True`` into a fresh copy of it."""
@@ -204,16 +206,19 @@ class Net(nn.Module):
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write the inference graph with a dynamic batch and check it against ONNX Runtime."""
-        return to_onnx(self, self._example, path)
+        if self.capture.hosted:
+            raise ExportError(
+                f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the sub-module, "
+                f"net.model.get_submodule({self.plan.root!r}), by itself."
+            )
+        return to_onnx(
+            self.inference_module(), self._example, path, name=self.plan.model, free_batch=self.capture.free_batch
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write ``plan.json`` and ``weights.pt`` (model and heads) into a folder; files are replaced whole."""
-        folder = Path(folder)
-        self.plan.save(folder / "plan.json")
-        with replacing(folder / "weights.pt") as temporary:
-            torch.save(
-                {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "steps": self.steps}, temporary
-            )
+        self.plan.save(Path(folder) / "plan.json")
+        save_weights(Path(folder) / "weights.pt", {"model": self.model, "heads": self.heads}, self.steps)
 
     def load_weights(self, path: str | Path) -> None:
         """Read ``weights.pt`` as :meth:`save` wrote it.
@@ -221,21 +226,19 @@ class Net(nn.Module):
         Raises:
             CheckpointError: unreadable, or of another net; nothing is loaded then.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"cannot read the weights {str(path)!r}: {type(error).__name__}: {error}.") from error
-        for part, module in (("model", self.model), ("heads", self.heads)):
-            if not isinstance(state, dict) or not isinstance(state.get(part), dict) or "steps" not in state:
-                raise CheckpointError(f"{str(path)!r} holds no {part!r}: it was not written by net.save(folder).")
-            if difference := mismatch(module, state[part]):
-                raise CheckpointError(f"{str(path)!r} belongs to another net: {part} {difference}.")
-        self.model.load_state_dict(state["model"])
-        self.heads.load_state_dict(state["heads"])
-        self.steps = int(state["steps"])
+        self.steps = load_weights(path, {"model": self.model, "heads": self.heads})
+
+    def shared_parameters(self) -> dict[str, list[int]]:
+        """Return the parameters that several blocks use, by name, each with its blocks; the last one steps it."""
+        users: dict[nn.Parameter, list[int]] = {}
+        for block in self._blocks:
+            for parameter in block.base_parameters():
+                users.setdefault(parameter, []).append(block.index)
+        return {name: users[p] for name, p in self.model.named_parameters() if len(users.get(p, ())) > 1}
 
     def __repr__(self) -> str:
-        return net_report(self)
+        devices = [block.device for block in self._blocks]
+        return net_report(self.plan, self.costs, devices, self.shared_parameters())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         twin = type(self).__new__(type(self))
@@ -267,7 +270,7 @@ class Net(nn.Module):
         return [*self._own_graphs(), *self.variants.graphs()]
 
     def _check_modes(self) -> None:
-        for path, module, (in_train, in_eval) in self._modal:
+        for path, module, (in_train, in_eval) in self._flagged:
             if module.training != (in_train if self.training else in_eval):
                 raise ScheduleError(
                     f"{path or type(self.model).__name__} computes differently in train and in eval mode in its own "

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, shape_text
-from sedona_fx.plan import Plan
+from sedona_fx.plan import Capture
 
 
 class Signature:
     """Binds the arguments of a call by name and refuses what the graphs of a net cannot take.
 
     Args:
-        model: whose forward says what the arguments are called.
-        plan: says what the graphs were made with.
+        forward: the model's own; says what the arguments are called.
+        inputs: a plan's description of the batch that the graphs were made with.
         placeholders: the arguments that the graphs read; all others are part of the graphs.
+        capture: how the graphs were made.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, placeholders: Collection[str]) -> None:
-        self.forward, self.inputs = model.forward, plan.inputs
-        self.fixed = [name for name in plan.inputs if name not in placeholders]
-        self.hosted = "host" in plan.provenance
-        exported = plan.provenance.get("front_end") == "export" and not self.hosted
-        self.free_dims = None if not exported else int(plan.provenance.get("free_batch", True))
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        placeholders: Collection[str],
+        capture: Capture,
+    ) -> None:
+        self.forward, self.inputs, self.capture = forward, inputs, capture
+        self.fixed = [name for name in inputs if name not in placeholders]
 
     def bind(self, args: Args, device: torch.device | None) -> dict[str, Any]:
         """Return argument name -> value.
@@ -47,7 +51,10 @@ class Signature:
                 f"the net was traced without the argument {name!r}; give it in the first batch handed to decouple."
             )
         for name in wanted.keys() - given.keys():
-            if not self.hosted or inspect.signature(self.forward).parameters[name].default is inspect.Parameter.empty:
+            if (
+                not self.capture.hosted
+                or inspect.signature(self.forward).parameters[name].default is inspect.Parameter.empty
+            ):
                 raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
             given[name] = None  # the host's own code does without, as with a detector's targets in evaluation
         for name in self.fixed:
@@ -67,8 +74,8 @@ class Signature:
                 f"the input {name!r} is on {tensor.device}, the model is on {device}: move the one with "
                 f"{name}.to({str(device)!r}), or the other with net.to(...)."
             )
-        if self.free_dims is not None:
-            free, traced = self.free_dims, list(self.inputs[name]["shape"])
+        if self.capture.fixed_sizes:
+            free, traced = int(self.capture.free_batch), list(self.inputs[name]["shape"])
             if list(tensor.shape)[free:] != traced[free:]:
                 wanted = ", ".join(map(str, ["any"] * free + traced[free:]))
                 raise DataError(

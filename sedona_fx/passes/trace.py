@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
+from sedona_fx.plan import Capture, FrontEnd
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
@@ -43,20 +44,15 @@ class Traced:
     ``mode_paths`` maps the modules that look at their own ``training`` flag while the graph is made to what that flag
     was in train mode and in eval mode: a graph is chosen for the net at once, so they must keep these flags. It is
     empty where the modes do not differ. ``output`` is what the model returned in train mode for the first two examples.
-    ``front_end`` is ``"symbolic"`` or ``"export"``; with the latter all sizes but the batch are fixed, and the batch,
-    too, unless ``free_batch``. ``hosted``: only the sub-module ``root`` is a graph, the code around it runs as it is.
-    ``left_out`` are the fields of the output (with `hosted`, of the sub-module's) that are None in what the graphs
-    return, as the model puts objects there, which no graph can give: ``"past_key_values (DynamicCache)"``.
+    ``capture`` says how they were recorded: which front end, which sizes are free, whether the code around `root` runs
+    as Python, and which fields of the output (``"past_key_values (DynamicCache)"``) a graph cannot give.
     """
 
     train: fx.GraphModule
     eval: fx.GraphModule
     mode_paths: Mapping[str, tuple[bool, bool]]
     output: Any
-    front_end: str = "symbolic"
-    free_batch: bool = True
-    hosted: bool = False
-    left_out: tuple[str, ...] = ()
+    capture: Capture
 
 
 def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
@@ -116,12 +112,11 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     )
     name_sites(train.graph)
     match_sites(train.graph, evaluation.graph)
-    few = example.first(2) if traced.free_batch else example
+    few = example.first(2) if traced.capture.free_batch else example
     output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
     check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
     mode_paths = {f"{root}.{path}" if path else root: flags for path, flags in traced.mode_paths.items()}
-    front_end, free_batch, left_out = traced.front_end, traced.free_batch, traced.left_out
-    return Traced(train, evaluation, mode_paths, output, front_end, free_batch, hosted=True, left_out=left_out)
+    return Traced(train, evaluation, mode_paths, output, replace(traced.capture, hosted=True))
 
 
 def _settle(model: nn.Module, example: Args) -> StateWatch:
@@ -138,7 +133,9 @@ def _settle(model: nn.Module, example: Args) -> StateWatch:
     return watch
 
 
-def _prove(model: nn.Module, example: Args, record: Recorder, front_end: str, free_batch: Callable[[], bool]) -> Traced:
+def _prove(
+    model: nn.Module, example: Args, record: Recorder, front_end: FrontEnd, free_batch: Callable[[], bool]
+) -> Traced:
     """Record both modes, name the nodes of both graphs alike, and hold the graphs against the model."""
     with keep_modes(model):
         model.train()
@@ -158,4 +155,5 @@ def _prove(model: nn.Module, example: Args, record: Recorder, front_end: str, fr
     retype(train, output)
     if not same:
         retype(evaluation, eval_output)
-    return Traced(train, evaluation, mode_paths, output, front_end, free_batch(), left_out=left_out)
+    capture = Capture(front_end=front_end, free_batch=free_batch(), left_out=left_out)
+    return Traced(train, evaluation, mode_paths, output, capture)

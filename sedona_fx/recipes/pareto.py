@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -21,11 +20,12 @@ from sedona_fx.heads.registry import head_name
 from sedona_fx.plan import Plan
 from sedona_fx.report.picture import front_picture
 from sedona_fx.report.text import in_units, table
+from sedona_fx.rng import seeded_init
 from sedona_fx.search import Decision, Limits, Problem, Rollout
 from sedona_fx.search.problem.limits import MEASURES
-from sedona_fx.search.problem.problem import Choice, local_loss_of
-from sedona_fx.search.session.batches import NamedBatches
-from sedona_fx.search.session.stream import Stream
+from sedona_fx.search.problem.plan_costs import plan_costs
+from sedona_fx.search.problem.problem import Choice, Search, SearchData, local_loss_of
+from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.plan_tree import PlanTree
 
@@ -136,7 +136,13 @@ def pareto(
     for decision, value, loss in trials.outcome:
         heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
         found = {**net.plan.provenance, **decision.provenance}
-        plan = replace(net.plan, cuts=tuple(decision.cuts), heads=heads, provenance=found)
+        plan = replace(
+            net.plan,
+            cuts=tuple(decision.cuts),
+            heads=heads,
+            block_seconds=decision.block_seconds,
+            provenance=found,
+        )
         tried.append(FrontPoint(plan, value, loss))
     tried.sort(key=lambda point: (point.cost, point.loss))
     return Front(cost, tuple(non_dominated(tried)), tuple(tried), trials.steps)
@@ -152,7 +158,7 @@ def non_dominated(tried: Sequence[FrontPoint]) -> list[FrontPoint]:
 
 
 @dataclass
-class _Trials:
+class _Trials(Search):
     """A search that tries plans at all levels of a cost, keeps what came out, and decides for the best."""
 
     measure: str
@@ -169,38 +175,33 @@ class _Trials:
         return self.settings.val_batch_size
 
     def decide(self, problem: Problem) -> Decision:
-        if problem.data is None:
-            raise DataError("the front is made of short runs, which need data and a loss.")
+        data = problem.require_data("pareto")
         problem.require_heads("pareto")
         choices = plans_by_level(problem, self.measure, self.levels, self.each)
-        scores = self._train(problem, choices)
-        costs = problem.plan_costs
+        scores = self._train(problem, data, choices)
+        costs = plan_costs(problem)
         for choice, loss in scores.items():
             plan = tuple((problem.position(place), head) for place, head in choice)
             value = costs.value(self.measure, plan)
             about = {"search": "pareto", "measure": self.measure, "cost": value, "val_loss": loss, "steps": self.steps}
-            if self.measure == "block_seconds":
-                about["budget"] = {"measured": dict(problem.seconds)}
-            self.outcome.append((costs.decision(plan, about), value, loss))
+            measured = dict(problem.seconds) if self.measure == "block_seconds" else None
+            self.outcome.append((replace(costs.decision(plan, about), block_seconds=measured), value, loss))
         best, _, loss = min(self.outcome, key=lambda found: found[2])
         if not math.isfinite(loss):
             raise SearchDivergedError(f"in every plan, within {self.steps} steps", None)
         return best
 
-    def _train(self, problem: Problem, choices: Sequence[Choice]) -> dict[Choice, float]:
+    def _train(self, problem: Problem, data: SearchData, choices: Sequence[Choice]) -> dict[Choice, float]:
         """Train all plans in one tree, and return the validation loss of each."""
-        assert problem.data is not None
-        device, s = next(problem.train.parameters()).device, self.settings
-        batches, val_batches = (NamedBatches(source, problem.train, device) for source in problem.data[:2])
-        train, val = Stream(batches, "training", problem.seed), Stream(val_batches, "validation", problem.seed)
-        self.steps = s.steps or problem.data[2] or train.length()
-        descent = Descent(s.lr, s.momentum, s.weight_decay)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
-            tree = PlanTree(problem, choices, descent.optimizer, local_loss_of(problem), device)
+        settings = self.settings
+        train, val = training_stream(problem, data), validation_stream(problem, data)
+        self.steps = settings.steps or data.epoch_batches or train.length()
+        descent = Descent(settings.lr, settings.momentum, settings.weight_decay)
+        with seeded_init(problem.seed):
+            tree = PlanTree(problem, choices, descent.optimizer, local_loss_of(problem), problem.device)
             for step in tqdm(range(self.steps), desc=f"front of {len(choices)} plans", disable=not problem.progress):
                 tree.train(next(train), step)
-            return tree.evaluate(itertools.islice(val.epoch(), s.val_batches))
+            return tree.evaluate(itertools.islice(val.epoch(), settings.val_batches))
 
 
 def plans_by_level(problem: Problem, measure: str, levels: int, each: int) -> list[Choice]:
@@ -211,7 +212,7 @@ def plans_by_level(problem: Problem, measure: str, levels: int, each: int) -> li
     programme's best for scores drawn at random.
     """
     draw = random.Random(problem.seed)
-    costs = problem.plan_costs
+    costs = plan_costs(problem)
 
     def drawn(limit: float | None) -> tuple[float, Choice] | None:
         """Return a random plan within a limit and its cost."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,12 @@ from sedona_fx.plan import Plan
 from sedona_fx.recipes.transfer import analysed, check_heads
 from sedona_fx.search.sedona.decode import decode
 
-if TYPE_CHECKING:
-    Logits = Sequence[float] | Tensor
+Logits = Sequence[float] | Tensor
 
 _WIDE_FROM = 32  # channels of the first convolution: between 16 (quarter width) and 64 (full), by factors
 
 
-def from_released(
+def released_plan(
     alpha: Sequence[Sequence[float]] | Tensor,
     beta: Sequence[Logits] | Tensor,
     model: nn.Module,
@@ -30,7 +29,22 @@ def from_released(
     data: Any = None,
     heads: str | None = None,
 ) -> Plan:
-    """Decode released variables for a net. See :meth:`sedona_fx.Plan.from_released`."""
+    """Return a decision that SEDONA's authors released as a plan: their variables, decoded for one of their nets.
+
+    Args:
+        alpha: (B-1, 2) logits: isolate, let through.
+        beta: (B-1, 4) logits of the heads of depth 1 to 4.
+        model: a net of :mod:`sedona_fx.models` with B base layers, of any width.
+        blocks: K, from 1 to B.
+        data: one (inputs, target) pair or an iterable of such, to check that the heads fit; None: unchecked.
+        heads: the heads' name without depth. None: by the width of the first convolution, as the paper has it:
+            ``"sedona-wide"`` (2048 features) from 32 channels on, ``"sedona"`` (512) below: quarter-width nets have 16,
+            those of full width 64.
+
+    Raises:
+        PlanError: the variables are for another number of base layers, or are no such variables.
+        HeadError: there is no such head, or one does not fit.
+    """
     name = type(model).__name__
     layers = getattr(model, "base_layers", None)
     if not layers:
@@ -52,7 +66,7 @@ def from_released(
     if len(layers) != len(isolate) + 1:
         raise PlanError(
             f"the variables are for {len(isolate) + 1} base layers, and {name} has {len(layers)}: take the net they "
-            "were learned on, in any width, and transfer the plan from there (plan.transfer)."
+            "were learned on, in any width, and transfer the plan from there (sedona_fx.transfer_plan)."
         )
     if isinstance(blocks, bool) or not isinstance(blocks, int) or not 1 <= blocks <= len(layers):
         raise PlanError(f"blocks={blocks!r}: {len(layers)} base layers make 1 to {len(layers)} blocks.")

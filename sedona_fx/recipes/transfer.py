@@ -12,33 +12,50 @@ import itertools
 import logging
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import Analysed, Where, analyse
-from sedona_fx.compile.build import own
+from sedona_fx.compile.analyse import Where, analyse
+from sedona_fx.compile.request import own
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import DataError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.registry import build_head, head_names
+from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import device_of
 from sedona_fx.net.signature import described, example_like
 from sedona_fx.passes.cuts import base_layers, resolve
-
-if TYPE_CHECKING:
-    from sedona_fx.plan import Plan
+from sedona_fx.plan import Plan
 
 By = Literal["path", "fraction"]
 log = logging.getLogger(__name__)
 
 
-def transfer(
+def transfer_plan(
     plan: Plan, model: nn.Module, data: Any = None, by: By | None = None, leaf_modules: Collection[str] = ()
 ) -> Plan:
-    """Return the plan for another net. See :meth:`sedona_fx.Plan.transfer`."""
+    """Return a plan for another net: for a wider one, cuts at the same paths; for a deeper one, at the same fractions.
+
+    Heads keep their names, devices their order. ``provenance["transfer"]`` says what became of every cut.
+
+    Args:
+        plan: found on some net.
+        model: the other net. It is not touched.
+        data: one (inputs, target) pair or an iterable of such; None: noise in the shapes of the plan's inputs.
+        by: ``"path"``: cut behind the same module paths. ``"fraction"``: a cut behind base layer i of B (from 1) goes
+            where the other net's base layer j of C has j/C nearest to i/B; of two as near the earlier. Where two cuts
+            want the same layer, the sum of the distances decides, then the earlier cuts. None: by path if both nets
+            have as many base layers and all paths are legal cuts, else by fraction.
+        leaf_modules: module paths that are kept whole while tracing.
+
+    Raises:
+        PlanError: the nets do not correspond: paths that are missing, or more cuts than base layers.
+        HeadError: a head does not fit at its new place.
+        DataError: the model does not take the inputs.
+    """
     if by not in (None, "path", "fraction"):
         raise PlanError(f"by={by!r}: a plan is transferred by 'path' or by 'fraction'; None takes what fits.")
     name = type(model).__name__
@@ -50,7 +67,7 @@ def transfer(
     cuts = _by_path(plan, traced, name) if by == "path" else _by_fraction(plan, layers, name)
     pairs = list(zip(plan.cuts, cuts, strict=True))
     check_heads(plan, cuts, traced)
-    kept = {key: plan.provenance[key] for key in ("search", "seed") if key in plan.provenance}
+    kept = {"search": plan.provenance["search"]} if "search" in plan.provenance else {}
     source = {"model": plan.model, "base_layers": len(plan.base_layers) + 1}
     moves = ", ".join(f"{old} -> {new}" for old, new in pairs)
     log.info("the plan of %s for %s, by %s: %s", plan.model, name, by, moves)
@@ -60,6 +77,8 @@ def transfer(
         model=name,
         base_layers=tuple(layers),
         inputs=described(example),
+        capture=None,
+        block_seconds=None,
         provenance={**kept, "transfer": {"from": source, "by": by, "map": [list(pair) for pair in pairs]}},
     )
 
@@ -86,7 +105,7 @@ def analysed(
         example = Args(**example_like(plan.inputs, device).bind(owned.forward))
     else:
         raise DataError("the plan does not say what the model's inputs look like: hand one batch in data=(inputs, y).")
-    where = Where(plan.blocks, None, plan.root, named=tuple(named))
+    where = Where(plan.blocks, root=plan.root, named=tuple(named))
     return analyse(owned, example, plan.output, leaf_modules, where), example
 
 

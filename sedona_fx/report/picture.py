@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedona_fx.files import replacing
+from sedona_fx.plan import Plan
 from sedona_fx.report.front import draw_front
 from sedona_fx.report.rounds import draw_rounds
 from sedona_fx.report.scores import draw_scores
@@ -15,7 +16,6 @@ from sedona_fx.report.trajectory import draw_trajectory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sedona_fx.plan import Plan
 
 _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 

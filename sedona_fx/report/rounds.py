@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from sedona_fx.plan import Plan
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sedona_fx.plan import Plan
 
 _DARK, _PALE = "#1f4e79", "#9db9d3"
 

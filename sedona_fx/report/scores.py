@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sedona_fx.plan import Plan
 from sedona_fx.report.rounds import draw_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from sedona_fx.plan import Plan
 
 _DARK, _MIDDLE, _PALE = "#1f4e79", "#5b89b4", "#b8cce0"
 _ORANGE = "#c07a2c"  # with the blues, told apart by all kinds of colour vision

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from sedona_fx.search.problem.limits import MEASURES
+import torch
 
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
+from sedona_fx.ir.cost import Cost
+from sedona_fx.plan import Plan
 
 
 def human(count: float, unit: str = "") -> str:
@@ -31,54 +30,55 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
-def net_report(net: Net) -> str:
-    """Return what a net consists of: a line a block with its cut, head, parameters, FLOPs, activation bytes, device.
+def net_report(
+    plan: Plan, costs: Sequence[Cost], devices: Sequence[torch.device], shared: Mapping[str, Sequence[int]]
+) -> str:
+    """Return what a net consists of: a line for each block with its cut, head, parameters, FLOPs, activations, device.
 
-    FLOPs are of one forward pass of the example batch; activation bytes are what autograd keeps of it for backward,
-    the head included.
+    Args:
+        plan: of the net.
+        costs: of its blocks. FLOPs are of one forward pass of the example batch; activation bytes are what autograd
+            keeps of it for backward, the head included.
+        devices: of the blocks.
+        shared: parameters that several blocks use, by name, each with its blocks.
     """
-    batch = next(iter(net.plan.inputs.values()), None)
+    batch = next(iter(plan.inputs.values()), None)
     shape = tuple(batch["shape"]) if isinstance(batch, dict) and "shape" in batch else "?"
-    source = net.plan.provenance.get("search", "plan")
-    rows = []
-    for block, cost in zip(net.blocks, net.costs, strict=True):
-        last = block.index == len(net.blocks) - 1
-        rows.append(
-            [
-                str(block.index),
-                "the model's output" if last else f"behind {net.plan.cuts[block.index]}",
-                "-" if last else (net.plan.heads[block.index] or "none"),
-                human(cost.parameters),
-                human(cost.flops),
-                human(cost.activation_bytes, "B"),
-                str(block.device),
-            ]
-        )
+    source = plan.provenance.get("search", "plan")
+    ends = [*(f"behind {cut}" for cut in plan.cuts), "the model's output"]
+    heads = [*(head or "none" for head in plan.heads), "-"]
+    rows = [
+        [
+            str(index),
+            ends[index],
+            heads[index],
+            human(cost.parameters),
+            human(cost.flops),
+            human(cost.activation_bytes, "B"),
+            str(device),
+        ]
+        for index, (cost, device) in enumerate(zip(costs, devices, strict=True))
+    ]
     head = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
-    shared = shared_parameters(net)
     below = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
     if shared:
         below = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{below}"
-    if left_out := net.plan.provenance.get("left_out"):
-        below += f"\nNone in the output, as no graph gives it: {', '.join(left_out)}"
-    title = f"{net.plan.model}: {len(net.blocks)} blocks, cut by {source}, inputs {shape}"
+    if plan.capture is not None and plan.capture.left_out:
+        below += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
+    title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}"
     return f"{title}\n{table(head, rows)}{below}"
 
 
-def shared_parameters(net: Net) -> dict[str, list[int]]:
-    """Return the parameters that several blocks use, by name, each with its blocks; the last one steps it."""
-    users: dict[int, list[int]] = {}
-    for block in net.blocks:
-        for parameter in block.base_parameters():
-            users.setdefault(id(parameter), []).append(block.index)
-    return {name: users[id(p)] for name, p in net.model.named_parameters() if len(users.get(id(p), ())) > 1}
-
-
 def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:
-    """Return values in the unit in which people read them, and its name: MiB, MFLOPs, ms, ..., by the largest."""
+    """Return values in the unit in which people read them, and its name: MiB, MFLOPs, ms, ..., by the largest.
+
+    Args:
+        measure: what the values are, one of the limits' names; its last word is their unit (bytes, flops, seconds).
+        values: not negative.
+    """
     largest = max(values, default=0.0)
-    steps = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "FLOPs": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
-    base, names = steps.get(MEASURES[measure], (1e-3, ["s", "ms"]))
+    steps = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "flops": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
+    base, names = steps.get(measure.rpartition("_")[2], (1e-3, ["s", "ms"]))
     scale, unit = 1.0, names[0]
     for name in names[1:]:
         if (largest / scale >= base) if base > 1 else largest / scale < 1:

@@ -14,18 +14,18 @@ import torch
 from tqdm import tqdm
 
 from sedona_fx.data.sources import Pair, Source
-from sedona_fx.errors import DataError, SearchDivergedError
+from sedona_fx.errors import DataError, SearchDivergedError, SettingsError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.rng import seeded
-from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, local_loss_of
-from sedona_fx.search.session.batches import NamedBatches, named_batches
-from sedona_fx.search.session.stream import Stream
+from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, SearchData, local_loss_of
+from sedona_fx.search.session.batches import named_batches
+from sedona_fx.search.session.data import training_stream
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.plan_tree import PlanTree
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOf:
+class BestOf(Search):
     """Run a search with several seeds, train the distinct plans greedily for a short while, and keep the best.
 
     A part of the validation batches is kept from all the searches; the plans are judged by the loss of the final output
@@ -54,12 +54,12 @@ class BestOf:
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.search, type) or not hasattr(self.search, "decide"):
-            raise ValueError(
+        if not isinstance(self.search, Search):
+            raise SettingsError(
                 f"BestOf(search={self.search!r}): hand a configured search such as Guided() or Sedona(unroll=1)"
             )
         if self.seeds < 1 or (self.steps is not None and self.steps < 1) or not 0 < self.held_out < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"BestOf(seeds={self.seeds}, steps={self.steps}, held_out={self.held_out}): at least one seed and one "
                 "step, and a part between 0 and 1"
             )
@@ -67,7 +67,7 @@ class BestOf:
     @property
     def val_batch_size(self) -> int | None:
         """Samples in a validation batch, as the search wants them."""
-        return getattr(self.search, "val_batch_size", None)
+        return self.search.val_batch_size
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads.
@@ -79,17 +79,15 @@ class BestOf:
         """
         if problem.blocks == 1:
             return self.search.decide(problem)
-        if problem.data is None:
-            raise DataError("BestOf compares plans by training them, and needs data for that.")
+        data = problem.require_data("BestOf")
         problem.require_heads("BestOf")
-        train, val, length = problem.data
-        seen, judges = self._split(val, problem.seed)
+        seen, judges = self._split(data.val, problem.seed)
         runs = []
         for seed in range(problem.seed, problem.seed + self.seeds):
-            own = replace(problem, seed=seed, data=(train, lambda: iter(seen), length))
+            own = replace(problem, seed=seed, data=replace(data, val=lambda: iter(seen)))
             runs.append(_in_own_folder(self.search, seed).decide(own))
         choices = [problem.choice(run) for run in runs]
-        scores = self._scores(problem, list(dict.fromkeys(choices)), judges)
+        scores = self._scores(problem, data, list(dict.fromkeys(choices)), judges)
         best = min(range(self.seeds), key=lambda k: scores[choices[k]])
         if not math.isfinite(scores[choices[best]]):
             raise SearchDivergedError("in the plans of all seeds", None)
@@ -121,23 +119,23 @@ class BestOf:
         kept = min(len(batches) - 1, max(1, round(self.held_out * len(batches))))
         return batches[:-kept], batches[-kept:]
 
-    def _scores(self, problem: Problem, plans: Sequence[Choice], judges: Sequence[Pair]) -> dict[Choice, float]:
+    def _scores(
+        self, problem: Problem, data: SearchData, plans: Sequence[Choice], judges: Sequence[Pair]
+    ) -> dict[Choice, float]:
         """Return each plan's mean loss on the batches that judge, after a short greedy training."""
-        assert problem.data is not None
-        device = next(problem.train.parameters()).device
-        train = Stream(NamedBatches(problem.data[0], problem.train, device), "training", problem.seed)
+        device, train = problem.device, training_stream(problem, data)
         descent = Descent(self.lr, self.momentum, self.weight_decay)
         with seeded(device, problem.seed):
             tree = PlanTree(problem, plans, descent.optimizer, local_loss_of(problem), device)
-            steps = self.steps or problem.data[2] or train.length()
+            steps = self.steps or data.epoch_batches or train.length()
             for step in tqdm(range(steps), desc=f"plans of {self.seeds} seeds", disable=not problem.progress):
                 tree.train(next(train), step)
             return tree.evaluate(named_batches(lambda: iter(judges), problem.train, device))
 
 
 def _in_own_folder(search: Search, seed: int) -> Search:
-    folder: str | Path | None = getattr(search, "folder", None)
-    if folder is None or not dataclasses.is_dataclass(search):
+    """Give a run a folder of its own inside the search's."""
+    if search.folder is None or not dataclasses.is_dataclass(search):
         return search
-    changed: Search = replace(search, folder=Path(folder) / f"seed-{seed}")
+    changed: Search = replace(search, folder=Path(search.folder) / f"seed-{seed}")
     return changed

@@ -15,25 +15,23 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from sedona_fx.errors import DataError, SearchDivergedError
+from sedona_fx.errors import SearchDivergedError, SettingsError
 from sedona_fx.heads.registry import head_name
-from sedona_fx.search.problem import additive
+from sedona_fx.rng import seeded_init
 from sedona_fx.search.problem.plan_costs import best_plans
-from sedona_fx.search.problem.problem import Choice, Decision, Positions, Problem
-from sedona_fx.search.session.batches import Batch, NamedBatches, split
+from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, SearchData
+from sedona_fx.search.session.batches import Batch, split
+from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Watch
-from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import MEASURED_SHARE
 from sedona_fx.search.trials.alignment import Alignment
 from sedona_fx.search.trials.descent import Descent
@@ -44,12 +42,11 @@ from sedona_fx.search.trials.supernet import Supernet
 
 log = logging.getLogger(__name__)
 
-_PLANS_FITTED = 5000
 _PLANS_LISTED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guided:
+class Guided(Search):
     """Gradients prune, rollouts decide.
 
     Args:
@@ -60,9 +57,6 @@ class Guided:
         states: how often on the way gradients are compared, at most.
         finalists: plans that are rolled out, at most; with 0 or 1, and where a parameter is used on both sides of a
             place to cut, gradients decide alone.
-        score: ``"cut"``: each (cut, head) by itself, the cosine over all weights in front of it. ``"plan"``, for
-            comparison: the cosine of a plan's whole gradient, made additive by least squares
-            (:mod:`~sedona_fx.search.problem.additive`); plans are ranked by the mean of the cosine and its fit.
         batch_size: samples in a step of the first part; larger batches are split. More and noisier steps for the same
             cost bring the net and its heads further.
         lr: learning rate of SGD: constant in the first part, falling by a cosine in each round of the rollouts.
@@ -79,7 +73,6 @@ class Guided:
     seconds: float | None = None
     states: int = 8
     finalists: int = 6
-    score: Literal["cut", "plan"] = "cut"
     batch_size: int = 32
     lr: float = 0.05
     momentum: float = 0.9
@@ -96,12 +89,10 @@ class Guided:
         for name, least in (at_least | {"val_batch_size": 1}).items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"Guided({name}={value}): has to be at least {least}")
-        if self.score not in ("plan", "cut"):
-            raise ValueError(f"Guided(score={self.score!r}): 'plan' or 'cut'")
+                raise SettingsError(f"Guided({name}={value}): has to be at least {least}")
         if self.seconds is not None and (self.seconds <= 0 or self.training_steps is not None):
             why = "has to be above 0" if self.seconds <= 0 else "it is another way to say training_steps: give one"
-            raise ValueError(f"Guided(seconds={self.seconds}): {why}")
+            raise SettingsError(f"Guided(seconds={self.seconds}): {why}")
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads. Ctrl-C ends the search; it decides by what it has seen until then.
@@ -115,27 +106,19 @@ class Guided:
         """
         if problem.blocks == 1:
             return Decision([], [], {"search": "guided"})
-        if problem.data is None:
-            raise DataError("search='guided' needs data to search on.")
+        data = problem.require_data("search='guided'")
         problem.require_heads("search='guided'")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
-            try:
-                return _Run(self, problem).decide()
-            except ValueError as error:
-                raise DataError(str(error)) from error
+        with seeded_init(problem.seed):
+            return _Run(self, problem, data).decide()
 
 
 class _Run:
     """One search: its parts, and what is written down between them."""
 
-    def __init__(self, settings: Guided, problem: Problem) -> None:
-        assert problem.data is not None
-        self.settings, self.problem, self.places = settings, problem, problem.places()
-        self.device = next(problem.train.parameters()).device
-        train, val, _ = problem.data
-        self.train = Stream(NamedBatches(train, problem.train, self.device), "training", problem.seed)
-        self._val = Stream(NamedBatches(val, problem.train, self.device), "validation", problem.seed)
+    def __init__(self, settings: Guided, problem: Problem, data: SearchData) -> None:
+        self.settings, self.problem, self.data = settings, problem, data
+        self.places, self.device = problem.places(), problem.device
+        self.train, self._val = training_stream(problem, data), validation_stream(problem, data)
         self.descent = Descent(settings.lr, settings.momentum, settings.weight_decay)
         self.journal = Journal(settings.folder, self._identity(), settings.save_seconds)
         self.net = Supernet(problem, self.places, self.device)
@@ -187,7 +170,7 @@ class _Run:
                 ranked, rounds = halving.ranked or ranked, halving.rounds
         found |= {
             "search": "guided",
-            "score": self.settings.score,
+            "score": "cut",
             "interrupted": watch.interrupted,
             "cost": {"equivalent_steps": watch.spent, **shares.counts(), **self._seconds()},
             "states": len(comparison.met),
@@ -205,7 +188,7 @@ class _Run:
         s = self.settings
         first = next(self.train.fresh())
         batch_size, parts = None, 1
-        if self.problem.free_batch:
+        if self.problem.analysed.capture.free_batch:
             # Not so small that operators, which take their time whatever the size, make more than half of a step.
             batch_size, most = s.batch_size, max(1, math.floor(1 / overhead(self.problem)))
             while (parts := len(split(first, batch_size))) > most:
@@ -213,8 +196,8 @@ class _Run:
         batch_size = batch_size if parts > 1 else None
         if saved is not None:
             return Shares(*saved[0]), Effort(*saved[1]), batch_size
-        assert self.problem.data is not None
-        effort, epoch = Effort.of(self.problem, self.places, parts), self.problem.data[2] or self.train.length()
+        effort = Effort.of(self.problem, self.places, parts)
+        epoch = self.data.epoch_batches or self.train.length()
         budget = 25 * epoch if s.training_steps is None else s.training_steps
         pace = None
         if s.seconds is not None or effort.of_measuring <= MEASURED_SHARE * budget:
@@ -241,22 +224,15 @@ class _Run:
         """Return the best plans within the limits; and, as JSON, their scores and what each (place, head) adds."""
         problem = self.problem
         heads = [len(problem.candidates[place]) for place in self.places]
-        if self.settings.score == "cut":
-            means = np.mean([state.by_cut() for state in met], axis=0).tolist()
-            terms, explained = [row[:kinds] for row, kinds in zip(means, heads, strict=True)], 1.0
-        else:
-            plans = additive.sample(heads, problem.blocks - 1, _PLANS_FITTED, random.Random(problem.seed))
-            terms, explained = additive.fit(plans, _cosines(met, plans), heads)
-        # The sum is not quite the plan's score: look at more plans than are wanted, each by its own.
+        means = np.mean([state.by_cut() for state in met], axis=0).tolist()
+        terms = [row[:kinds] for row, kinds in zip(means, heads, strict=True)]
         best = best_plans(problem, [[-term for term in row] for row in terms], max(_PLANS_LISTED, 4 * count))
         positions = [tuple((problem.position(place), head) for place, head in plan) for plan in best]
         scores = np.array([sum(terms[place][head] for place, head in plan) for plan in positions])
-        if self.settings.score == "plan":
-            scores = (scores + _cosines(met, positions)) / 2
         order = sorted(range(len(best)), key=lambda k: (-scores[k], k))
         names = {place: [head_name(spec) for spec in problem.candidates[place]] for place in self.places}
         listed = [[[[p, names[p][k]] for p, k in best[n]], float(scores[n])] for n in order]
-        found = {"places": self.places, "candidates": names, "scores": terms, "explained": explained, "plans": listed}
+        found = {"places": self.places, "candidates": names, "scores": terms, "plans": listed}
         return [best[n] for n in order[:count]], found
 
     def _validation(self) -> Iterable[Batch]:
@@ -267,9 +243,3 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         return {"search": "guided", "settings": settings_of(self.settings), **self.problem.identity()}
-
-
-def _cosines(met: Sequence[Alignment], plans: Sequence[Positions]) -> np.ndarray:
-    """Return the plans' mean cosine over the states met."""
-    found: np.ndarray = np.mean([state.cosines(plans) for state in met], axis=0)
-    return found

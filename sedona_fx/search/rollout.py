@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
-from sedona_fx.errors import DataError
-from sedona_fx.search.problem.problem import Decision, Problem
-from sedona_fx.search.session.batches import Batch, NamedBatches
+from sedona_fx.errors import SettingsError
+from sedona_fx.rng import seeded_init
+from sedona_fx.search.problem.problem import Decision, Problem, Search, SearchData
+from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Watch
-from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.gradient_comparison import Comparison
@@ -27,7 +26,7 @@ from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
+class Rollout(Search):
     """Short greedy runs of candidate plans from the same weights, on the same batches; successive halving.
 
     Cuts and heads are judged together. Blocks that plans have in common are trained once
@@ -71,9 +70,9 @@ class Rollout:
         for name in ("steps", "training_steps", "plans", "val_batches", "val_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"Rollout({name}={value}): has to be at least 1")
+                raise SettingsError(f"Rollout({name}={value}): has to be at least 1")
         if self.warmup_steps < 0:
-            raise ValueError(f"Rollout(warmup_steps={self.warmup_steps}): has to be at least 0")
+            raise SettingsError(f"Rollout(warmup_steps={self.warmup_steps}): has to be at least 0")
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads. Ctrl-C ends the search behind its first round; the best plan until then is taken.
@@ -87,27 +86,19 @@ class Rollout:
         """
         if problem.blocks == 1:
             return Decision([], [], {"search": "rollout"})
-        if problem.data is None:
-            raise DataError("search='rollout' needs data to search on.")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
-            try:
-                return self._decide(problem)
-            except ValueError as error:
-                raise DataError(str(error)) from error
+        data = problem.require_data("search='rollout'")
+        with seeded_init(problem.seed):
+            return self._decide(problem, data)
 
-    def _decide(self, problem: Problem) -> Decision:
-        assert problem.data is not None
+    def _decide(self, problem: Problem, data: SearchData) -> Decision:
         plans, places = proposals(problem, self.plans), problem.places()
         identity = {"search": "rollout", "settings": settings_of(self), **problem.identity()}
         journal = Journal(self.folder, identity, self.save_seconds)
         saved = journal.read() or {}
         if "decision" in saved:
             return problem.decision(*saved["decision"])
-        device = next(problem.train.parameters()).device
-        batches, val_batches = (NamedBatches(source, problem.train, device) for source in problem.data[:2])
-        train = Stream(batches, "training", problem.seed)
-        val = Stream(val_batches, "validation", problem.seed)
+        device = problem.device
+        train, val = training_stream(problem, data), validation_stream(problem, data)
         descent, effort = Descent(self.lr, self.momentum, self.weight_decay), Effort.of(problem, places, 1)
 
         def validation() -> Iterable[Batch]:
@@ -117,7 +108,7 @@ class Rollout:
             Supernet(problem, places, device), self.warmup_steps, 0, None, descent, problem.blocks - 1, problem.seed
         )
         halving = Halving(problem, plans, descent, device)
-        halving.steps = self._steps(problem, halving.tree, train)
+        halving.steps = self._steps(problem, halving.tree, lambda: data.epoch_batches or train.length())
         if saved:
             warm_up.load_state_dict(saved["warm_up"])
             train.go_to(saved["train"])
@@ -145,18 +136,15 @@ class Rollout:
             journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], found]})
         return problem.decision(halving.ranked[0], found)
 
-    def _steps(self, problem: Problem, tree: PlanTree, train: Stream) -> int:
+    def _steps(self, problem: Problem, tree: PlanTree, epoch_batches: Callable[[], int]) -> int:
         """Return how many steps the budget pays for, were the tree halved at each stop."""
         if self.steps is not None:
             return self.steps
-        assert problem.data is not None
-        budget = self.training_steps
-        if budget is None:
-            budget = 25 * (problem.data[2] or train.length())
+        budget = 25 * epoch_batches() if self.training_steps is None else self.training_steps
         whole, one, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
         steps, _ = affordable(budget, count, one, whole)
         if steps < 1:
-            raise DataError(
+            raise SettingsError(
                 f"training_steps={budget} does not pay for a rollout: one step of all {len(tree.plans())} plans costs "
                 f"as much as {whole:.0f} training steps. Raise training_steps, or try fewer plans."
             )

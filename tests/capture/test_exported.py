@@ -67,8 +67,8 @@ def test_both_modes_are_captured_and_share_the_models_tensors():
     state = copy.deepcopy(model.state_dict())
     random_state = torch.get_rng_state()
     traced = trace(model, Args(x=images()))
-    assert traced.front_end == "export"
-    assert traced.free_batch
+    assert traced.capture.front_end == "export"
+    assert traced.capture.free_batch
     assert traced.train is not traced.eval
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
@@ -87,7 +87,7 @@ def test_a_net_of_it_is_the_model_and_its_gradients_those_by_hand(cuts):
     x, y = images(), torch.tensor([0, 1, 2, 3])
     model = Looks()
     net = sedona_fx.decouple(model, (x, y), cuts=cuts, heads="linear")
-    assert net.plan.provenance["front_end"] == "export"
+    assert net.plan.capture.front_end == "export"
     for training in (True, False):
         for count in (4, 2, 7, 1):
             fresh = copy.deepcopy(model).train(training)
@@ -197,7 +197,7 @@ def test_objects_in_the_output_are_left_out(wrap, where):
     net = sedona_fx.decouple(
         model, (x, y), cuts=["mid"], heads="linear", loss=lambda output, y: F.cross_entropy(logits(output), y)
     )
-    assert net.plan.provenance["left_out"] == [f"{where} (Cache)"]
+    assert net.plan.capture.left_out == (f"{where} (Cache)",)
     for actual, expected in in_both_modes(net, model, x):
         assert type(actual) is type(expected)
         assert torch.equal(logits(actual), logits(expected))
@@ -341,7 +341,7 @@ class Initialises(Notes):
 
 
 def test_what_is_noted_once_is_no_obstacle_unless_weights_change_with_it():
-    assert trace(Notes(), Args(x=images())).front_end == "export"
+    assert trace(Notes(), Args(x=images())).capture.front_end == "export"
     model = Initialises()
     bias = model.fc.bias.detach().clone()
     with pytest.raises(TraceError, match="changes the attribute 'seen'"):
@@ -374,7 +374,7 @@ class Remembers(Scratch):
 def test_attributes_that_are_written_before_they_are_read_are_no_obstacle():
     model = Scratch()
     traced = trace(model, Args(x=images()))
-    assert traced.front_end == "export"
+    assert traced.capture.front_end == "export"
     assert model.pyramid == []
     with pytest.raises(TraceError, match="changes the attribute 'pyramid'"):
         trace(Remembers(), Args(x=images()))
@@ -393,7 +393,7 @@ class AsksForTheBatch(Looks):
 def test_a_forward_that_branches_on_the_batch_is_held_to_the_example(asks):
     model, x = AsksForTheBatch(asks), images(4)
     net = sedona_fx.decouple(model, (x, torch.arange(4)), cuts=["mid"], heads="linear")
-    assert net.plan.provenance["free_batch"] is False
+    assert net.plan.capture.free_batch is False
     assert torch.equal(net.eval()(x), model.eval()(x))
     with pytest.raises(DataError, match=r"traced with \(4, 3, 8, 8\)"):
         net(images(6))

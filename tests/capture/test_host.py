@@ -78,7 +78,7 @@ def make(**how: object) -> tuple[Host, sedona_fx.Net]:
 def test_the_host_runs_as_it_is_and_the_net_is_the_model():
     model, net = make()
     assert net.plan.root == "backbone"
-    assert net.plan.provenance["host"] == "runs as it is"
+    assert net.plan.capture.hosted
     (images, target), _ = batch(6)
     for training in (True, False):
         plain = copy.deepcopy(model).train(training)

@@ -146,7 +146,7 @@ class OwnBackward(nn.Module):
 
 def test_a_lost_backward_is_seen():
     x = torch.randn(2, 4)
-    assert trace(OwnBackward(SameByHand), Args(x=x)).front_end == "export"
+    assert trace(OwnBackward(SameByHand), Args(x=x)).capture.front_end == "export"
     with pytest.raises(TraceError, match=r"has a backward of its own \(Reversal.*leaf_modules"):
         trace(OwnBackward(Reversal), Args(x=x))
 

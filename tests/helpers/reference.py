@@ -23,7 +23,7 @@ class Streams:
 
     def __init__(self, net: Net, step: int) -> None:
         self.blocks = len(net.blocks)
-        self.seeds = [block_seed(net.plan.provenance["seed"], block, step) for block in range(self.blocks)]
+        self.seeds = [block_seed(net.plan.seed, block, step) for block in range(self.blocks)]
         self.states: dict[int, Tensor] = {}
         self.block = 0
 

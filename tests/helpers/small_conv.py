@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import sedona_fx
-from sedona_fx.search import Decision, Problem
+from sedona_fx.search import Decision, Problem, Search
 
 HEADS = ["linear", "sedona-1"]
 Plan = tuple[tuple[int, int], ...]
 
 
-class Catch:
+class Catch(Search):
     """A search that keeps the problem it is given and cuts anywhere."""
 
     needs_data = True

@@ -11,6 +11,7 @@ from zoo import ZOO, same_bits, same_state
 
 import sedona_fx
 from sedona_fx.errors import ScheduleError
+from sedona_fx.search import Search
 from sedona_fx.train import Greedy
 
 X, Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
@@ -167,7 +168,7 @@ def test_auxiliary_outputs_come_in_train_mode_only():
     assert all(p.grad is not None for p in auxiliary)
 
 
-class Looks:
+class Looks(Search):
     """A search that runs the train graph which it is given, then cuts by rule."""
 
     needs_data = False

@@ -82,7 +82,7 @@ class Captured(nn.Module):
 def test_a_captured_model_makes_its_tensors_where_it_has_been_moved():
     x, y = pair()
     net = sedona_fx.decouple(Captured(), (x, y), cuts=["a"], heads="linear")
-    assert net.plan.provenance["front_end"] == "export"
+    assert net.plan.capture.front_end == "export"
     expected = net(x)
     net.to("meta")
     assert net(x.to("meta")).device.type == "meta"

@@ -59,8 +59,8 @@ def test_objects_beside_the_output_are_left_out():
     net = sedona_fx.decouple(
         model, (x, y), cuts=["a"], loss=lambda output, target: nn.functional.cross_entropy(output["logits"], target)
     )
-    assert net.plan.provenance["front_end"] == "symbolic"
-    assert net.plan.provenance["left_out"] == ["notes.0 (Note)"]
+    assert net.plan.capture.front_end == "symbolic"
+    assert net.plan.capture.left_out == ("notes.0 (Note)",)
     assert net(x)["notes"] == [None]
     assert torch.equal(net(x)["logits"], model(x)["logits"])
     net.backward(x, y)

@@ -206,7 +206,7 @@ def test_what_cannot_be_recorded_names_module_file_line_and_value(inner, line, m
 
 def test_a_loop_over_the_examples_holds_for_their_number():
     traced = trace(Around(Loop()), example())
-    assert (traced.front_end, traced.free_batch) == ("export", False)
+    assert (traced.capture.front_end, traced.capture.free_batch) == ("export", False)
 
 
 @pytest.mark.parametrize("inner", [TensorCoin(), PythonCoin(), NumpyCoin(), Counter(), Diary(), KeptTensor()])
@@ -576,5 +576,5 @@ class CallsForEffect(nn.Module):
 
 def test_a_function_kept_whole_that_only_writes_is_no_dead_code():
     traced = trace(CallsForEffect(), example())
-    assert traced.front_end == "symbolic"
+    assert traced.capture.front_end == "symbolic"
     assert any(node.target is add_in_place for node in traced.train.graph.nodes)

@@ -132,7 +132,7 @@ def test_language_model_with_tied_embeddings(checks):
     ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(1))
     inputs = {"ids": ids, "mask": torch.ones_like(ids)}
     net = sedona_fx.decouple(model, (inputs, ids), cuts=["layers.0", "layers.1"], loss=next_token)
-    assert net.plan.provenance["front_end"] == ("export" if checks else "symbolic")
+    assert net.plan.capture.front_end == ("export" if checks else "symbolic")
     assert all(name.startswith("logits") for name in net.plan.heads)
     assert isinstance(net(**inputs), Scores)
     assert torch.equal(net(**inputs).logits, model(**inputs).logits)

@@ -16,7 +16,7 @@ import sedona_fx
 from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.recipes.pareto import FrontPoint, non_dominated
-from sedona_fx.search import Decision, Rollout
+from sedona_fx.search import Decision, Rollout, Search
 from sedona_fx.train import Greedy
 
 HEADS = ["linear", "sedona-1"]
@@ -61,7 +61,7 @@ def test_the_points_are_those_that_nothing_beats(front):
     assert len({p.cost for p in front.tried}) >= 4
 
 
-class Catch:
+class Catch(Search):
     """A search that keeps the problem it is given and cuts anywhere."""
 
     needs_data = True

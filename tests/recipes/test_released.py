@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sedona_fx
-from sedona_fx import Plan, models
+from sedona_fx import Plan, models, released_plan
 from sedona_fx.errors import HeadError, PlanError
 
 RELEASED = Path(__file__).parents[2] / "../shared/data/sedona_released.json"
@@ -32,7 +32,7 @@ def images():
 
 def test_decoding_by_hand():
     model = models.resnet18(width=0.25)
-    plan = Plan.from_released(ALPHA, BETA, model)
+    plan = released_plan(ALPHA, BETA, model)
     assert plan.cuts == ("layer1.1", "layer3.1", "layer4.0")
     assert plan.heads == ("sedona-3", "sedona-2", "sedona-1")
     assert plan.base_layers == tuple(f"layer{stage}.{k}" for stage in (1, 2, 3, 4) for k in (0, 1))[:-1]
@@ -40,9 +40,9 @@ def test_decoding_by_hand():
     assert plan.provenance["search"] == "released"
     assert torch.tensor(plan.provenance["alpha"]).allclose(torch.tensor(ALPHA))
     assert Plan.from_json(plan.to_json()) == plan
-    two = Plan.from_released(torch.tensor(ALPHA), [torch.tensor(row) for row in BETA], model, blocks=2)
+    two = released_plan(torch.tensor(ALPHA), [torch.tensor(row) for row in BETA], model, blocks=2)
     assert (two.cuts, two.heads) == (("layer3.1",), ("sedona-2",))
-    assert Plan.from_released(ALPHA, BETA, model, blocks=1).cuts == ()
+    assert released_plan(ALPHA, BETA, model, blocks=1).cuts == ()
     net = sedona_fx.decouple(model, images(), plan=plan, progress=False)
     assert net.plan.cuts == plan.cuts
     assert net.plan.heads == plan.heads
@@ -50,7 +50,7 @@ def test_decoding_by_hand():
 
 def test_heads_follow_the_nets_width():
     def heads(width, **options):
-        return Plan.from_released(ALPHA, BETA, models.resnet18(width=width), blocks=2, **options).heads
+        return released_plan(ALPHA, BETA, models.resnet18(width=width), blocks=2, **options).heads
 
     # The first convolution has 64 * width channels.
     assert [heads(width) for width in (0.25, 0.45, 0.5, 1.0)] == [
@@ -65,7 +65,7 @@ def test_heads_follow_the_nets_width():
 
 
 def test_with_data_the_heads_are_tried_and_the_inputs_noted():
-    plan = Plan.from_released(ALPHA, BETA, models.resnet18(width=0.125), data=images())
+    plan = released_plan(ALPHA, BETA, models.resnet18(width=0.125), data=images())
     assert plan.inputs == {"x": {"shape": [2, 3, 32, 32], "dtype": "float32"}}
 
     class Dense(nn.Module):
@@ -81,9 +81,9 @@ def test_with_data_the_heads_are_tried_and_the_inputs_noted():
             return self.second(self.first(x))
 
     one = ALPHA[:1], BETA[:1], Dense(), 2
-    assert Plan.from_released(*one).cuts == ("first",)
+    assert released_plan(*one).cuts == ("first",)
     with pytest.raises(HeadError, match=r"'sedona-1' cannot stand behind 'first'.*\(2, 4, 30, 30\).*\(2, 2, 28, 28\)"):
-        Plan.from_released(*one, data=images())
+        released_plan(*one, data=images())
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,15 @@ def test_with_data_the_heads_are_tried_and_the_inputs_noted():
 )
 def test_variables_that_are_none(alpha, beta, message):
     with pytest.raises(PlanError, match=message):
-        Plan.from_released(alpha, beta, models.resnet18(width=0.125))
+        released_plan(alpha, beta, models.resnet18(width=0.125))
 
 
 def test_other_nets_and_numbers_of_blocks():
     with pytest.raises(PlanError, match="Sequential does not declare its base layers"):
-        Plan.from_released(ALPHA, BETA, nn.Sequential(nn.Linear(2, 2)))
+        released_plan(ALPHA, BETA, nn.Sequential(nn.Linear(2, 2)))
     for blocks in (0, 9, True):
         with pytest.raises(PlanError, match=rf"blocks={blocks}: 8 base layers make 1 to 8 blocks"):
-            Plan.from_released(ALPHA, BETA, models.resnet18(width=0.125), blocks=blocks)
+            released_plan(ALPHA, BETA, models.resnet18(width=0.125), blocks=blocks)
 
 
 @pytest.mark.skipif(not RELEASED.exists(), reason="needs the authors' variables: ../shared/data/sedona_released.json")
@@ -124,6 +124,6 @@ def test_other_nets_and_numbers_of_blocks():
 )
 def test_the_released_decisions(net, cuts, depths, width):
     found = json.loads(RELEASED.read_text())["plans"][net]
-    plan = Plan.from_released(found["alpha"], found["beta"], getattr(models, net)(width=width))
+    plan = released_plan(found["alpha"], found["beta"], getattr(models, net)(width=width))
     assert plan.cuts == cuts
     assert plan.heads == tuple(f"sedona{'-wide' if width == 1.0 else ''}-{depth}" for depth in depths)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sedona_fx
-from sedona_fx import Plan, models
+from sedona_fx import Plan, models, transfer_plan
 from sedona_fx.errors import DataError, HeadError, PlanError
 from sedona_fx.recipes.transfer import nearest_layers
 
@@ -39,7 +39,7 @@ def test_a_wider_net_by_path(narrow, caplog):
     wide = models.vgg19(width=1.0)
     state = copy.deepcopy(wide.state_dict())
     with caplog.at_level(logging.INFO, logger="sedona_fx"):
-        plan = narrow.transfer(wide)
+        plan = transfer_plan(narrow, wide)
     assert plan.cuts == ("layers.5", "layers.12", "layers.13")
     assert plan.heads == ("sedona-4", "sedona-1", "sedona-1")
     assert plan.base_layers == tuple(f"layers.{k}" for k in range(15))
@@ -67,7 +67,7 @@ def inverted(channels, out):
 
 def test_a_deeper_net_by_fraction(short):
     deep = models.resnet110()
-    plan = short.transfer(deep)
+    plan = transfer_plan(short, deep)
     # 54 base layers, 18 a stage. Behind the 3rd, 7th, 11th of 15: 10.8, 25.2, 39.6 of 54, so the 11th, 25th, 40th.
     assert plan.cuts == ("layer1.10", "layer2.6", "layer3.3")
     assert plan.provenance["transfer"]["by"] == "fraction"
@@ -81,19 +81,19 @@ def test_a_deeper_net_by_fraction(short):
     net = sedona_fx.decouple(deep, images(16), plan=plan, progress=False)
     assert net.plan.cuts == ("layer1.10", "layer2.6", "layer3.3")
     # Behind each cut the path is there as well, but the nets are not equally deep: by path only if it is asked for.
-    assert short.transfer(deep, by="path").cuts == short.cuts
-    back = plan.transfer(models.resnet32())
+    assert transfer_plan(short, deep, by="path").cuts == short.cuts
+    back = transfer_plan(plan, models.resnet32())
     assert back.cuts == short.cuts
 
 
 def test_example_data_is_taken_as_decouple_takes_it(short):
     pair = images(24)
     for data in (pair, [pair, pair]):
-        plan = short.transfer(models.resnet32(width=0.5), data=data)
+        plan = transfer_plan(short, models.resnet32(width=0.5), data=data)
         assert plan.inputs["x"]["shape"] == [2, 3, 24, 24]
         assert plan.cuts == short.cuts
     with pytest.raises(DataError, match=r"the plan does not say what .* look like: hand one batch in data="):
-        Plan(cuts=("layer1.0",), heads=(None,)).transfer(models.resnet32())
+        transfer_plan(Plan(cuts=("layer1.0",), heads=(None,)), models.resnet32())
 
 
 def cuts_by_all_choices(cuts, count, target):
@@ -142,21 +142,21 @@ def vectors(width=8):
 def test_nets_that_do_not_correspond(short, narrow):
     message = r"made for VGG, does not correspond to ResNet: it names 'layers.5', 'layers.12', 'layers.13', where"
     with pytest.raises(PlanError, match=message):
-        narrow.transfer(models.resnet32(), by="path")
+        transfer_plan(narrow, models.resnet32(), by="path")
     small = planned(Two(6), vectors(), cuts=["parts.0", "parts.1", "parts.2"], heads="linear")
     with pytest.raises(PlanError, match=r"it has 3 cuts, and Two has 3 base layers, which have room for 2\."):
-        small.transfer(Two(3))
+        transfer_plan(small, Two(3))
     with pytest.raises(PlanError, match=r"by='place': a plan is transferred by 'path' or by 'fraction'"):
-        small.transfer(Two(3), by="place")
+        transfer_plan(small, Two(3), by="place")
     inside = planned(Two(6), vectors(), cuts=["parts.0.0"], heads="linear")
     with pytest.raises(PlanError, match=r"'parts.0.0' end none of the \d base layers of Two\. by='path'"):
-        inside.transfer(Two(8), by="fraction")
-    assert inside.transfer(Two(8), by="path").cuts == ("parts.0.0",)
+        transfer_plan(inside, Two(8), by="fraction")
+    assert transfer_plan(inside, Two(8), by="path").cuts == ("parts.0.0",)
     rooted = Plan(cuts=("body.0",), heads=(None,), root="body", inputs=small.inputs)
     with pytest.raises(PlanError, match="the plan cuts inside of 'body', which Two does not have"):
-        rooted.transfer(Two())
+        transfer_plan(rooted, Two())
     with pytest.raises(DataError, match="do not fit the model's forward"):
-        Plan(cuts=("parts.0",), heads=(None,), inputs={"image": small.inputs["x"]}).transfer(Two())
+        transfer_plan(Plan(cuts=("parts.0",), heads=(None,), inputs={"image": small.inputs["x"]}), Two())
 
 
 def test_heads_are_tried_at_their_new_places(short):
@@ -173,9 +173,9 @@ def test_heads_are_tried_at_their_new_places(short):
     message = r"cut 'layer1.2' does not fit: head 'mlp-sr' cannot stand .*activation there is \(2, 5, 16\).*\(2, 3\)"
     few = Plan(cuts=short.cuts[:1], heads=short.heads[:1], base_layers=short.base_layers)
     with pytest.raises(HeadError, match=message):
-        few.transfer(Tokens(), data=pair)
+        transfer_plan(few, Tokens(), data=pair)
     # What is not registered is for decouple(plan=..., heads=[...]) to find.
     named = Plan(cuts=short.cuts[:1], heads=("some:factory",), base_layers=short.base_layers)
-    assert named.transfer(Tokens(), data=pair).heads == ("some:factory",)
+    assert transfer_plan(named, Tokens(), data=pair).heads == ("some:factory",)
     without = Plan(cuts=short.cuts[:1], heads=(None,), base_layers=short.base_layers)
-    assert without.transfer(Tokens(), data=pair).heads == (None,)
+    assert transfer_plan(without, Tokens(), data=pair).heads == (None,)

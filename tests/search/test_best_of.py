@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sedona_fx
 from sedona_fx.errors import DataError, SearchDivergedError
-from sedona_fx.search import BestOf, Decision, Problem, Sedona, Uniform
+from sedona_fx.search import BestOf, Decision, Problem, Search, Sedona, Uniform
 
 Data = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -32,7 +32,7 @@ def batches(count: int, seed: int) -> Data:
 
 
 @dataclass
-class ByHand:
+class ByHand(Search):
     """Cuts by seed; notes what it was given."""
 
     cuts: dict[int, list[str]]
@@ -42,7 +42,7 @@ class ByHand:
 
     def decide(self, problem: Problem) -> Decision:
         assert problem.data is not None
-        self.seen.append([target for _, target in problem.data[1]()])
+        self.seen.append([target for _, target in problem.data.val()])
         return Decision(self.cuts[problem.seed], [self.heads.get(problem.seed, "linear")], {"search": "by hand"})
 
 

@@ -23,6 +23,8 @@ from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedErr
 from sedona_fx.rng import random_states
 from sedona_fx.search import Guided, Limits, Problem
 from sedona_fx.search.guided import _Run
+from sedona_fx.search.problem.plan_costs import plan_costs
+from sedona_fx.search.problem.problem import SearchData
 from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.gradient_comparison import measure
 from sedona_fx.search.trials.plan_tree import PlanTree
@@ -51,7 +53,7 @@ def as_if_in_50_ms(run: Any, device: torch.device) -> float:
 @pytest.mark.parametrize("finalists", [0, 2, 6])
 @pytest.mark.parametrize("batches", [1, 4])
 def test_the_number_of_steps_that_the_error_names_will_do(problem: Problem, batches: int, finalists: int) -> None:
-    data = (lambda: problem.data[0](), problem.data[1], batches)  # type: ignore[index]
+    data = SearchData(lambda: problem.data.train(), problem.data.val, batches)  # type: ignore[union-attr]
     here = replace(problem, data=data)
     search = replace(QUICK, finalists=finalists)
     with pytest.raises(
@@ -123,15 +125,14 @@ def test_rollouts_decide_by_the_least_validation_loss(problem: Problem) -> None:
     assert decision.provenance["decided_by"] == "rollouts"
 
 
-@pytest.mark.parametrize("score", ["plan", "cut"])
-def test_its_plan_keeps_within_a_budget(problem: Problem, score: Any) -> None:
+def test_its_plan_keeps_within_a_budget(problem: Problem) -> None:
     places = problem.places()
-    free = replace(QUICK, score=score).decide(problem)
+    free = QUICK.decide(problem)
     assert len(free.provenance["scores"]) == len(places)
-    heads = problem.plan_costs.heads["head_flops"]
+    heads = plan_costs(problem).heads["head_flops"]
     totals = sorted({sum(heads[p][k] for p, k in plan) for plan in every_plan([2] * len(places), 2)})
     for most in totals[:: len(totals) // 3]:
-        decision = replace(QUICK, score=score).decide(replace(problem, limits=Limits(head_flops=most)))
+        decision = QUICK.decide(replace(problem, limits=Limits(head_flops=most)))
         chosen = [problem.candidates[p].index(h) for p, h in zip(decision.cuts, decision.heads, strict=True)]  # type: ignore[arg-type]
         assert sum(heads[places.index(p)][k] for p, k in zip(decision.cuts, chosen, strict=True)) <= most
     with pytest.raises(BudgetError):
@@ -171,7 +172,7 @@ def test_all_random_streams_are_given_back(name: str, batches: int | None) -> No
     """On data that draws from all of them, in training and in validation."""
     problem = problem_of(killable.model(), 3, _noisy(), val_data=_noisy(), heads=["tokens-1", "tokens-2"])
     assert problem.data is not None
-    problem = replace(problem, data=(*problem.data[:2], batches))
+    problem = replace(problem, data=replace(problem.data, epoch_batches=batches))
     search = replace(killable.SEARCHES[name](None), **({"finalists": 2} if name == "guided" else {"steps": None}))
     torch.manual_seed(3)
     random.seed(4)
@@ -384,8 +385,8 @@ def test_a_graph_for_one_batch_size_gets_whole_batches(seconds: bool, monkeypatc
         monkeypatch.setattr("sedona_fx.search.trials.effort.seconds_of", as_if_in_50_ms)
         search = replace(QUICK, training_steps=None, seconds=3.0)
     found = decoupled(Exported(), data, search, heads=["tokens-1", "tokens-2"])
-    assert found.provenance["front_end"] == "export"
-    assert found.provenance["free_batch"] is False
+    assert found.capture.front_end == "export"
+    assert found.capture.free_batch is False
     assert len(found.cuts) == 2
 
 
@@ -414,11 +415,11 @@ def test_without_heads_or_data_it_says_so(problem: Problem) -> None:
 
 def test_when_no_gradient_is_finite_it_says_so(problem: Problem) -> None:
     def bad() -> Any:
-        for args, target in problem.data[0]():  # type: ignore[index]
+        for args, target in problem.data.train():  # type: ignore[index]
             yield sedona_fx.Args(input=args.kwargs["input"] * math.nan), target
 
     with pytest.raises(SearchDivergedError, match="in the gradients of every state"):
-        QUICK.decide(replace(problem, data=(bad, problem.data[1], problem.data[2])))  # type: ignore[index]
+        QUICK.decide(replace(problem, data=replace(problem.data, train=bad)))  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -429,7 +430,6 @@ def test_when_no_gradient_is_finite_it_says_so(problem: Problem) -> None:
         ({"finalists": -1}, "finalists=-1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"val_batch_size": 0}, "val_batch_size=0"),
-        ({"score": "both"}, "score='both'"),
         ({"seconds": 0.0}, "above 0"),
         ({"seconds": 1.0, "training_steps": 5}, "give one"),
     ],

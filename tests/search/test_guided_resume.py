@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from sedona_fx.errors import CheckpointError
-from sedona_fx.search import Decision, Problem
+from sedona_fx.search import Decision, Problem, Search
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.trials.plan_tree import PlanTree
 
 BOTH = pytest.mark.parametrize("name", ["guided", "rollout"])
 
 
-class Catch:
+class Catch(Search):
     needs_data = True
 
     def decide(self, problem: Problem) -> Decision:

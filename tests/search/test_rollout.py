@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import sedona_fx
 from sedona_fx.errors import CutError, DataError, SearchDivergedError
 from sedona_fx.report import plan_picture
-from sedona_fx.search import Decision, Rollout
+from sedona_fx.search import Decision, Rollout, Search
 from sedona_fx.search.problem.problem import local_loss_of
 from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
@@ -38,7 +38,7 @@ def loader(count=6, seed=0):
     return [(torch.randn(6, 3, 8, 8, generator=g), torch.randint(4, (6,), generator=g)) for _ in range(count)]
 
 
-class Catch:
+class Catch(Search):
     """A search that keeps the problem it is given and cuts anywhere."""
 
     needs_data = True

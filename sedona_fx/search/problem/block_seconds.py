@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from sedona_fx.heads.registry import build_head, head_name
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.measure import step_seconds
 from sedona_fx.runtime.run import run_graph
-
-if TYPE_CHECKING:
-    from sedona_fx.search.problem.problem import Problem
+from sedona_fx.search.problem.problem import Problem
 
 _REPEATS = 5
 
@@ -36,7 +34,7 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
     Raises:
         DataError: the problem has no example batch.
     """
-    if not problem.example:
+    if not problem.analysed.example.kwargs:
         raise DataError("block_seconds is measured on the first batch of the data, and this problem has none.")
     cuts: dict[str, list[nn.Module]] = {str(info(problem.node(place)).cut): [] for place in places}
     parts = passes.partition(passes.lower_at(problem.train, cuts))
@@ -46,7 +44,7 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
     runs: dict[str, Callable[[], None]] = {}
     keys: dict[str, dict[str, str]] = {}
     with torch.random.fork_rng():
-        values = dict(problem.example)
+        values = dict(problem.analysed.example.kwargs)
         for part, module in zip(parts, modules, strict=True):
             own = replace(part, module=module)
             runs[f"stretch {part.index}"] = _stretch(own, {name: values[name] for name in part.inputs}, device)

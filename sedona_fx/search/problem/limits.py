@@ -10,12 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sedona_fx.errors import CutError, did_you_mean
-
-if TYPE_CHECKING:
-    from sedona_fx.plan import Plan
+from sedona_fx.plan import Plan
 
 MEASURES = {"activation_bytes": "bytes", "block_flops": "FLOPs", "block_seconds": "seconds", "head_flops": "FLOPs"}
 """What can be limited, each with its unit; all but ``head_flops`` are about the largest block."""
@@ -33,8 +31,8 @@ class Limits:
             stretch between places to cut once, each candidate head once, and added up. The optimizer's step is not in
             it.
         head_flops: forward FLOPs of all heads together.
-        measured: seconds as an earlier decision measured them (``plan.provenance["budget"]["measured"]``), used in the
-            place of new ones, so that the decision is the same.
+        measured: seconds as an earlier decision measured them (``plan.block_seconds``), used instead of new ones, so that
+            the decision is the same.
     """
 
     activation_bytes: float | None = None
@@ -52,8 +50,8 @@ class Limits:
         known = self.measured
         if known and not (isinstance(known, Mapping) and {"places", "stretches", "heads"} <= known.keys()):
             raise CutError(
-                "the budget's measured=... should be what a plan has in provenance['budget']['measured']: an object "
-                "with places, stretches and heads. Leave it out to measure anew."
+                "the budget's measured=... should be what a plan has in block_seconds: an object with places, stretches "
+                "and heads. Leave it out to measure anew."
             )
 
     @classmethod
@@ -79,9 +77,8 @@ class Limits:
             )
         if budget is None or not budget.given():
             return None
-        record = plan.provenance.get("budget") if plan is not None else None
-        if budget.measured is None and isinstance(record, Mapping):
-            return replace(budget, measured=record.get("measured"))
+        if budget.measured is None and plan is not None:
+            return replace(budget, measured=plan.block_seconds)
         return budget
 
     def given(self) -> dict[str, float]:

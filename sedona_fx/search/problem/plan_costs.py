@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +18,7 @@ from sedona_fx.search.problem.block_seconds import measure_seconds
 from sedona_fx.search.problem.dynamic_program import Ranked, smallest_largest
 from sedona_fx.search.problem.dynamic_program import best_plans as programme
 from sedona_fx.search.problem.limits import MEASURES, Limits, amount
-from sedona_fx.search.problem.problem import Decision, Positions, Problem, candidate_cost
-
-if TYPE_CHECKING:
-    from sedona_fx.search.problem.problem import Choice
+from sedona_fx.search.problem.problem import Choice, Decision, Positions, Problem, candidate_cost
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,17 @@ class PlanCosts:
         return self.problem.decision([(self.places[b], m) for b, m in plan], provenance)
 
 
+def plan_costs(problem: Problem) -> PlanCosts:
+    """Return what all plans over the problem's places cost; counted once for each problem."""
+    if "plan_costs" not in problem.derived:
+        problem.derived["plan_costs"] = PlanCosts.of(problem)
+    costs: PlanCosts = problem.derived["plan_costs"]
+    return costs
+
+
 def allowed(problem: Problem, plan: Choice) -> bool:
     """Whether a plan keeps within the problem's limits: tens of microseconds, after the first call."""
-    costs, limits = problem.plan_costs, problem.limits
+    costs, limits = plan_costs(problem), problem.limits
     return limits is None or costs.within(tuple((problem.position(place), head) for place, head in plan), limits)
 
 
@@ -173,7 +178,7 @@ def best_plans(problem: Problem, scores: Sequence[Sequence[float]], count: int =
     Raises:
         BudgetError: no plan keeps within the limits.
     """
-    costs = problem.plan_costs
+    costs = plan_costs(problem)
     found = costs.best(scores, count)
     if not found:
         raise no_plan(costs)
@@ -191,7 +196,7 @@ def heads_tried(problem: Problem, preferred: Sequence[int]) -> np.ndarray:
     Raises:
         BudgetError: no plan keeps within the limits.
     """
-    costs = problem.plan_costs
+    costs = plan_costs(problem)
     every = costs.fits(problem.limits)
     wanted = np.zeros(every.shape[1:], dtype=bool)
     wanted[np.arange(len(preferred) + 1), [*preferred, 0]] = True
@@ -230,7 +235,7 @@ def check_possible(problem: Problem) -> None:
         BudgetError: none does.
     """
     if problem.limits is not None:
-        heads_tried(problem, [0] * len(problem.plan_costs.places))
+        heads_tried(problem, [0] * len(plan_costs(problem).places))
 
 
 def within_budget(problem: Problem, decision: Decision, error: type[CutError | PlanError]) -> Decision:
@@ -257,9 +262,9 @@ def within_budget(problem: Problem, decision: Decision, error: type[CutError | P
             f"the plan with {_described(decision)} exceeds the budget: {'; '.join(over)}. Raise the limits, or leave "
             "the choice to a search with the same budget=."
         )
-    measured = {"measured": seconds} if "block_seconds" in limits else {}
-    record = {"budget": {**limits, **measured}, "plan_costs": values}
-    return replace(decision, provenance={**decision.provenance, **record})
+    record = {"budget": limits, "plan_costs": values}
+    measured = seconds if "block_seconds" in limits else decision.block_seconds
+    return replace(decision, provenance={**decision.provenance, **record}, block_seconds=measured)
 
 
 def _described(decision: Decision) -> str:

@@ -3,58 +3,101 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from sedona_fx.data.sources import Source
-from sedona_fx.errors import CutError
+from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadContext, HeadSpec
 from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import Cost, cost_of_head
-from sedona_fx.ir.outputs import Loss, OutputFormat
+from sedona_fx.ir.outputs import Loss
 from sedona_fx.passes.cuts import base_layers, resolve
 from sedona_fx.search.problem.limits import Limits
 
-if TYPE_CHECKING:
-    from sedona_fx.search.problem.plan_costs import PlanCosts
-
 
 @dataclass(frozen=True)
+class SearchData:
+    """The data of a search. A source gives one epoch per call, every input by its argument name.
+
+    Attributes:
+        train: batches for the weights.
+        val: batches for the decision; they have no example in common with `train`.
+        epoch_batches: number of training batches in an epoch, or None where the data does not tell.
+    """
+
+    train: Source
+    val: Source
+    epoch_batches: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """A net to cut.
 
     Attributes:
-        train, eval: ANALYSED graphs.
+        analysed: the graphs, what heads have to fit, and what the loss is about.
         blocks: K, the number of blocks wanted.
-        contexts: what a head has to fit, for every legal cut point.
-        candidates: heads to choose from, for every legal cut point that a head fits behind; empty: no heads at all.
-        output, loss: what local losses are about.
-        costs: of candidate heads, as they were found.
+        candidates: heads to choose from, for every legal cut point that a head fits at; an empty list: no heads.
+        loss: of the model's output; None where no search needs it.
+        data: None where one batch is all there is.
         limits: what the plan may cost; None: anything.
-        example: the first batch's inputs by name, to measure seconds on.
         seconds: of stretches and heads, as they were measured.
-        free_batch: whether the graphs take batches of any size.
-        data: (training epochs, validation epochs, training batches an epoch), or None where one batch is all there is.
+        seed: of everything that the search draws.
+        progress: whether to show progress bars.
     """
 
-    train: fx.GraphModule
-    eval: fx.GraphModule
+    analysed: Analysed
     blocks: int
-    contexts: Mapping[str, HeadContext]
     candidates: Mapping[str, Sequence[HeadSpec]]
-    output: OutputFormat
-    loss: Loss | None
-    data: tuple[Source, Source, int | None] | None
-    seed: int
-    progress: bool
-    costs: dict[Hashable, Cost] = field(default_factory=dict, repr=False, compare=False)
+    loss: Loss | None = None
+    data: SearchData | None = None
     limits: Limits | None = None
-    example: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     seconds: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    free_batch: bool = True
+    seed: int = 0
+    progress: bool = False
+    derived: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+    """What others have worked out about this problem, each under a name of its own; empty in a changed copy."""
+
+    @property
+    def train(self) -> fx.GraphModule:
+        """The ANALYSED train graph."""
+        return self.analysed.train
+
+    @property
+    def eval(self) -> fx.GraphModule:
+        """The ANALYSED eval graph."""
+        return self.analysed.eval
+
+    @property
+    def contexts(self) -> Mapping[str, HeadContext]:
+        """What a head has to fit, for every legal cut point."""
+        return self.analysed.contexts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net lives: the device of its first parameter."""
+        return next(self.train.parameters()).device
+
+    def require_data(self, who: str) -> SearchData:
+        """Return the data.
+
+        Args:
+            who: needs it, for the message: ``"search='guided'"``.
+
+        Raises:
+            DataError: there is none.
+        """
+        if self.data is None:
+            raise DataError(f"{who} needs data to search on.")
+        return self.data
 
     def places(self) -> list[str]:
         """Return the cut points to choose from, in order: the base layers, or all legal ones if those are too few."""
@@ -129,13 +172,6 @@ class Problem:
         }
 
     @functools.cached_property
-    def plan_costs(self) -> PlanCosts:
-        """What all plans over these places cost, and which keep within the limits."""
-        from sedona_fx.search.problem.plan_costs import PlanCosts  # it is made of a problem
-
-        return PlanCosts.of(self)
-
-    @functools.cached_property
     def _positions(self) -> dict[str, int]:
         return {name: k for k, name in enumerate(self.places())}
 
@@ -146,26 +182,49 @@ class Problem:
 
 @dataclass(frozen=True)
 class Decision:
-    """The K-1 cuts in order, the head of each (None: no heads), and where the decision came from (JSON)."""
+    """What a search decided.
+
+    Attributes:
+        cuts: names of the K-1 cut points, in order.
+        heads: the head of each cut; None: no head.
+        provenance: how it was decided, as JSON, for people.
+        block_seconds: the seconds of stretches and heads that were measured for it; None: none were.
+    """
 
     cuts: list[str]
     heads: list[HeadSpec | None]
     provenance: dict[str, Any] = field(default_factory=dict)
+    block_seconds: dict[str, Any] | None = None
 
 
-class Search(Protocol):
-    """A way to decide."""
+class Search(ABC):
+    """A way to choose cuts and heads: subclass it, and hand an instance to ``decouple(search=...)``.
 
-    needs_data: ClassVar[bool]
+    A search says in its class what it asks for: `needs_data`, and as attributes or fields of its own `val_batch_size`
+    and `folder`.
+    """
 
+    needs_data: ClassVar[bool] = False
+    """Whether it reads batches (``problem.data``) and the loss, or decides by the graphs alone."""
+
+    @property
+    def val_batch_size(self) -> int | None:
+        """Examples in a validation batch, where ``decouple`` makes them; None: as many as in training."""
+        return None
+
+    @property
+    def folder(self) -> str | Path | None:
+        """Where the search writes down its state, to go on from there after it was killed; None: nowhere."""
+        return None
+
+    @abstractmethod
     def decide(self, problem: Problem) -> Decision:
-        """Choose cuts and heads."""
-        ...
+        """Choose K-1 cuts among ``problem.places()`` and a head for each among ``problem.candidates``."""
 
 
 def local_loss_of(problem: Problem) -> Callable[[bool, Any, Any], Tensor]:
     """Return ``local_loss(is last, local output, target)``: the loss on a head's output, or on the net's own."""
-    loss, output = problem.loss, problem.output
+    loss, output = problem.loss, problem.analysed.output
     assert loss is not None
 
     def local_loss(last: bool, local: Any, target: Any) -> Tensor:
@@ -177,7 +236,7 @@ def local_loss_of(problem: Problem) -> Callable[[bool, Any, Any], Tensor]:
 def candidate_cost(problem: Problem, cut: str, node: fx.Node, index: int = 0) -> Cost:
     """Return the cost of a candidate head at a cut point (nothing without heads)."""
     specs = problem.candidates[cut]
-    return cost_of_head(problem.costs, specs[index], problem.contexts[cut], node) if specs else Cost()
+    return cost_of_head(problem.analysed.head_costs, specs[index], problem.contexts[cut], node) if specs else Cost()
 
 
 Choice = tuple[tuple[str, int], ...]

@@ -9,15 +9,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from sedona_fx.errors import SettingsError
 from sedona_fx.ir.cost import stretch_costs
 from sedona_fx.search.problem.dynamic_program import Ranked
-from sedona_fx.search.problem.plan_costs import allowed, heads_tried
-from sedona_fx.search.problem.problem import Decision, Positions, Problem, candidate_cost
+from sedona_fx.search.problem.plan_costs import allowed, heads_tried, plan_costs
+from sedona_fx.search.problem.problem import Decision, Positions, Problem, Search, candidate_cost
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_rule
 
 
 @dataclass(frozen=True)
-class Balanced:
+class Balanced(Search):
     """Minimise the largest cost of a block, its head included, over all choices of cuts.
 
     Where that exceeds the problem's limits, the largest cost is the least among the plans that do not. Other heads are
@@ -34,7 +35,7 @@ class Balanced:
 
     def __post_init__(self) -> None:
         if self.by not in ("flops", "activation_bytes"):
-            raise ValueError(f"Balanced(by={self.by!r}): either 'flops' or 'activation_bytes'")
+            raise SettingsError(f"Balanced(by={self.by!r}): either 'flops' or 'activation_bytes'")
         check_head_rule(self.head, "Balanced")
 
     def decide(self, problem: Problem) -> Decision:
@@ -61,8 +62,8 @@ class Balanced:
             return problem.decision(plan, {**provenance, "head": self.head})
         measure = "block_flops" if self.by == "flops" else self.by
         moved = balance_within(problem, measure, kinds)
-        provenance["largest_block"] = int(problem.plan_costs.value(measure, moved))
-        return problem.plan_costs.decision(moved, {**provenance, "balanced_cuts": cuts})
+        provenance["largest_block"] = int(plan_costs(problem).value(measure, moved))
+        return plan_costs(problem).decision(moved, {**provenance, "balanced_cuts": cuts})
 
 
 def balance_within(problem: Problem, measure: str, preferred: Sequence[int]) -> Positions:
@@ -78,7 +79,7 @@ def balance_within(problem: Problem, measure: str, preferred: Sequence[int]) -> 
     Raises:
         BudgetError: no plan keeps within the limits.
     """
-    costs, fits = problem.plan_costs, heads_tried(problem, preferred)
+    costs, fits = plan_costs(problem), heads_tried(problem, preferred)
     blocks = costs.blocks(measure)
     flat = [[0.0] * len(row) for row in costs.heads["head_flops"]]
     levels = np.unique(blocks[fits])

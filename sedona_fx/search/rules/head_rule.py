@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from sedona_fx.errors import SettingsError
 from sedona_fx.search.problem.problem import Problem, candidate_cost
 
 HeadRule = Literal["first", "largest"]
@@ -13,10 +14,10 @@ def check_head_rule(head: str, who: str) -> None:
     """See that a rule for heads is one.
 
     Raises:
-        ValueError: it is not.
+        SettingsError: it is not.
     """
     if head not in get_args(HeadRule):
-        raise ValueError(f"{who}(head={head!r}): either 'first' or 'largest'")
+        raise SettingsError(f"{who}(head={head!r}): either 'first' or 'largest'")
 
 
 def head_by_rule(problem: Problem, cut: str, rule: HeadRule) -> int:

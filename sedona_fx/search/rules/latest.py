@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sedona_fx.search.problem.problem import Decision, Problem
+from sedona_fx.search.problem.problem import Decision, Problem, Search
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule
 from sedona_fx.search.rules.uniform import cut_behind
 
 
 @dataclass(frozen=True)
-class Latest:
+class Latest(Search):
     """Cut behind the last K-1 base layers but the final one. VGG-19, K = 4: 12, 13, 14 (0-based).
 
     It is what SEDONA's released plans come near to (VGG-19: 5, 12, 13), for no search at all. Where it exceeds the

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sedona_fx.search.problem.plan_costs import allowed, heads_tried
-from sedona_fx.search.problem.problem import Decision, Positions, Problem
+from sedona_fx.search.problem.plan_costs import allowed, heads_tried, plan_costs
+from sedona_fx.search.problem.problem import Decision, Positions, Problem, Search
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_rule
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Search):
     """Cut after base layer ``floor(-1 + jB/K)``, j = 1..K-1 (0-based; SEDONA, section 4.1). VGG-19, K = 4: 3, 7, 11.
 
     Where that exceeds the problem's limits, the nearest plan that does not is taken: the sum of the distances, in base
@@ -56,7 +56,7 @@ def cut_behind(problem: Problem, layers: Sequence[int], rule: HeadRule, name: st
         return problem.decision(plan, {"search": name, "head": rule})
     moved, distance = nearest(problem, layers, rule)
     about = {f"{name}_cuts": [cut for cut, _ in plan], "distance": distance}
-    return problem.plan_costs.decision(moved, {"search": name, "moved_for_budget": about})
+    return plan_costs(problem).decision(moved, {"search": name, "moved_for_budget": about})
 
 
 def nearest(problem: Problem, layers: Sequence[int], rule: HeadRule) -> tuple[Positions, int]:
@@ -69,11 +69,11 @@ def nearest(problem: Problem, layers: Sequence[int], rule: HeadRule) -> tuple[Po
         BudgetError: no plan keeps within the limits.
     """
     fits = heads_tried(problem, [head_by_rule(problem, place, rule) for place in problem.places()])
-    kinds = [len(row) for row in problem.plan_costs.heads["head_flops"]]
+    kinds = [len(row) for row in plan_costs(problem).heads["head_flops"]]
     step = 1 + len(layers) * max(kinds, default=1)  # one base layer outweighs any choice of heads
     heads = [list(range(count)) for count in kinds]
     ranks = [[step * abs(k - layer) for k in range(len(kinds))] for layer in layers]
-    (best,) = problem.plan_costs.best(heads, 1, fits, ranks)
+    (best,) = plan_costs(problem).best(heads, 1, fits, ranks)
     return best.plan, sum(abs(k - layer) for (k, _), layer in zip(best.plan, layers, strict=True))
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, clone
 from sedona_fx.search.sedona.budget import Budget
 from sedona_fx.search.sedona.certainty import log_odds
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult, trajectory_point
+from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import Pace, measure
-
-if TYPE_CHECKING:
-    from sedona_fx.search.sedona.sedona import Sedona
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ _LOGGED_POINTS = 10
 class Learning:
     """What changes from step to step. `train` and `val` are streams, so that their places can be written down."""
 
-    settings: Sedona
+    settings: SedonaSettings
     blocks: Sequence[RelaxedBlock]
     local_loss: LocalLoss
     train: Stream

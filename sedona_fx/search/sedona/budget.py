@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from sedona_fx.errors import SettingsError
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.session.timing import Pace
 
@@ -71,7 +72,7 @@ def share(
     whole that is left to decoding.
 
     Raises:
-        ValueError: it does not pay for a single step of each kind.
+        SettingsError: it does not pay for a single step of each kind.
     """
     full = 1 + work.heads / work.net
     relaxed = 1 + work.sampled * work.heads / work.net
@@ -86,7 +87,7 @@ def share(
     if meta_steps is None:
         meta_steps = math.floor((total - warmup_steps * relaxed) / meta)
     if min(warmup_steps, meta_steps) < 1:
-        raise ValueError(
+        raise SettingsError(
             f"training_steps={training_steps or 0} does not pay for a search: a meta-iteration costs as much as "
             f"{meta:.1f} training steps, a relaxed step as much as {relaxed:.1f}. Raise training_steps to "
             f"{math.ceil(need / (1 - decoding))} or more, or use 'balanced' or 'uniform' cuts, which need no search."
@@ -105,14 +106,14 @@ def share_seconds(
     `decoding` is the share of the seconds that is left to decoding.
 
     Raises:
-        ValueError: they do not pay for a single step of each kind.
+        SettingsError: they do not pay for a single step of each kind.
     """
     for_search = (1 - decoding) * seconds
     warmup_steps = math.floor(for_search / 2 / pace.relaxed_seconds)
     meta_steps = math.floor((for_search - warmup_steps * pace.relaxed_seconds) / pace.meta_seconds)
     if min(warmup_steps, meta_steps) < 1:
         need = max(2 * pace.relaxed_seconds, 2 * pace.meta_seconds) / (1 - decoding)
-        raise ValueError(
+        raise SettingsError(
             f"the {seconds:.2g} s that measuring leaves of `seconds` do not pay for a search: a relaxed step takes "
             f"{pace.relaxed_seconds:.2g} s here, a meta-iteration {pace.meta_seconds:.2g} s. Leave {need:.2g} s or "
             f"more for them, or use 'balanced' or 'uniform' cuts, which need no search."
@@ -153,7 +154,7 @@ def share_trials(allowed: float, work: RelaxedWork, rounds: int, choices: int, s
         steps: of a trial. None: as many as pay for all choices, from 5 to 50.
 
     Raises:
-        ValueError: the cost does not pay for two choices a round.
+        SettingsError: the cost does not pay for two choices a round.
     """
     validation = 1.0 if work.validation is None else work.validation / work.net
     step_cost = 1 + work.heads / work.net + _FORWARD * validation
@@ -162,7 +163,7 @@ def share_trials(allowed: float, work: RelaxedWork, rounds: int, choices: int, s
     tried = math.floor(min(choices, allowed / (rounds * steps * step_cost)))
     if tried < min(2, choices):
         need = 2 * rounds * steps * step_cost
-        raise ValueError(
+        raise SettingsError(
             f"decoding by perturbation may cost {allowed:.0f} training steps here, but trying 2 choices in each of "
             f"{rounds} rounds, {steps} steps each, costs {need:.0f}. Let the search cost {need / allowed:.1f} times as "
             f"much, lower perturbation_steps, or take decode='argmax'."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from sedona_fx.errors import SettingsError
 from sedona_fx.search.problem.plan_costs import allowed, best_plans
 from sedona_fx.search.problem.problem import Problem
 
@@ -26,7 +27,7 @@ def decode(alpha: Tensor, beta: Sequence[Tensor], blocks: int) -> tuple[list[int
         The 0-based base layers to cut behind, ascending, and for each of them the index of its head.
     """
     if not 1 <= blocks <= len(beta) + 1:
-        raise ValueError(f"{len(beta) + 1} base layers make 1 to {len(beta) + 1} blocks, not {blocks}")
+        raise SettingsError(f"{len(beta) + 1} base layers make 1 to {len(beta) + 1} blocks, not {blocks}")
     preference = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
     ranked = sorted(range(len(preference)), key=lambda i: (-preference[i], i))
     cuts = sorted(ranked[: blocks - 1])

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedona_fx.rng import block_seed, seeded
-from sedona_fx.search.problem.plan_costs import no_plan
+from sedona_fx.search.problem.plan_costs import no_plan, plan_costs
 from sedona_fx.search.problem.problem import Positions, Problem
 from sedona_fx.search.relaxed.hypergradient import validation_loss
 from sedona_fx.search.relaxed.state import State, clones
@@ -64,7 +64,7 @@ class PlanSpace:
         """
         if problem.limits is None:
             return cls(problem.blocks, lambda plan: True)
-        costs = problem.plan_costs
+        costs = plan_costs(problem)
         fits, lightest = costs.fits(problem.limits), costs.heads["head_flops"]
 
         def completes(plan: Positions) -> bool:

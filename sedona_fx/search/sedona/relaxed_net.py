@@ -5,29 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.errors import DataError, SearchDivergedError
-from sedona_fx.heads.registry import build_head, head_name
+from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.passes import BlockGraph, partition, relax
-from sedona_fx.plan import Plan
-from sedona_fx.search.problem.problem import Decision, Problem, local_loss_of
-from sedona_fx.search.problem.work import work
+from sedona_fx.search.problem.problem import Problem, local_loss_of
 from sedona_fx.search.relaxed.state import LocalLoss
-from sedona_fx.search.sedona.certainty import TOLERANCE, certainty
-from sedona_fx.search.sedona.decode import decode_within
-from sedona_fx.search.sedona.perturbation import PlanSpace
-from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult
-from sedona_fx.search.session.batches import NamedBatches
 
 log = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from sedona_fx.search.sedona.sedona import Sedona
 
 
 @dataclass(frozen=True)
@@ -41,41 +28,6 @@ class RelaxedGraphBlock:
     boundary: str | None
     beta: str | None
     trunk: nn.Module | None = None
-
-
-def search_sedona(settings: Sedona, problem: Problem) -> Decision:
-    """Run SEDONA on a problem.
-
-    Raises:
-        SearchDivergedError: a loss was not finite; with the plan decoded from what was learned until then.
-    """
-    places = problem.places()
-    if problem.blocks == 1:
-        return Decision([], [], {"search": "sedona"})
-    if problem.data is None:
-        raise DataError("search='sedona' needs data to search on.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(problem.seed)  # not torch.manual_seed, which seeds accelerators too
-        blocks = relaxed_blocks(problem, places)
-    train, val, _ = problem.data
-    device = next(blocks[0].module.parameters()).device
-    try:
-        result = settings.run(
-            blocks,
-            _local_loss(problem, len(blocks)),
-            NamedBatches(train, problem.train, device),
-            NamedBatches(val, problem.train, device),
-            work(problem, places),
-            problem.seed,
-            problem.progress,
-            {"places": list(places), "candidates": _candidates(problem, places)},
-            PlanSpace.of(problem) if settings.decode == "perturbation" else None,
-        )
-    except NonFiniteSearch as error:
-        raise SearchDivergedError(error.where, _plan(_decision(settings, problem, places, error.result))) from error
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    return _decision(settings, problem, places, result)
 
 
 def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraphBlock]:
@@ -136,56 +88,7 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
 
 
-def _local_loss(problem: Problem, count: int) -> LocalLoss:
+def block_loss(problem: Problem, count: int) -> LocalLoss:
+    """Return the loss on the output of one of `count` base layers: of its heads, or of the net for the last one."""
     loss = local_loss_of(problem)
     return lambda index, local, target: loss(index == count - 1, local, target)
-
-
-def _decision(settings: Sedona, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:
-    decoding = result.decoding
-    if decoding is None:
-        cuts, heads = decode_within(problem, result.alpha, result.beta)
-    else:
-        cuts, heads = decoding.cuts, decoding.heads
-    names = [places[k] for k in cuts]
-    provenance = {
-        "search": "sedona",
-        "interrupted": result.interrupted,
-        "unroll": settings.unroll,
-        "cost": result.cost,
-        "places": list(places),
-        "candidates": _candidates(problem, places),
-        "alpha": result.alpha.tolist(),
-        "beta": [logits.tolist() for logits in result.beta],
-        "trajectory": result.trajectory,
-        "failures": result.failures,
-        **_certain(problem, places, result, cuts),
-        **({} if decoding is None else {"decoding": decoding.record(places, _candidates(problem, places))}),
-    }
-    return problem.decision(list(zip(names, heads, strict=True)), provenance)
-
-
-def _candidates(problem: Problem, places: Sequence[str]) -> dict[str, list[str | None]]:
-    return {name: [head_name(spec) for spec in problem.candidates[name]] for name in places}
-
-
-def _certain(problem: Problem, places: Sequence[str], result: SedonaResult, cuts: Sequence[int]) -> dict[str, Any]:
-    """Return, as JSON, which places were learned and where the decision is a tie; and say so."""
-    found = certainty(result.alpha, result.beta, result.farthest, cuts)
-    candidates = _candidates(problem, places)
-    learned = [places[k] for k in found.learned]
-    cut_ties = [places[k] for k in found.cut_ties]
-    head_ties = {places[k]: [candidates[places[k]][m] for m in heads] for k, heads in found.head_ties.items()}
-    log.info(
-        "SEDONA learned %d of %d p_isolate; the others stayed at one half. Ties between cuts: %s; between heads: %s.",
-        len(learned),
-        len(places),
-        ", ".join(cut_ties) or "none",
-        "; ".join(f"{place}: {', '.join(map(str, heads))}" for place, heads in head_ties.items()) or "none",
-    )
-    return {"learned": learned, "ties": {"cuts": cut_ties, "heads": head_ties}, "tolerance": TOLERANCE}
-
-
-def _plan(decision: Decision) -> Plan:
-    heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
-    return Plan(cuts=tuple(decision.cuts), heads=heads, provenance=decision.provenance)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from sedona_fx.search.sedona.certainty import mean_entropy
-
-if TYPE_CHECKING:
-    from sedona_fx.search.sedona.perturbation import Perturbed
+from sedona_fx.search.sedona.perturbation import Perturbed
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
 from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
+from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.session.batches import Batch
-
-if TYPE_CHECKING:
-    from sedona_fx.search.sedona.sedona import Sedona
 
 
 class NotFinite(Exception):
@@ -28,7 +25,7 @@ class NotFinite(Exception):
 class InnerSteps:
     """Steps of one relaxed net, by the settings of one search."""
 
-    settings: Sedona
+    settings: SedonaSettings
     blocks: Sequence[RelaxedBlock]
     local_loss: LocalLoss
     draws: torch.Generator

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sedona_fx.ir.graph import info
+from sedona_fx.search.problem.plan_costs import plan_costs
 from sedona_fx.search.problem.problem import Problem
 from sedona_fx.search.problem.work import HEAD_OVERHEAD, work
 from sedona_fx.search.session.batches import Batch, split
@@ -68,7 +69,7 @@ class Effort:
         """
         heads = work(problem, places).heads
         count = sum(len(problem.candidates[place]) for place in places)
-        runs = problem.plan_costs.runs["block_flops"]
+        runs = plan_costs(problem).runs["block_flops"]
         total = max(1.0, float(runs[0][len(places)]))
         walks = sum(len(problem.candidates[place]) * runs[0][k] / total for k, place in enumerate(places))
         along = heads * (problem.blocks - 1) / count  # a plan's share of the heads, on average
@@ -152,7 +153,7 @@ def overhead(problem: Problem) -> float:
 
 def _heads_of_a_plan(problem: Problem) -> float:
     """Return the FLOPs of the dearest heads of a plan against the net's."""
-    costs = problem.plan_costs
+    costs = plan_costs(problem)
     total = max(1.0, float(costs.runs["block_flops"][0][len(costs.places)]))
     dearest = sorted((max(row) for row in costs.heads["head_flops"]), reverse=True)
     return sum(dearest[: problem.blocks - 1]) / total

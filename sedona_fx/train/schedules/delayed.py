@@ -83,7 +83,7 @@ class Delayed(Schedule):
             self._refuse_shared("Delayed(weights='stashed')", "each block would stash it at another age")
         self._graphs = net.variants.headless()
         self._last_reader = {mode: last_readers([graph] for graph in graphs) for mode, graphs in self._graphs.items()}
-        hosts = [net.model] if "host" in net.plan.provenance else []
+        hosts = [net.model] if net.capture.hosted else []
         self._slots = [Slots([g[block.index].module for g in self._graphs.values()] + hosts) for block in net.blocks]
         first = next(block.index for block in net.blocks if self._trained(block))
         self._wanted = {  # live values behind something that is trained, and the blocks that make them

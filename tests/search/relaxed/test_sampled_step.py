@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sedona_fx
-from sedona_fx.search import Decision, Problem
+from sedona_fx.search import Decision, Problem, Search
 from sedona_fx.search.relaxed import one_step
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
 from sedona_fx.search.relaxed.state import State
@@ -140,7 +140,7 @@ def test_the_trunk_of_a_compiled_net_is_its_net_without_heads(monkeypatch: pytes
     x, y = torch.randn(6, 3, 6, 6, dtype=torch.float64), torch.randint(4, (6,))
     kept = []
 
-    class Keep:
+    class Keep(Search):
         needs_data = True
 
         def decide(self, problem: Problem) -> Decision:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import sedona_fx
 from sedona_fx import Limits
 from sedona_fx.errors import BudgetError, DataError
-from sedona_fx.search import Decision, Problem, Sedona
+from sedona_fx.search import Decision, Problem, Search, Sedona
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.relaxed.state import State
 from sedona_fx.search.sedona import bilevel as learning
@@ -339,7 +339,7 @@ def test_every_round_tries_what_some_allowed_plan_completes_and_nothing_else(blo
 def test_limits_that_no_plan_meets_are_refused_before_the_search() -> None:
     problems: list[Problem] = []
 
-    class Catch:
+    class Catch(Search):
         needs_data = True
 
         def decide(self, problem: Problem) -> Decision:

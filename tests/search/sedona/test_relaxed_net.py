@@ -14,7 +14,7 @@ import sedona_fx
 from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.ir.split_point import SplitPoint
 from sedona_fx.passes import relax
-from sedona_fx.search import Decision, Problem, Sedona
+from sedona_fx.search import Decision, Problem, Search, Sedona
 from sedona_fx.search.relaxed.state import State
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.sedona.relaxed_net import relaxed_blocks
@@ -30,7 +30,7 @@ def problem_of(model: nn.Module, batch, heads) -> Problem:
     """The problem that ``decouple`` would hand to a search."""
     caught = []
 
-    class Catch:
+    class Catch(Search):
         needs_data = True
 
         def decide(self, problem: Problem) -> Decision:
@@ -117,7 +117,7 @@ def test_relaxed_blocks_follow_the_relaxed_objective(name):
     def local_loss(block, local, target):
         if block < len(places):
             return cross_entropy(local, target)
-        return problem.output.final_loss(cross_entropy, local, target)
+        return problem.analysed.output.final_loss(cross_entropy, local, target)
 
     inputs = {blocks[0].inputs[0]: x}
     state = State.of(blocks)
@@ -134,7 +134,9 @@ def test_relaxed_blocks_follow_the_relaxed_objective(name):
             point.alpha.copy_(alpha[k])
             point.mixture.beta.copy_(beta[k])
     *locals_, output = gm(x)
-    total = sum(cross_entropy(local, y) for local in locals_) + problem.output.final_loss(cross_entropy, output, y)
+    total = sum(cross_entropy(local, y) for local in locals_) + problem.analysed.output.final_loss(
+        cross_entropy, output, y
+    )
     total.backward()
     assert len(found.losses) == len(places) + 1
     for k, block in enumerate(blocks):

@@ -29,7 +29,7 @@ def with_overhead(monkeypatch: pytest.MonkeyPatch, problem: Problem, wanted: flo
 
 def test_the_overhead_is_that_of_every_operator_against_the_nets_flops(problem: Problem) -> None:
     assert problem.data is not None
-    args, _ = next(iter(problem.data[0]()))
+    args, _ = next(iter(problem.data.train()))
     model = chain(4)
     with FlopCounterMode(display=False) as counter:
         model(*args.args, **args.kwargs)

@@ -13,6 +13,7 @@ from small_conv import HEADS, chain, every_plan, loader, problem_of
 import sedona_fx
 from sedona_fx.errors import BudgetError, CutError
 from sedona_fx.search import Limits, Problem
+from sedona_fx.search.problem.plan_costs import plan_costs
 from sedona_fx.search.trials.proposals import proposals
 
 MODEL = chain(5)
@@ -33,7 +34,7 @@ def in_places(problem: Problem, cuts: int) -> list[Any]:
 @pytest.fixture(scope="module")
 def limits(problem: Problem) -> Limits:
     """A budget that about a third of all plans keep within."""
-    costs, every = problem.plan_costs, in_places(problem, 2)
+    costs, every = plan_costs(problem), in_places(problem, 2)
     totals = sorted(sum(costs.heads["head_flops"][problem.position(p)][k] for p, k in plan) for plan in every)
     return Limits(head_flops=totals[len(every) // 3])
 

@@ -81,7 +81,7 @@ def make(name):
         cached.clear()  # tests come model by model
         build, *args = MODELS[name]
         net, x, y, loss = build(*args)
-        assert (net.plan.provenance["front_end"] == "export") == (name in EXPORTED)
+        assert (net.plan.capture.front_end == "export") == (name in EXPORTED)
         plain = copy.deepcopy(net.model)
         torch.manual_seed(1)
         given = sedona_fx.Args.of(copy.deepcopy(x))

@@ -1,0 +1,265 @@
+"""What the user asked of ``decouple``: checked, named, and in one record."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sedona_fx.compile.analyse import Where
+from sedona_fx.compile.choices import Cuts, Heads, named_cuts
+from sedona_fx.data.args import Args
+from sedona_fx.data.sources import first_pair, to_device
+from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
+from sedona_fx.heads.context import HeadSpec
+from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
+from sedona_fx.ir.modules import device_of, share_copy
+from sedona_fx.ir.outputs import Key, Loss
+from sedona_fx.net.signature import example_like
+from sedona_fx.plan import Plan
+from sedona_fx.search import SEARCHES, Balanced, Search
+from sedona_fx.search.problem.limits import Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that was asked, every default filled in. Made by :func:`read_request`.
+
+    Attributes:
+        model: the copy that the net will own.
+        example: the first batch's inputs, each by its argument name, on the model's device.
+        target: that batch's target, on the model's device.
+        tries_loss: whether to try the loss on that batch (a net that is loaded has no batch to try it on).
+        blocks: K.
+        loss: ``loss(output, target)``.
+        data, val_data: what the search reads.
+        search: the search that chooses where neither `plan` nor `cuts` do.
+        search_name: that search as the user wrote it, for messages.
+        cuts: the user's own cuts, as (module path, ``"end"`` or ``"beginning"``); None: none were named.
+        heads: the user's candidates.
+        objectives: for each block but the last the user's own objective; None: the model's loss.
+        plan: the plan to apply.
+        limits: what the plan may cost.
+        devices: one device name for each block; None: all blocks where the model is.
+        output: key of the primary output; None: by rule.
+        root, leaf_modules, no_cut, max_live, seed, progress: as in :func:`sedona_fx.decouple`.
+    """
+
+    model: nn.Module
+    example: Args
+    target: Any
+    tries_loss: bool
+    blocks: int
+    loss: Loss | None
+    data: Any
+    val_data: Any
+    search: Search
+    search_name: str
+    cuts: list[tuple[str, str]] | None
+    heads: Heads
+    objectives: list[LocalLoss | None]
+    plan: Plan | None
+    limits: Limits | None
+    devices: tuple[str, ...] | None
+    output: Key
+    root: str
+    leaf_modules: Collection[str]
+    no_cut: tuple[str, ...]
+    max_live: int | None
+    seed: int
+    progress: bool
+
+    @property
+    def own_heads(self) -> list[HeadSpec]:
+        """The heads that come with the user's own objectives."""
+        return [objective.head for objective in self.objectives if objective is not None]
+
+    @property
+    def where(self) -> Where:
+        """Where cuts may stand."""
+        named = self.plan.cuts if self.plan is not None else self.cuts or ()
+        return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
+
+    @property
+    def searches(self) -> bool:
+        """Whether a search has to read data."""
+        return self.plan is None and self.cuts is None and self.search.needs_data and self.blocks > 1
+
+
+def read_request(
+    *,
+    model: nn.Module,
+    data: Any,
+    blocks: int,
+    loss: Loss | None,
+    val_data: Any,
+    search: str | Search,
+    cuts: Cuts,
+    heads: Heads,
+    local_loss: LocalLosses,
+    plan: Plan | str | Path | None,
+    budget: Limits | Mapping[str, Any] | None,
+    devices: Sequence[str | torch.device] | None,
+    output: Key,
+    root: str,
+    leaf_modules: Collection[str],
+    no_cut: Collection[str],
+    max_live: int | None,
+    seed: int,
+    progress: bool,
+    inplace: bool,
+) -> Request:
+    """Check the arguments of :func:`sedona_fx.decouple` one by one and fill in what follows from others.
+
+    Raises:
+        SedonaError: an argument that cannot be right, whatever the model's graph looks like.
+    """
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise CutError(f"blocks={blocks!r}: give a whole number, at least 1 (1 is backpropagation).")
+    if loss is not None and not callable(loss):
+        raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
+    chosen = _search_of(search)
+    applied = _plan_of(plan)
+    limits = Limits.of(budget, applied)
+    named = named_cuts(cuts)
+    if applied is not None:
+        blocks, devices = applied.blocks, devices if devices is not None else applied.devices
+        output, root = output if output is not None else applied.output, root or applied.root
+    elif named is not None:
+        blocks = len(named) + 1
+    places = _devices(devices, blocks)
+    owned = own(model, inplace=inplace)
+    device = device_of(owned)
+    inputs, target = first_pair(data)
+    return Request(
+        model=owned,
+        example=Args(**to_device(inputs.bind(owned.forward), device)),
+        target=to_device(target, device),
+        tries_loss=True,
+        blocks=blocks,
+        loss=loss,
+        data=data,
+        val_data=val_data,
+        search=chosen,
+        search_name=repr(search),
+        cuts=named,
+        heads=heads,
+        objectives=one_a_block(local_loss, blocks),
+        plan=applied,
+        limits=limits,
+        devices=places,
+        output=output,
+        root=root,
+        leaf_modules=leaf_modules,
+        no_cut=(no_cut,) if isinstance(no_cut, str) else tuple(no_cut),
+        max_live=max_live,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def request_to_load(
+    *,
+    plan: Plan,
+    model: nn.Module,
+    loss: Loss | None,
+    heads: Heads,
+    local_loss: LocalLosses,
+    leaf_modules: Collection[str],
+    data: Any,
+    inplace: bool,
+) -> Request:
+    """Return what :func:`sedona_fx.load` asks for: the saved plan, on a model whose own weights do not matter.
+
+    The saved weights fit the graphs whatever the first batch is, so that without `data` noise in the shapes of the
+    plan's inputs serves as the example, and no target is tried.
+    """
+    owned = own(model, inplace=inplace)
+    device = device_of(owned)
+    if data is None:
+        example = example_like(plan.inputs, device)
+    else:
+        example = Args(**to_device(first_pair(data)[0].bind(owned.forward), device))
+    return Request(
+        model=owned,
+        example=example,
+        target=None,
+        tries_loss=False,
+        blocks=plan.blocks,
+        loss=loss,
+        data=None,
+        val_data=None,
+        search=Balanced(),
+        search_name="None",
+        cuts=None,
+        heads=heads,
+        objectives=one_a_block(local_loss, plan.blocks),
+        plan=plan,
+        limits=None,
+        devices=plan.devices,
+        output=plan.output,
+        root=plan.root,
+        leaf_modules=leaf_modules,
+        no_cut=(),
+        max_live=None,
+        seed=plan.seed,
+        progress=False,
+    )
+
+
+def own(model: nn.Module, *, inplace: bool) -> nn.Module:
+    """Return the copy of the model that the net will own; with `inplace` it shares the tensors."""
+    if not isinstance(model, nn.Module):
+        raise DataError(f"decouple takes an nn.Module, not {type(model).__name__}.")
+    try:
+        return share_copy(model) if inplace else copy.deepcopy(model)
+    except Exception as error:
+        raise DataError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
+            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
+            "torch.nn.utils.parametrizations."
+        ) from error
+
+
+def _plan_of(plan: Any) -> Plan | None:
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    raise PlanError(f"plan={plan!r} is neither a Plan nor the path of one.")
+
+
+def _devices(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
+    """Return the devices as a plan names them, each of which has been tried."""
+    if devices is None:
+        return None
+    if isinstance(devices, (str, torch.device)) or len(devices) != blocks:
+        count = "one device" if isinstance(devices, (str, torch.device)) else f"{len(devices)} devices"
+        raise PlanError(f"devices={devices!r} names {count} for {blocks} blocks: give a list with one a block.")
+    for device in devices:
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise PlanError(f"devices names {str(device)!r}, which cannot be used here: {reason}") from None
+    return tuple(str(device) for device in devices)
+
+
+def _search_of(search: str | Search) -> Search:
+    if isinstance(search, str):
+        if search not in SEARCHES:
+            raise CutError(
+                f"search={search!r} is not known{did_you_mean(search, SEARCHES)}; one of {sorted(SEARCHES)}."
+            )
+        return SEARCHES[search]()
+    if not isinstance(search, Search):
+        raise CutError(
+            f"search={search!r} is no search: one of {sorted(SEARCHES)}, or an object with decide(problem), made of a "
+            "subclass of sedona_fx.search.Search."
+        )
+    return search
