@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.data.args import Args
 from sedona_fx.errors import ExportError
 from sedona_fx.export.attention import unfuse_attention
+from sedona_fx.extras import require
 from sedona_fx.files import replacing
 
 TOLERANCE = 1e-5
@@ -45,10 +46,12 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
         The path.
 
     Raises:
+        MissingExtraError: the packages of the extra ``onnx`` are not installed.
         ExportError: the graph cannot be exported, or the file computes something else.
     """
-    import onnxruntime
-
+    for package in ("onnx", "onnxscript"):
+        require(package, extra="onnx", purpose="exporting to ONNX")
+    onnxruntime = require("onnxruntime", extra="onnx", purpose="checking an exported ONNX file")
     # A copy: `cpu()` moves parameters in place, and those of the inference graph are the net's own.
     module = copy.deepcopy(graph).cpu()
     inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for key, value in example.kwargs.items()}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sedona_fx.errors import PlanError
+from sedona_fx.extras import require
 from sedona_fx.files import replacing
 from sedona_fx.plan import Plan
 from sedona_fx.report.front import draw_front
@@ -31,7 +33,8 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: the plan does not come from one of these (balanced and uniform plans have no history).
+        PlanError: the plan does not come from one of these (balanced and uniform plans have no history).
+        MissingExtraError: matplotlib is not installed.
     """
     found = plan.provenance
     if found.get("trajectory"):
@@ -41,7 +44,7 @@ def plan_picture(plan: Plan, path: str | Path) -> Path:
     elif found.get("rounds"):
         draw = draw_rounds
     else:
-        raise ValueError(f"this plan comes from search={found.get('search')!r} and holds no trajectory to draw")
+        raise PlanError(f"this plan comes from search={found.get('search')!r} and holds no trajectory to draw")
     return _drawn(lambda: draw(plan), path)
 
 
@@ -68,13 +71,16 @@ def front_picture(
 
 
 def _drawn(draw: Callable[[], Figure], path: str | Path) -> Path:
-    """Draw in the house style, without a display, and write the PNG whole."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Draw in one style, without a display, and write the PNG whole.
 
-    with mpl.rc_context(_STYLE):
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", extra="report", purpose="drawing a picture")
+    canvas = require("matplotlib.backends.backend_agg", extra="report", purpose="drawing a picture").FigureCanvasAgg
+    with matplotlib.rc_context(_STYLE):
         figure = draw()
-        FigureCanvasAgg(figure)
+        canvas(figure)
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
     return Path(path)

@@ -39,11 +39,11 @@ class _Ranked:
 def draw_scores(plan: Plan) -> Figure:
     """Draw a plan that comes from the guided search.
 
-    On the left a map, places from the input down by heads: of each (place, head) the cosine of its gradient with that
-    of backpropagation, or, of a search with ``score="plan"``, what it adds to that of a plan; the chosen pairs are
-    framed. On the right the best plans by their scores,
-    the chosen one dark, those that were rolled out darker than the others. Below these the rollouts, if there were any,
-    as :func:`~sedona_fx.report.rounds.draw_losses` draws them.
+    On the left a map, places (from the input down) by heads: for each (place, head) the cosine of its gradient with
+    that of backpropagation; the chosen pairs are framed. (Older plans may hold what a pair adds to the cosine of a whole
+    plan instead; the label says which.) On the right the best plans by their scores, the chosen one dark, those that
+    were rolled out darker than the others. Below these the rollouts, if there were any, as
+    :func:`~sedona_fx.report.rounds.draw_losses` draws them.
     """
     from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@ import struct
 import pytest
 
 from sedona_fx import Plan
+from sedona_fx.errors import PlanError
 from sedona_fx.report import plan_picture
 from sedona_fx.report.rounds import draw_rounds
 from sedona_fx.report.trajectory import draw_trajectory
@@ -130,6 +131,6 @@ def test_files(plan, tmp_path):
 
 def test_plans_without_a_history(tmp_path):
     for found in ({"search": "uniform"}, {"search": "rollout", "transfer": {}}, {}):
-        with pytest.raises(ValueError, match=r"comes from search=.* and holds no trajectory to draw"):
+        with pytest.raises(PlanError, match=r"comes from search=.* and holds no trajectory to draw"):
             plan_picture(Plan(provenance=found), tmp_path / "plan.png")
     assert not list(tmp_path.iterdir())

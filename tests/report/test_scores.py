@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 
 from sedona_fx import Plan
+from sedona_fx.errors import PlanError
 from sedona_fx.report import plan_picture
 from sedona_fx.report.scores import draw_scores
 
@@ -176,5 +177,5 @@ def test_the_file(tmp_path):
 
 
 def test_a_guided_search_without_cuts_has_nothing_to_draw(tmp_path):
-    with pytest.raises(ValueError, match="search='guided' and holds no trajectory to draw"):
+    with pytest.raises(PlanError, match="search='guided' and holds no trajectory to draw"):
         plan_picture(Plan(provenance={"search": "guided"}), tmp_path / "plan.png")
