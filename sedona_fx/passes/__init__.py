@@ -12,7 +12,9 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.fake.memo import Memo
-from sedona_fx.ir.graph import BlockGraph
+from sedona_fx.ir.graph import BlockGraph, info
+from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
@@ -35,12 +37,15 @@ def lower_at(
 __all__ = [
     "BlockGraph",
     "Memo",
+    "Phase",
     "Traced",
     "annotate",
     "base_layers",
     "crossings",
     "cuts",
     "explicit_writes",
+    "graph_pass",
+    "info",
     "lower",
     "lower_at",
     "partition",
@@ -48,4 +53,5 @@ __all__ = [
     "relax",
     "strip",
     "trace",
+    "verify",
 ]
