@@ -185,9 +185,10 @@ class OutputFormat:
             return primary
         values: dict[Any, Any] = {name: primary if name == self.key else None for name in self.names}
         kind: Any = self.kind
+        is_dataclass = dataclasses.is_dataclass(kind)
         if issubclass(kind, (list, tuple)):
             return kind(values.values())
-        if dataclasses.is_dataclass(kind):
+        if is_dataclass:
             try:
                 return kind(**values)
             except Exception:  # its __init__ requires values that a head does not have, or does not accept every field
