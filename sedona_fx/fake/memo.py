@@ -125,7 +125,8 @@ def effect_of(call: Call, run: Run, storages: Storages) -> Effect | None:
     positions = {
         id(tensor.made if isinstance(tensor, Abstract) else tensor): k for k, tensor in enumerate(call.tensors)
     }
-    dtypes = {storages.of(tensor): known.dtype for tensor in call.tensors if (known := geometry(tensor))}
+    geometries = [(tensor, geometry(tensor)) for tensor in call.tensors]
+    dtypes = {storages.of(tensor): seen.dtype for tensor, seen in geometries if seen is not None}
 
     def number(storage: Storage) -> int:
         if storage not in numbers and storage.number <= run.known:
