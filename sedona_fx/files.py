@@ -1,4 +1,4 @@
-"""Files are replaced whole: a reader never meets half of one, and a crash leaves the old one."""
+"""Atomic replacement of files: no reader sees half of a file, and after a crash the old file is still there."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from sedona_fx.errors import CheckpointError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` if the body does not raise."""
+    """Yield the path of a temporary file, which replaces `path` if the body does not raise.
+
+    The temporary file is in the folder of `path`, which is made if it does not exist, and has the same suffix.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
-    os.close(handle)
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix)
+    os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would outlive the replacement
+        temporary.chmod(0o666 & ~_umask())  # else the new file would keep mkstemp's 0600
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

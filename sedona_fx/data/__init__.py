@@ -1,1 +1,1 @@
-"""What the user hands over: arguments of the model, batches of data, and which examples two sets share."""
+"""The user's data: arguments of the model, batches, and which examples two data sets have in common."""

@@ -1,4 +1,4 @@
-"""Model inputs: how data of any form becomes the arguments of the user's ``forward``."""
+"""Model inputs: how the inputs of a batch become the arguments of the user's ``forward``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from sedona_fx.errors import DataError
 
 
 class Args:
-    """Arguments of one call of the model, said explicitly: ``Args(x, mask=m)`` is ``model(x, mask=m)``."""
+    """The arguments of one call of the model: ``Args(x, mask=m)`` stands for ``model(x, mask=m)``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
 
     @classmethod
     def of(cls, inputs: Any) -> Args:
-        """Read inputs as data loaders give them: a tuple is positional, a mapping is keywords, else one argument.
+        """Return the arguments for inputs as a data loader gives them.
+
+        Args:
+            inputs: a tuple of positional arguments, a mapping of keyword arguments, arguments as `Args`, or the single
+                argument (a namedtuple included).
 
         Raises:
-            DataError: a mapping whose keys are no names.
+            DataError: the keys of a mapping are not texts.
         """
         if isinstance(inputs, Args):
             return inputs
@@ -39,10 +43,13 @@ class Args:
         return cls(inputs)
 
     def bind(self, forward: Callable[..., Any]) -> dict[str, Any]:
-        """Return argument name -> value for those arguments that were given, and not with just their default.
+        """Return argument name -> value for the arguments whose value is not just the default.
+
+        Args:
+            forward: the method that is called with the arguments.
 
         Raises:
-            DataError: the arguments do not fit the signature of ``forward``, or cannot be told by name.
+            DataError: the arguments do not fit the signature of `forward`, or it takes some of them without a name.
         """
         signature = inspect.signature(forward)
         try:
@@ -72,16 +79,16 @@ class Args:
         return Args(*mapped[0], **mapped[1])
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return every tensor among the arguments, nested ones too."""
+        """Return every tensor among the arguments, those in nested values included."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def batch_size(self) -> int | None:
-        """Return the length of the first dimension if all tensors with dimensions agree on it, else None."""
+        """Return the size of the first dimension if it is the same for all tensors that have one, else None."""
         sizes = {t.shape[0] for t in self.tensors() if t.dim() > 0}
         return sizes.pop() if len(sizes) == 1 else None
 
     def first(self, count: int) -> Args:
-        """Return the first ``count`` examples of a batch (unchanged if there is no common batch dimension)."""
+        """Return the first `count` examples; unchanged if there are no more, or without a common batch dimension."""
         size = self.batch_size()
         if size is None or size <= count:
             return self
@@ -91,12 +98,12 @@ class Args:
         def text(value: Any) -> str:
             return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
-        parts = [text(a) for a in self.args] + [f"{k}={text(v)}" for k, v in self.kwargs.items()]
+        parts = [text(value) for value in self.args] + [f"{name}={text(value)}" for name, value in self.kwargs.items()]
         return f"Args({', '.join(parts)})"
 
 
 def same_plain(first: Any, second: Any) -> bool:
-    """Whether two values that hold no tensor are equal; lists and tuples are taken for one another, as JSON does."""
+    """Whether two values without tensors are equal. A list equals a tuple of the same elements, as in JSON."""
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(map(same_plain, first, second))
     if isinstance(first, Mapping) and isinstance(second, Mapping):

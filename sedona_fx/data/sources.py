@@ -1,4 +1,4 @@
-"""The data that ``decouple`` and ``fit`` take: an iterable of (inputs, target), or one such pair."""
+"""Read the data given to ``decouple`` and ``fit``: an iterable of (inputs, target) pairs, or one such pair."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from sedona_fx.data.overlap import refuse_overlap
 from sedona_fx.errors import DataError
 
 Pair = tuple[Args, Any]
+"""One batch: the inputs as arguments of the model, and the target."""
+
+Source = Callable[[], Iterator[Pair]]
+"""Starts an epoch of the data at each call."""
 
 
 def is_pair(data: Any) -> bool:
-    """Whether the data is one (inputs, target) pair: a tuple of two. Anything else is an iterable of pairs."""
+    """Whether the data is one (inputs, target) pair: a plain tuple of two. Anything else is an iterable of pairs."""
     return isinstance(data, tuple) and len(data) == 2 and not hasattr(data, "_fields")
 
 
 def as_pair(batch: Any, where: str = "the data") -> Pair:
-    """Read one batch.
+    """Return one batch as a pair.
+
+    Args:
+        batch: a tuple or list of inputs and target.
+        where: name of the data in the message.
 
     Raises:
-        DataError: it is not a pair of inputs and target.
+        DataError: the batch is not a pair of inputs and target.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return Args.of(batch[0]), batch[1]
@@ -43,7 +51,7 @@ def first_pair(data: Any) -> Pair:
     """Return the first batch.
 
     Raises:
-        DataError: there is none.
+        DataError: the data is empty, or its first batch is not a pair.
     """
     if is_pair(data):
         return as_pair(data)
@@ -53,7 +61,15 @@ def first_pair(data: Any) -> Pair:
 
 
 def batches(data: Any, where: str) -> Iterator[Pair]:
-    """Start to iterate over data, pair by pair; one single pair is its only batch."""
+    """Return an iterator over the batches of the data; a single pair is its own only batch.
+
+    Args:
+        data: what the user passed.
+        where: name of the data in messages.
+
+    Raises:
+        DataError: the data is not iterable; while iterating, a batch is not a pair.
+    """
     if is_pair(data):
         return iter([as_pair(data, where)])
     try:
@@ -66,32 +82,51 @@ def batches(data: Any, where: str) -> Iterator[Pair]:
 
 
 def one_shot(data: Any) -> bool:
-    """Whether the data is known to give its batches once only: a generator, ``zip(...)``, ``iter(list)`` and the like.
+    """Whether the data is known to give its batches only once, as a generator, ``zip(...)`` or ``iter(list)`` does.
 
-    Not every iterator that is its own ``iter``: loaders may start anew there.
+    That an object is its own ``iter`` is not enough: a loader may start a new epoch there.
     """
     return isinstance(data, Iterator) and type(data).__module__ in ("builtins", "itertools")
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move every tensor of a nested value."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), value)
+    """Return a nested value with every tensor on `device`."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+
+
+def batch_count(data: Any) -> int | None:
+    """Return the number of batches in an epoch, or None if the data has no length."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def first_examples(target: Any, size: int | None, count: int) -> Any:
-    """Return the target of the first `count` of `size` examples."""
+    """Return the part of a target that belongs to the first `count` examples.
+
+    Args:
+        target: any nested value. Tensors whose first dimension is `size` are shortened.
+        size: number of examples in the batch; None leaves the target unchanged.
+        count: number of examples to keep.
+    """
     if size is None or size <= count:
         return target
-    return pytree.tree_map_only(Tensor, lambda t: t[:count] if t.dim() > 0 and t.shape[0] == size else t, target)
 
+    def shortened(tensor: Tensor) -> Tensor:
+        return tensor[:count] if tensor.dim() > 0 and tensor.shape[0] == size else tensor
 
-Source = Callable[[], Iterator[Pair]]
-"""One epoch of data at a call."""
+    return pytree.tree_map_only(Tensor, shortened, target)
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """A source that goes through the user's own data; `where` is its name in messages."""
+    """A source that iterates over the data of the user.
+
+    Attributes:
+        data: what the user passed.
+        where: name of the data in messages.
+    """
 
     data: Any
     where: str
@@ -103,7 +138,12 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Mapped:
-    """A source whose pairs are changed one by one."""
+    """A source that applies a function to every pair of another source.
+
+    Attributes:
+        source: the other source.
+        change: the function.
+    """
 
     source: Source
     change: Callable[[Pair], Pair]
@@ -114,7 +154,7 @@ class Mapped:
 
 
 def users_data(source: Source) -> Any:
-    """Return what the user handed over, where a source goes through that itself; else None."""
+    """Return the data of the user that a source iterates over, or None if the source iterates over something else."""
     while isinstance(source, Mapped):
         source = source.source
     return source.data if isinstance(source, Epochs) else None
@@ -125,18 +165,25 @@ def search_sources(
 ) -> tuple[Source, Source, int | None]:
     """Return the search's training and validation epochs, and the number of training batches if it is known.
 
-    Without `val_data`, a map-style loader's indices (those its sampler gives) are split 60/40 by `seed`, or its batches
-    where it has a batch sampler of its own. Of another re-iterable the last 40 % of its batches are for validation: one
-    that shuffles anew each time should come with `val_data`.
+    Without `val_data`, `data` is split 60/40. For a loader of a map-style dataset, the indices that its sampler gives
+    are split at random, or its batches if it has a batch sampler of its own. Of any other data the last 40 % of the
+    batches are for validation, so data that is shuffled anew in each epoch should be passed with `val_data`.
+
+    Args:
+        data: a loader or another iterable of pairs that can be iterated over several times.
+        val_data: the same for validation, or None to split `data`.
+        seed: of the random split.
+        val_batch_size: of the validation part of a split loader; None for that of the loader.
 
     Raises:
-        DataError: the data cannot be gone through twice, is too small to split, or is the validation data in part.
+        DataError: the data can be iterated over only once, is too small to split, or has examples in common with
+            `val_data`.
     """
     _require_epochs(data, "data")
     if val_data is not None:
         _require_epochs(val_data, "val_data")
         refuse_overlap(data, val_data)
-        return Epochs(data, "data"), Epochs(val_data, "val_data"), _length(data)
+        return Epochs(data, "data"), Epochs(val_data, "val_data"), batch_count(data)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         return _split_loader(data, seed, val_batch_size)
     count = sum(1 for _ in batches(data, "data"))
@@ -149,7 +196,7 @@ def search_sources(
 
 
 def _split_loader(loader: DataLoader[Any], seed: int, val_batch_size: int | None) -> tuple[Source, Source, int]:
-    keep = {
+    settings = {
         "num_workers": loader.num_workers,
         "collate_fn": loader.collate_fn,
         "pin_memory": loader.pin_memory,
@@ -159,31 +206,31 @@ def _split_loader(loader: DataLoader[Any], seed: int, val_batch_size: int | None
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
     }
-    whole = loader.batch_size is None  # the loader's own batch sampler, or no batching at all
-    drawn = _drawn(loader, seed)
+    keeps_batches = loader.batch_size is None  # the loader has its own batch sampler, or does not form batches
+    drawn = _one_epoch(loader, seed)
     if len(drawn) < 2:
         raise DataError(
             f"the search splits the data 60/40 for training and validation; {len(drawn)} "
-            f"{'batches' if whole else 'examples'} are too few."
+            f"{'batches' if keeps_batches else 'examples'} are too few."
         )
-    shuffled = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).tolist()
-    order, cut = [drawn[k] for k in shuffled], _cut(len(drawn))
+    permutation = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled, cut = [drawn[k] for k in permutation], _cut(len(drawn))
 
-    def make(part: list[Any], batch_size: int) -> DataLoader[Any]:
+    def part_loader(part: list[Any], batch_size: int) -> DataLoader[Any]:
         if loader.batch_sampler is None:
-            return DataLoader(Subset(loader.dataset, part), batch_size=None, shuffle=True, **keep)
-        if whole:
-            return DataLoader(loader.dataset, batch_sampler=_Shuffled(part), **keep)
+            return DataLoader(Subset(loader.dataset, part), batch_size=None, shuffle=True, **settings)
+        if keeps_batches:
+            return DataLoader(loader.dataset, batch_sampler=_ShuffledBatches(part), **settings)
         size = min(batch_size, len(part))
-        return DataLoader(Subset(loader.dataset, part), batch_size=size, shuffle=True, drop_last=True, **keep)
+        return DataLoader(Subset(loader.dataset, part), batch_size=size, shuffle=True, drop_last=True, **settings)
 
-    batch = loader.batch_size or 1
-    train, val = make(order[:cut], batch), make(order[cut:], val_batch_size or batch)
+    batch_size = loader.batch_size or 1
+    train, val = part_loader(shuffled[:cut], batch_size), part_loader(shuffled[cut:], val_batch_size or batch_size)
     return (lambda: batches(train, "data")), (lambda: batches(val, "data")), len(train)
 
 
-class _Shuffled(Sampler[list[int]]):
-    """Given batches of indices, in a new order each time."""
+class _ShuffledBatches(Sampler[list[int]]):
+    """Fixed batches of indices, in a new random order in each epoch."""
 
     def __init__(self, groups: list[list[int]]) -> None:
         self.groups = groups
@@ -195,11 +242,11 @@ class _Shuffled(Sampler[list[int]]):
         return len(self.groups)
 
 
-def _drawn(loader: DataLoader[Any], seed: int) -> list[Any]:
-    """Return what a loader goes through in an epoch: indices, each once, or batches of them."""
+def _one_epoch(loader: DataLoader[Any], seed: int) -> list[Any]:
+    """Return what a loader draws in an epoch: indices, each once, or batches of indices."""
     if type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None:
         return list(range(len(loader.dataset)))  # type: ignore[arg-type]
-    # A sampler may stand for a part of the dataset: what it leaves out is not ours to train on.
+    # A sampler may give only a part of the dataset. Examples that it leaves out must not be used.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if loader.batch_size is None and loader.batch_sampler is not None:
@@ -208,6 +255,7 @@ def _drawn(loader: DataLoader[Any], seed: int) -> list[Any]:
 
 
 def _cut(count: int) -> int:
+    """Return how many of `count` items are for training: 60 %, with at least one item in either part."""
     return min(count - 1, max(1, round(0.6 * count)))
 
 
@@ -217,7 +265,7 @@ def _require_epochs(data: Any, name: str) -> None:
             f"{name} is a single (inputs, target) pair, which is not enough to search on. Hand a loader, or use "
             "search='balanced', search='uniform', cuts=[...] or plan=..., which need one batch only."
         )
-    batches(data, name)  # raises if it is no iterable
+    batches(data, name)  # raises if the data is not iterable
     if one_shot(data):
         raise _exhausted(data, name)
 
@@ -227,10 +275,3 @@ def _exhausted(data: Any, name: str) -> DataError:
         f"{name} is a one-shot iterator ({type(data).__name__}): it is exhausted after one pass, and the search "
         "goes through the data several times. Hand a DataLoader or a list of batches."
     )
-
-
-def _length(data: Any) -> int | None:
-    try:
-        return len(data)
-    except TypeError:
-        return None

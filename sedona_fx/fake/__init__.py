@@ -1,1 +1,1 @@
-"""Operators on tensors without numbers: what they give back, what they cost, and how it is remembered."""
+"""Operators on tensors without data: what they return, what they cost, and a memo of both."""

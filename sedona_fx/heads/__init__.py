@@ -1,1 +1,1 @@
-"""Auxiliary heads: what one has to fit, the built-in ones, and how a user adds one."""
+"""Auxiliary heads: what a head is built for, the built-in heads, and the registry for heads of the user."""

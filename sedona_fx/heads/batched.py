@@ -1,13 +1,14 @@
-"""Heads that read one activation run in step: layers of theirs that are alike are one operator.
+"""Run several heads on one activation with fewer operators: equal layers of different heads run as one.
 
-Candidate heads begin alike (SEDONA's: a 1x1 convolution, a depthwise one, inverted residuals; Pyeon et al., ICLR 2021)
-and each of their operators is too small to be worth its call: on a CPU a convolution with 4 outgoing channels takes
-nearly as long as one with 16. So their channels lie side by side in one tensor. Convolutions of the shared input become
-one with all the outgoing channels, later ones one with as many more groups; BatchNorm treats every channel by itself
-anyway. Where heads part, their channels part, and what is alike no longer runs by itself.
+Candidate heads start with equal layers (SEDONA's: a 1x1 convolution, a depthwise one, inverted residuals; Pyeon et al.,
+ICLR 2021), and each of these operators is too small to be worth its call: on a CPU a convolution with 4 output channels
+takes nearly as long as one with 16. The channels of such heads are therefore kept side by side in one tensor.
+Convolutions of the shared input become one convolution with all output channels, and later convolutions become one with
+as many times more groups; BatchNorm treats every channel by itself anyway. Where the heads differ, the tensor is split,
+and layers without an equal run by themselves.
 
-The weights are put together at each call: parameters, buffers and names stay those of the heads. The numbers are those
-of the heads run one after the other, up to rounding, derivatives included.
+The weights are concatenated in every call, so parameters, buffers and their names stay those of the heads. The results
+are those of running the heads one after the other, up to rounding, derivatives included.
 """
 
 from __future__ import annotations
@@ -25,62 +26,84 @@ Layers = Sequence[nn.Module]
 
 
 def run_together(heads: Sequence[nn.Module], activation: Tensor) -> list[Tensor]:
-    """Return every head's output for one activation, in training. Heads of any kind may be among them."""
-    layers = [list(head) if type(head) is nn.Sequential and not _hooked(head) else [head] for head in heads]
-    found = dict[int, Tensor]()
-    groups = _alike(list(range(len(heads))), [_form(own[0], first=True) if own else None for own in layers])
-    laid_out = _laid_out(activation) if any(len(group) > 1 for group in groups) else activation
+    """Return the output of every head for one activation, in training mode.
+
+    Args:
+        heads: modules of any kind. Only `nn.Sequential` heads without hooks share operators; others run as they are.
+        activation: what all heads read.
+
+    Returns:
+        The outputs, in the order of `heads`.
+    """
+    layers = [list(head) if type(head) is nn.Sequential and not _has_hooks(head) else [head] for head in heads]
+    outputs: dict[int, Tensor] = {}
+    keys = [_batch_key(own_layers[0], first=True) if own_layers else None for own_layers in layers]
+    groups = _group(list(range(len(heads))), keys)
+    shared = _channels_last(activation) if any(len(group) > 1 for group in groups) else activation
     for group in groups:
         if len(group) == 1:
-            found[group[0]] = _one(layers[group[0]], activation)
+            outputs[group[0]] = _run_layers(layers[group[0]], activation)
         else:
             weight = torch.cat([_weight(layers[k][0]) for k in group])
-            _together(group, layers, 1, _convolved(layers[group[0]][0], laid_out, weight, 1), found)
-    return [found[k] for k in range(len(heads))]
+            _run_group(group, layers, 1, _convolve(layers[group[0]][0], shared, weight, 1), outputs)
+    return [outputs[k] for k in range(len(heads))]
 
 
-def _together(members: Sequence[int], layers: Sequence[Layers], at: int, x: Tensor, found: dict[int, Tensor]) -> None:
-    """Run heads whose channels lie side by side in `x`, in the order of `members`, from their layer `at` on."""
+def _run_group(
+    members: Sequence[int], layers: Sequence[Layers], position: int, x: Tensor, outputs: dict[int, Tensor]
+) -> None:
+    """Run heads from their layer `position` on, and store their results in `outputs`.
+
+    Args:
+        members: indices of the heads, in the order in which their channels lie side by side in `x`.
+        layers: the layers of every head.
+        position: index of the next layer, the same for all members.
+        x: the input of that layer.
+        outputs: head index -> output.
+    """
     while True:
-        forms = [_form(layers[k][at]) if at < len(layers[k]) else None for k in members]
-        if forms[0] is None or any(form != forms[0] for form in forms):
+        keys = [_batch_key(layers[k][position]) if position < len(layers[k]) else None for k in members]
+        if keys[0] is None or any(key != keys[0] for key in keys):
             break
-        x = _apply([layers[k][at] for k in members], x)
-        at += 1
-    groups = _alike(members, forms)
+        x = _apply([layers[k][position] for k in members], x)
+        position += 1
+    groups = _group(members, keys)
+    group_of = {k: number for number, group in enumerate(groups) for k in group}
+    # Neighbours in x that stay in one group stay in one piece.
+    runs = [list(run) for _, run in groupby(members, group_of.__getitem__)]
     width = x.shape[1] // len(members)
-    runs = [list(run) for _, run in groupby(members, lambda k: next(g for g, own in enumerate(groups) if k in own))]
-    parts = dict(zip((run[0] for run in runs), x.split([width * len(run) for run in runs], 1), strict=True))
+    pieces = dict(zip((run[0] for run in runs), x.split([width * len(run) for run in runs], 1), strict=True))
     for group in groups:
-        own = [parts[k] for k in group if k in parts]
-        joined = own[0] if len(own) == 1 else torch.cat(own, 1)
+        group_pieces = [pieces[k] for k in group if k in pieces]
+        joined = group_pieces[0] if len(group_pieces) == 1 else torch.cat(group_pieces, 1)
         if len(group) == 1:
-            found[group[0]] = _one(layers[group[0]][at:], joined)
+            outputs[group[0]] = _run_layers(layers[group[0]][position:], joined)
         else:
-            _together(group, layers, at, joined, found)
+            _run_group(group, layers, position, joined, outputs)
 
 
-def _alike(members: Sequence[int], forms: Sequence[Hashable]) -> list[list[int]]:
-    """Group heads by the form of a layer; one without a form (None) is alone."""
+def _group(members: Sequence[int], keys: Sequence[Hashable]) -> list[list[int]]:
+    """Group heads by the key of their next layer; a head whose key is None forms a group of its own."""
     groups: dict[Hashable, list[int]] = {}
-    for k, form in zip(members, forms, strict=True):
-        groups.setdefault(("alone", k) if form is None else form, []).append(k)
+    for k, key in zip(members, keys, strict=True):
+        groups.setdefault(("alone", k) if key is None else key, []).append(k)
     return list(groups.values())
 
 
-def _one(layers: Layers, x: Tensor) -> Tensor:
+def _run_layers(layers: Layers, x: Tensor) -> Tensor:
     for layer in layers:
-        x = _apply([layer], x) if _form(layer) is not None else layer(x)
+        x = _apply([layer], x) if _batch_key(layer) is not None else layer(x)
     return x
 
 
-def _form(layer: nn.Module, *, first: bool = False) -> Hashable:
-    """Say what a layer does, its weights apart, or None if it is none that runs together with others.
+def _batch_key(layer: nn.Module, *, first: bool = False) -> Hashable:
+    """Return a key that layers share if they can run as one operator, or None if `layer` has to run by itself.
 
-    Only types that are known to the letter count: a subclass, a parametrisation or a hook may do anything. A `first`
-    layer reads the shared activation; what keeps channels apart cannot be shared there.
+    The key describes everything about the layer but its weights. Only exact types count, since a subclass, a
+    parametrisation or a hook may do anything. A `first` layer reads the activation that all heads share, so an
+    operator that keeps channels apart (a grouped convolution) cannot be shared there.
     """
-    if _hooked(layer):
+    if _has_hooks(layer):
         return None
     if type(layer) is nn.Conv2d and layer.bias is None and layer.padding_mode == "zeros" and layer.padding != "same":
         geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -91,45 +114,47 @@ def _form(layer: nn.Module, *, first: bool = False) -> Hashable:
         return ("relu", layer.inplace)
     if type(layer) is HeadBatchNorm and layer.affine and layer.track_running_stats and layer.momentum is not None:
         return ("norm", layer.num_features, layer.eps, layer.momentum, layer.training)
-    if type(layer) is InvertedResidual and type(layer.branch) is nn.Sequential and not _hooked(layer.branch):
-        forms = tuple(_form(inner) for inner in layer.branch)
-        return None if None in forms else ("residual", layer.residual, forms)
+    if type(layer) is InvertedResidual and type(layer.branch) is nn.Sequential and not _has_hooks(layer.branch):
+        keys = tuple(_batch_key(inner) for inner in layer.branch)
+        return None if None in keys else ("residual", layer.residual, keys)
     return None
 
 
-def _hooked(layer: nn.Module) -> bool:
+def _has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _apply(layers: Layers, x: Tensor) -> Tensor:
-    """Run layers of one form on channels side by side."""
+    """Apply layers with equal keys, each to its own channels of `x`."""
     layer = layers[0]
     if isinstance(layer, InvertedResidual):
         out = x
-        for inner in zip(*(own.branch for own in layers if isinstance(own, InvertedResidual)), strict=True):
-            out = _apply(inner, out)
+        branches = (residual.branch for residual in layers if isinstance(residual, InvertedResidual))
+        for inner_layers in zip(*branches, strict=True):
+            out = _apply(inner_layers, out)
         return x + out if layer.residual else out
     if isinstance(layer, HeadBatchNorm):
-        return _normalised([norm for norm in layers if isinstance(norm, HeadBatchNorm)], x)
+        return _batch_norm([norm for norm in layers if isinstance(norm, HeadBatchNorm)], x)
     if isinstance(layer, nn.Conv2d):
-        return _convolved(layer, x, torch.cat([_weight(own) for own in layers]), len(layers) * layer.groups)
+        return _convolve(layer, x, torch.cat([_weight(conv) for conv in layers]), len(layers) * layer.groups)
     out = layer(x)
     return out
 
 
-def _convolved(layer: nn.Module, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _convolve(layer: nn.Module, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Convolve with `weight` and `groups`, and with the geometry of `layer`."""
     assert isinstance(layer, nn.Conv2d)
     middle = tuple(side // 2 for side in layer.kernel_size)
     single = x.shape[2:] == (1, 1) and layer.padding == middle and layer.dilation == (1, 1)
     if single and weight.shape[1] == 1 and weight.shape[0] == x.shape[1]:
-        # All but the middle of a depthwise kernel meets padding, and the general case is slow at finding that out.
+        # On a 1x1 map all of a depthwise kernel but its middle meets padding. The general kernel is slow in that case.
         return x * weight[:, :, middle[0], middle[1]].unsqueeze(2)
     assert not isinstance(layer.padding, str)
-    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
+    return F.conv2d(x, weight, stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=groups)
 
 
-def _normalised(norms: Sequence[HeadBatchNorm], x: Tensor) -> Tensor:
-    """Apply BatchNorm to the channels of all; each takes its own part of the running statistics."""
+def _batch_norm(norms: Sequence[HeadBatchNorm], x: Tensor) -> Tensor:
+    """Apply each BatchNorm to its own channels of `x`, and update its own running statistics."""
     first = norms[0]
     means, variances, counts = [], [], []
     for norm in norms:
@@ -140,11 +165,18 @@ def _normalised(norms: Sequence[HeadBatchNorm], x: Tensor) -> Tensor:
         variances.append(norm.running_var)
         counts.append(norm.num_batches_tracked)
     mean, variance = torch.cat(means), torch.cat(variances)
-    scale, shift = torch.cat([norm.weight for norm in norms]), torch.cat([norm.bias for norm in norms])
-    # One value a channel has no variance: see HeadBatchNorm.
+    # A single value per channel has no variance: see HeadBatchNorm.
     training = first.training and x.numel() > len(mean)
-    momentum = 0.0 if first.momentum is None else first.momentum
-    out = F.batch_norm(x, mean, variance, scale, shift, training, momentum, first.eps)
+    out = F.batch_norm(
+        x,
+        mean,
+        variance,
+        weight=torch.cat([norm.weight for norm in norms]),
+        bias=torch.cat([norm.bias for norm in norms]),
+        training=training,
+        momentum=0.0 if first.momentum is None else first.momentum,
+        eps=first.eps,
+    )
     if training:
         with torch.no_grad():
             torch._foreach_copy_(means, mean.split(first.num_features))
@@ -158,8 +190,8 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-def _laid_out(activation: Tensor) -> Tensor:
-    """Put channels last on a CPU, where these small convolutions are several times faster so."""
+def _channels_last(activation: Tensor) -> Tensor:
+    """Return an image in channels-last layout on a CPU, where these small convolutions are several times faster so."""
     if activation.dim() != 4 or activation.device.type != "cpu":
         return activation
     return activation.contiguous(memory_format=torch.channels_last)

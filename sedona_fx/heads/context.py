@@ -1,4 +1,4 @@
-"""What an auxiliary head has to fit, and the ways to name one."""
+"""What an auxiliary head is built for, and the two ways to specify one: a registered name or a factory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from torch import nn
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What a head has to fit.
+    """The activation that an auxiliary head reads and the output that it must produce.
 
-    `shape` is the activation at the cut and `output_shape` the model's primary output, both with the batch first. The
-    size of the batch is an example: a head must serve any. `channel_dim` holds the channels or features: 1 in (N, C, H,
-    W) and (N, D), -1 or 2 in tokens (N, T, D), -1 or 3 in (N, H, W, D). `place` is the user's module path. `token`: the
-    model's own output reads only this token of (N, T, D) activations (a class token: 0; the last: -1); None where it
-    does not.
+    The batch is the first dimension of both shapes. Its size is an example: a head must accept any batch size.
+
+    Attributes:
+        shape: shape of the activation at the cut.
+        output_shape: shape of the model's primary output.
+        channel_dim: the dimension of `shape` that holds the channels or features: 1 for (N, C, H, W) and (N, D), -1 or
+            2 for tokens (N, T, D), -1 or 3 for (N, H, W, D).
+        place: the cut as a module path of the user's model, for error messages.
+        token: index of the single token of an (N, T, D) activation that the model's own output depends on (0 for a
+            class token, -1 for the last token); None if the output does not depend on a single token.
+        free_output: whether the head's output may have any type and shape, since a loss of the user's own reads it.
     """
 
     shape: tuple[int, ...]
@@ -33,12 +39,12 @@ class HeadContext:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """The sizes without batch and channels: (H, W) of an image, (T,) of tokens, () of a vector."""
+        """The sizes other than batch and channels: (H, W) for an image, (T,) for tokens, () for a vector."""
         return tuple(size for dim, size in enumerate(self.shape) if dim not in (0, self.channel_dim % len(self.shape)))
 
     @property
     def channels_first(self) -> bool:
-        """Whether the channels are in dimension 1."""
+        """Whether dimension 1 holds the channels."""
         return self.channel_dim % len(self.shape) == 1
 
     @property
@@ -53,6 +59,7 @@ class HeadContext:
 
 
 HeadFactory = Callable[[HeadContext], nn.Module]
-
+"""Builds a module that maps `HeadContext.shape` to `HeadContext.output_shape`, for any batch size."""
 
 HeadSpec = str | HeadFactory
+"""A head, as the name that it is registered under or as a factory."""

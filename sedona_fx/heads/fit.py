@@ -1,7 +1,7 @@
-"""Which built-in head fits which activation and output, and the layers that bring the shape of one to the other's.
+"""Which built-in head fits which activation and output, and the head's sizes for them.
 
-Each kind of head has a function that says why it cannot stand in a context (or "", where it can), and one that reads
-the sizes of its net off the context. `heads` holds the results in its registry.
+Each kind of head has a function ``refuses_...`` that returns the reason why the kind cannot be used in a context, or an
+empty text if it can, and a function that derives the sizes of its net from the context. The registry holds the results.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from sedona_fx.heads import layers as head_layers
+from sedona_fx.heads import nets
+from sedona_fx.heads.context import HeadContext, HeadFactory
+from sedona_fx.heads.layers import MoveDim, Resize, TokenGrid
 
-if TYPE_CHECKING:
-    from sedona_fx.heads.context import HeadContext
+Refusal = Callable[[HeadContext], str]
+"""Returns the reason why a kind of head cannot be used in a context, or an empty text if it can."""
 
 
-def built_in() -> dict[str, tuple[Callable[[HeadContext], nn.Module], Callable[[HeadContext], str]]]:
-    """Return every built-in head by name: its factory, and what says why it cannot stand in a context (or "")."""
-    forms: dict[str, dict[str, Any]] = {
+def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
+    """Return the factory and the refusal of every built-in head, by name."""
+    sedona_options: dict[str, dict[str, Any]] = {
         "sedona": {},
         "sedona-wide": {"features": 2048},
         "sedona-basic": {"expansion": 1},
     }
-    table: dict[str, tuple[Callable[[HeadContext], nn.Module], Callable[[HeadContext], str]]] = {}
-    for form, options in forms.items():
+    table: dict[str, tuple[HeadFactory, Refusal]] = {}
+    for name, options in sedona_options.items():
         for depth in range(1, 5):
-            sedona = functools.partial(_spatial_head, head_layers.sedona_head, depth=depth, **options)
-            table[f"{form}-{depth}"] = sedona, refuses_spatial
-    mlp = functools.partial(_spatial_head, head_layers.mlp_head)
+            sedona = functools.partial(_spatial_head, nets.sedona_head, depth=depth, **options)
+            table[f"{name}-{depth}"] = sedona, refuses_spatial
+    mlp = functools.partial(_spatial_head, nets.mlp_head)
     table["mlp"] = mlp, refuses_spatial
     table["mlp-sr"] = functools.partial(mlp, spatial=3), refuses_spatial
-    table["cnn"] = functools.partial(_spatial_head, head_layers.cnn_head), refuses_spatial
+    table["cnn"] = functools.partial(_spatial_head, nets.cnn_head), refuses_spatial
     table["linear"] = _linear_head, refuses_scores
     for name, build, refuses in (
         ("tokens", _token_head, refuses_tokens),
@@ -50,10 +50,10 @@ def built_in() -> dict[str, tuple[Callable[[HeadContext], nn.Module], Callable[[
 
 
 def ladder(context: HeadContext) -> tuple[str, ...]:
-    """Return the built-in heads of growing depth to choose from by default, none where none fits.
+    """Return the built-in heads to choose from by default, of growing depth; empty if no built-in head fits.
 
-    Some outputs can be read both as dense maps and as token logits, (N, 9, 9) for one: then maps behind activations
-    with channels first, logits behind the others.
+    Some outputs, (N, 9, 9) for example, can be read both as dense maps and as token logits. They are taken as maps if
+    the activation has its channels first, and as logits otherwise.
     """
     if not context.is_vector and not refuses_spatial(context):
         return _depths("sedona", 4)
@@ -69,21 +69,21 @@ def ladder(context: HeadContext) -> tuple[str, ...]:
 
 
 def refuses_scores(context: HeadContext) -> str:
-    """Say why a head cannot give class scores, (N, classes) or (N,), from any activation."""
+    """Return why a head cannot give class scores, (N, classes) or (N,), from any activation."""
     if len(context.output_shape) not in (1, 2):
         return "it gives class scores, (N, classes) or (N,)"
     return _refuses_batch(context)
 
 
 def refuses_spatial(context: HeadContext) -> str:
-    """Say why a head cannot give class scores from (N, D) or from channels first and one to three dimensions."""
+    """Return why a head cannot give class scores from (N, D), or from channels first and one to three dimensions."""
     if not context.channels_first or len(context.shape) > 5:
         return "it reads images (N, C, H, W), video (N, C, T, H, W), sequences (N, C, L) or vectors (N, D)"
     return refuses_scores(context)
 
 
 def refuses_tokens(context: HeadContext) -> str:
-    """Say why a head cannot give class scores from normalised features."""
+    """Return why a head cannot give class scores from normalised features."""
     token = _token(context)
     if token is not None and not -context.shape[1] <= token < context.shape[1]:
         return f"the model's output is said to read token {token}, and there are {context.shape[1]}"
@@ -91,14 +91,14 @@ def refuses_tokens(context: HeadContext) -> str:
 
 
 def refuses_attention(context: HeadContext) -> str:
-    """Say why a head cannot give class scores by attending over normalised features."""
+    """Return why a head cannot give class scores by attention over normalised features."""
     if not context.positions:
         return "it attends over tokens, and vectors (N, D) have none"
     return _refuses_one_feature(context) or refuses_scores(context)
 
 
 def refuses_logits(context: HeadContext) -> str:
-    """Say why a head cannot give logits token by token: (N, T, D) to (N, T, V), (N, H, W, D) to (N, H, W, V)."""
+    """Return why a head cannot give logits token by token: (N, T, D) to (N, T, V), (N, H, W, D) to (N, H, W, V)."""
     if not context.positions or len(context.output_shape) != len(context.shape):
         return "it gives token logits, (N, T, V) from (N, T, D)"
     if context.output_shape[1:-1] != context.positions:
@@ -110,73 +110,36 @@ def refuses_logits(context: HeadContext) -> str:
 
 
 def refuses_dense(context: HeadContext) -> str:
-    """Say why a head cannot give dense maps, (N, K, H, W), or with one or three dimensions behind K."""
-    sizes, wanted = context.positions, context.output_shape[2:]
-    if len(wanted) not in (1, 2, 3):
+    """Return why a head cannot give dense maps: (N, K, H, W), or one or three dimensions after K."""
+    sizes, output_sizes = context.positions, context.output_shape[2:]
+    if len(output_sizes) not in (1, 2, 3):
         return "it gives dense maps, (N, K, H, W) or (N, K, T, H, W)"
-    if len(sizes) != len(wanted):
-        if len(context.shape) != 3 or context.channels_first or len(wanted) != 2:
-            return f"it gives dense maps of as many sides as the activation has, {len(sizes)} and not {len(wanted)}"
+    if len(sizes) != len(output_sizes):
+        if len(context.shape) != 3 or context.channels_first or len(output_sizes) != 2:
+            return (
+                f"it gives dense maps of as many sides as the activation has, {len(sizes)} and not {len(output_sizes)}"
+            )
         if _token_grid(context) is None:
             return (
-                f"it lays tokens out as a map like the output's, and {sizes[0] - _skipped(context)} tokens are none in "
-                f"the proportions {wanted[0]} to {wanted[1]}"
+                f"it lays tokens out as a map like the output's, and {sizes[0] - _skipped_tokens(context)} tokens are "
+                f"none in the proportions {output_sizes[0]} to {output_sizes[1]}"
             )
-    elif len(wanted) == 1 and wanted != sizes:
+    elif len(output_sizes) == 1 and output_sizes != sizes:
         return (
             f"it gives dense maps, and of an output with three dimensions it cannot tell which is the classes' unless "
             f"the last is as long as the activation, {sizes[0]}"
         )
-    elif len(wanted) > 1 and _in_proportion(sizes, context.output_shape[1:-1]) and not _in_proportion(sizes, wanted):
+    elif (
+        len(output_sizes) > 1
+        and _in_proportion(sizes, context.output_shape[1:-1])
+        and not _in_proportion(sizes, output_sizes)
+    ):
         return "it gives dense maps with their channels in dimension 1, and this output seems to have them last"
     return _refuses_batch(context)
 
 
 KINDS = {"linear": refuses_scores, "dense-1": refuses_dense, "logits-1": refuses_logits}
-"""A head of each kind of output, the one that asks least of the activation."""
-
-
-class TokenGrid(nn.Module):
-    """Lay tokens out as a map: (N, skip + h * w, D) to (N, D, h, w), row by row, without the first `skip`.
-
-    `size` is the (h, w) of one example; for other numbers of tokens the map keeps its proportions.
-    """
-
-    def __init__(self, size: tuple[int, int], skip: int) -> None:
-        super().__init__()
-        self.proportion, self.skip = size[0] / size[1], skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a view of x as a map."""
-        x = x[:, self.skip :]
-        # torch's own functions: they take the symbols of a tracer too. Half is added, as sym_int rounds down.
-        height = torch.sym_int(torch.sym_sqrt(x.shape[1] * self.proportion) + 0.5)
-        return x.transpose(1, 2).unflatten(2, (height, -1))
-
-
-class Resize(nn.Module):
-    """Interpolate (N, K, *size) to (N, K, *output_size), linearly; other sizes by the same factors, side by side.
-
-    A side h becomes ``h * output / size``, rounded to the nearest, or up where maps shrink, so that no side vanishes.
-    """
-
-    def __init__(self, size: tuple[int, ...], output_size: tuple[int, ...]) -> None:
-        super().__init__()
-        self.size, self.output_size = size, output_size
-        self.mode = {2: "bilinear", 3: "trilinear"}[len(size)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the resized maps."""
-        size: list[int] = []
-        for dim, (given, wanted) in enumerate(zip(self.size, self.output_size, strict=True), start=2):
-            # In whole numbers: they are exact, and the symbols of a tracer take part.
-            rounding = given // 2 if wanted >= given else given - 1
-            size.append((x.shape[dim] * wanted + rounding) // given)
-        return F.interpolate(x, size=size, mode=self.mode, align_corners=False)
-
-    def extra_repr(self) -> str:
-        """Show the factors."""
-        return f"size={self.size}, output_size={self.output_size}"
+"""For each kind of output, the head that requires least of the activation."""
 
 
 def _depths(name: str, count: int) -> tuple[str, ...]:
@@ -193,21 +156,23 @@ def _refuses_batch(context: HeadContext) -> str:
 
 
 def _refuses_one_feature(context: HeadContext) -> str:
-    return "it normalises over the features, and a single one would always come out as 0" * (context.channels == 1)
+    if context.channels == 1:
+        return "it normalises over the features, and a single one would always come out as 0"
+    return ""
 
 
 def _token(context: HeadContext) -> int | None:
     return context.token if len(context.shape) == 3 and not context.channels_first else None
 
 
-def _skipped(context: HeadContext) -> int:
+def _skipped_tokens(context: HeadContext) -> int:
     # A class token has no place on the map.
     return 1 if context.token == 0 else 0
 
 
 def _token_grid(context: HeadContext) -> tuple[int, int] | None:
-    """Return the (h, w) of the tokens, if there is one in exactly the output's proportions."""
-    count, (height, width) = context.positions[0] - _skipped(context), context.output_shape[2:]
+    """Return the (h, w) that hold all tokens in exactly the output's proportions, or None if no such sizes exist."""
+    count, (height, width) = context.positions[0] - _skipped_tokens(context), context.output_shape[2:]
     h = math.isqrt(count * height // width)
     return (h, count // h) if h and count % h == 0 and h * width == count // h * height else None
 
@@ -221,7 +186,7 @@ def _count(sizes: tuple[int, ...]) -> str:
 
 
 def _with_scores(head: nn.Sequential, context: HeadContext) -> nn.Sequential:
-    """Return the head, with (N, 1) flattened to (N,) where the output is so."""
+    """Return the head, with (N, 1) flattened to (N,) if that is the output's shape."""
     return head.append(nn.Flatten(0)) if len(context.output_shape) == 1 else head
 
 
@@ -240,29 +205,28 @@ def _spatial_head(build: Callable[..., nn.Sequential], context: HeadContext, **o
 
 
 def _linear_head(context: HeadContext) -> nn.Module:
-    return _with_scores(head_layers.linear_head(context.channels, _classes(context), **_layout(context)), context)
+    return _with_scores(nets.linear_head(context.channels, _classes(context), **_layout(context)), context)
 
 
 def _token_head(context: HeadContext, *, depth: int, attention: bool = False) -> nn.Module:
-    how: dict[str, Any] = {"attention": True} if attention else {"token": _token(context)}
-    head = head_layers.token_head(context.channels, _classes(context), depth, **_layout(context), **how)
+    pool: dict[str, Any] = {"attention": True} if attention else {"token": _token(context)}
+    head = nets.token_head(context.channels, _classes(context), depth, **_layout(context), **pool)
     return _with_scores(head, context)
 
 
 def _logits_head(context: HeadContext, *, depth: int) -> nn.Module:
-    return head_layers.logits_head(context.channels, context.output_shape[-1], depth, **_layout(context))
+    return nets.logits_head(context.channels, context.output_shape[-1], depth, **_layout(context))
 
 
 def _dense_head(context: HeadContext, *, depth: int) -> nn.Module:
-    sizes, wanted = context.positions, context.output_shape[2:]
+    sizes, output_sizes = context.positions, context.output_shape[2:]
     before: list[nn.Module] = []
-    if len(sizes) != len(wanted):
+    if len(sizes) != len(output_sizes):
         grid = _token_grid(context)
-        assert grid is not None  # or refused
-        sizes, before = grid, [TokenGrid(grid, _skipped(context))]
+        assert grid is not None  # refuses_dense would have said so
+        sizes, before = grid, [TokenGrid(grid, _skipped_tokens(context))]
     elif not context.channels_first:
-        before = [head_layers.MoveDim(context.channel_dim, 1)]
-    after = [Resize(sizes, wanted)] if sizes != wanted else []
-    return head_layers.dense_head(
-        context.channels, context.output_shape[1], depth, dims=len(sizes), before=before, after=after
-    )
+        before = [MoveDim(context.channel_dim, 1)]
+    after = [Resize(sizes, output_sizes)] if sizes != output_sizes else []
+    maps = context.output_shape[1]
+    return nets.dense_head(context.channels, maps, depth, dims=len(sizes), before=before, after=after)

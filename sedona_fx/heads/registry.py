@@ -1,4 +1,4 @@
-"""Auxiliary heads: small nets from the activation at a cut to the model's primary output, and their registry.
+"""The registry of auxiliary heads: small nets that map the activation at a cut to the model's primary output.
 
 | name | net | from | to |
 |---|---|---|---|
@@ -8,13 +8,14 @@
 | ``mlp``, ``mlp-sr``, ``cnn`` | DGL's heads (Belilovsky et al., ICML 2020) | spatial, vectors | scores |
 | ``linear`` | global average pool, linear | everything | scores |
 | ``tokens-1`` to ``-3`` | LayerNorm, residual MLPs, pool over tokens, linear | everything of 2+ features | scores |
-| ``tokens-attention-1`` to ``-3`` | the same with a learned query that attends over the tokens | but vectors | scores |
+| ``tokens-attention-1`` to ``-3`` | the same, a learned query attends over the tokens | all but vectors | scores |
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
 | ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
 
-Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors (N, D); tokens
-(N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number an example; dense maps (N, K, H, W)
-or (N, K, T, H, W); token logits (N, T, V) with the activation's T. For another output, register a factory of your own.
+Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
+are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
+(N, K, H, W) or (N, K, T, H, W); token logits are (N, T, V) with the activation's T. For another output, register a
+factory of your own with :func:`register_head`.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 
 from sedona_fx.errors import HeadError, did_you_mean, shape_text
 from sedona_fx.heads import fit as head_fit
-from sedona_fx.heads.context import HeadContext, HeadFactory
+from sedona_fx.heads.context import HeadContext, HeadFactory, HeadSpec
 
 
 @dataclass(frozen=True)
 class _Entry:
     factory: HeadFactory
-    refuses: Callable[[HeadContext], str] | None = None  # only built-in heads: why not here, or ""
+    refuses: head_fit.Refusal | None = None  # built-in heads only
 
 
 _REGISTRY: dict[str, _Entry] = {}
@@ -45,14 +47,18 @@ _INSTEAD = (
 )
 
 
-def build_head(spec: str | HeadFactory, context: HeadContext) -> nn.Module:
-    """Return a new head, by registered name or from a factory, that fits `context`.
+def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
+    """Return a new head that fits `context`.
 
-    The parameters are drawn from PyTorch's global random stream. What a factory of the user's returns is tried once on
-    fake tensors, which computes nothing and leaves the module as it is.
+    The parameters are drawn from PyTorch's global random generator. A head from a factory of the user is run once on
+    fake tensors, which computes nothing and leaves the module unchanged.
+
+    Args:
+        spec: a registered name or a factory.
+        context: the activation that the head reads and the output that it must give.
 
     Raises:
-        HeadError: the name is unknown, the head cannot stand there, or its output has the wrong shape.
+        HeadError: the name is unknown, the head cannot be used in this context, or its output has the wrong shape.
     """
     _check_layout(context)
     entry = _entry(spec)
@@ -61,18 +67,18 @@ def build_head(spec: str | HeadFactory, context: HeadContext) -> nn.Module:
         if reason := entry.refuses(context):
             fitting = fitting_heads(context)
             advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_INSTEAD}"
-            raise HeadError(f"head {name!r} cannot stand{_behind(context)}: {reason}. {_shapes(context)}. {advice}.")
+            raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
         return entry.factory(context)
     head = entry.factory(context)
     _check_users_head(name, head, context)
     return head
 
 
-def head_name(spec: str | HeadFactory) -> str:
+def head_name(spec: HeadSpec) -> str:
     """Return the registered name of `spec`, or ``"module:qualname"`` of a factory that is not registered.
 
     Raises:
-        HeadError: `spec` is a name nobody registered, or neither a name nor callable.
+        HeadError: `spec` is an unregistered name, or neither a name nor callable.
     """
     entry = _entry(spec)
     if isinstance(spec, str):
@@ -89,49 +95,55 @@ def head_name(spec: str | HeadFactory) -> str:
 
 
 def fitting_heads(context: HeadContext) -> tuple[str, ...]:
-    """Return the names of all built-in heads that can stand in `context`, none where none can."""
+    """Return the names of all built-in heads that can be used in `context`; empty if there are none.
+
+    Raises:
+        HeadError: `context` names no dimension of channels besides the batch dimension.
+    """
     _check_layout(context)
     return tuple(name for name, entry in _REGISTRY.items() if entry.refuses is not None and not entry.refuses(context))
 
 
 def default_candidates(context: HeadContext) -> tuple[str, ...]:
-    """Return the names of the heads a search chooses from: a ladder of depths.
+    """Return the names of the heads that a search chooses from by default: one kind, in growing depth.
 
-    For class scores SEDONA's four on spatial activations and the token ones elsewhere (``linear`` where there is but
-    one feature); for dense maps the dense ones; for token logits the logits ones.
+    For class scores these are SEDONA's four heads on spatial activations and the token heads elsewhere (``linear`` if
+    there is only one feature), for dense maps the dense heads, and for token logits the logits heads.
 
     Raises:
-        HeadError: no built-in head fits; with both shapes, and why each kind does not.
+        HeadError: no built-in head fits. The message has both shapes and says why each kind does not fit.
     """
     _check_layout(context)
     if ladder := head_fit.ladder(context):
         return ladder
     reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
-    raise HeadError(f"no built-in head fits{_behind(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
+    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
 
 
 def default_head(context: HeadContext) -> str:
-    """Return the name of the head used without a search.
+    """Return the name of the head that is used without a search.
 
-    For class scores on images and sequences ``mlp-sr``, as DGL recommends, up to 128 channels; its weights grow as 51
-    C^2, beyond many a net's own, so wider activations get ``sedona-1``, and so does video, where they would grow as 195
-    C^2. Elsewhere the second of the ladder, with one exception: a projection of D features to V token logits costs D V,
-    which from V = 12 D on is more than a transformer block's own 12 D^2. No head for a vocabulary can be small beside
-    such a block, so it gets the smallest, ``logits-1``; a factory of your own can project through fewer features.
+    Class scores on images and sequences of up to 128 channels get ``mlp-sr``, as DGL recommends. Its weights grow as
+    51 C^2, beyond those of many nets themselves, so wider activations get ``sedona-1``, and so does video, where they
+    would grow as 195 C^2. Everything else gets the second of :func:`default_candidates`, with one exception: a
+    projection of D features to V token logits costs D V, which for V of 12 D and more exceeds the 12 D^2 of a
+    transformer block. No head for such a vocabulary can be small compared with the block, so it gets the smallest,
+    ``logits-1``; a factory of your own can project through fewer features.
 
     Raises:
         HeadError: no built-in head fits.
     """
-    ladder = default_candidates(context)
-    if ladder[0] == "sedona-1":
-        return "mlp-sr" if len(context.positions) < 3 and context.channels <= 128 else ladder[0]
-    if ladder[0] == "logits-1" and context.output_shape[-1] >= 12 * context.channels:
-        return ladder[0]
-    return ladder[min(1, len(ladder) - 1)]
+    candidates = default_candidates(context)
+    smallest = candidates[0]
+    if smallest == "sedona-1":
+        return "mlp-sr" if len(context.positions) < 3 and context.channels <= 128 else smallest
+    if smallest == "logits-1" and context.output_shape[-1] >= 12 * context.channels:
+        return smallest
+    return candidates[min(1, len(candidates) - 1)]
 
 
 def head_names() -> tuple[str, ...]:
-    """Return all registered names, built-in ones first, in the order of their registration."""
+    """Return all registered names in the order of registration, built-in heads first."""
     return tuple(_REGISTRY)
 
 
@@ -142,12 +154,19 @@ def register_head(name: str, factory: None = ..., *, override: bool = ...) -> Ca
 def register_head(
     name: str, factory: HeadFactory | None = None, *, override: bool = False
 ) -> HeadFactory | Callable[[HeadFactory], HeadFactory]:
-    """Make `factory` known under `name`. Without a factory, return a decorator that does so. Both return the factory.
+    """Register `factory` under `name`, or, without a factory, return a decorator that does so.
 
-    A factory takes a `HeadContext` and returns a module from `context.shape` to `context.output_shape`, for any batch.
+    Args:
+        name: a text that is not empty and contains no ``:``.
+        factory: takes a `HeadContext` and returns a module that maps `context.shape` to `context.output_shape`, for
+            any batch size.
+        override: whether to replace a head that is registered under this name.
+
+    Returns:
+        The factory, from both forms.
 
     Raises:
-        HeadError: the name is taken and `override` is not set, or the name or the factory is none.
+        HeadError: the name is taken and `override` is not set, the name is not valid, or the factory is not callable.
     """
     if factory is None:
         return functools.partial(register_head, name, override=override)
@@ -161,7 +180,7 @@ def register_head(
     return factory
 
 
-def _entry(spec: str | HeadFactory) -> _Entry:
+def _entry(spec: HeadSpec) -> _Entry:
     if isinstance(spec, str):
         if spec in _REGISTRY:
             return _REGISTRY[spec]
@@ -186,53 +205,51 @@ def _check_layout(context: HeadContext) -> None:
     rank = len(context.shape)
     if rank < 2 or not (-rank <= context.channel_dim < rank) or context.channel_dim % rank == 0:
         raise HeadError(
-            f"no head can stand{_behind(context)}: the activation is {shape_text(context.shape)} with its channels in "
+            f"no head can stand{_after(context)}: the activation is {shape_text(context.shape)} with its channels in "
             f"dimension {context.channel_dim}; a head needs a batch dimension first and the channels in another one."
         )
 
 
 def _check_users_head(name: str, head: object, context: HeadContext) -> None:
-    """Hold what a user's factory returned against `context`, by a forward on fake tensors.
+    """Check what a factory of the user returned against `context`, by a forward pass on fake tensors.
 
-    A batch of two at least, since a BatchNorm of the user's may refuse one. Heads whose forward depends on values
-    cannot be tried so and are taken on trust.
+    The batch has at least two examples, since a BatchNorm in the head may refuse one. A head whose forward pass depends
+    on values cannot be checked in this way and is accepted as it is.
     """
-    from torch._subclasses import fake_tensor  # here, as only users' heads need it
-
-    where = f"head {name!r}{_behind(context)}"
+    where = f"head {name!r}{_after(context)}"
     if not isinstance(head, nn.Module):
         raise HeadError(f"{where}: the factory must return a torch.nn.Module, not {type(head).__name__}.")
     tensors: dict[str, Tensor] = {**dict(head.named_parameters()), **dict(head.named_buffers())}
     if lazy := [key for key, tensor in tensors.items() if torch.nn.parameter.is_lazy(tensor)]:
         raise HeadError(f"{where}: {lazy[0]!r} is lazy. Build it in full: the shapes are in the HeadContext.")
-    first = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
     if context.free_output:
         return
-    given = (max(2, context.shape[0]), *context.shape[1:])
-    wanted = (given[0], *context.output_shape[1:])
+    like = next((tensor for tensor in tensors.values() if tensor.is_floating_point()), torch.empty(0))
+    shape = (max(2, context.shape[0]), *context.shape[1:])
+    output_shape = (shape[0], *context.output_shape[1:])
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with mode, torch.no_grad():
             fakes: dict[str, Tensor] = {key: mode.from_tensor(tensor) for key, tensor in tensors.items()}
-            x = torch.empty(given, dtype=first.dtype, device=first.device)
+            x = torch.empty(shape, dtype=like.dtype, device=like.device)
             output = torch.func.functional_call(head, fakes, (x,))
     except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
         return
     except Exception as error:
         raise HeadError(
-            f"{where} fails on an input of shape {shape_text(given)}, where it should give {shape_text(wanted)}: "
+            f"{where} fails on an input of shape {shape_text(shape)}, where it should give {shape_text(output_shape)}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(output, Tensor):
-        raise HeadError(f"{where} must return one tensor {shape_text(wanted)}, not {type(output).__name__}.")
-    if tuple(output.shape) != wanted:
+        raise HeadError(f"{where} must return one tensor {shape_text(output_shape)}, not {type(output).__name__}.")
+    if tuple(output.shape) != output_shape:
         raise HeadError(
-            f"{where} turns {shape_text(given)} into {shape_text(output.shape)}, but the model's primary output "
-            f"would be {shape_text(wanted)}: make the factory read `context.output_shape`."
+            f"{where} turns {shape_text(shape)} into {shape_text(output.shape)}, but the model's primary output "
+            f"would be {shape_text(output_shape)}: make the factory read `context.output_shape`."
         )
 
 
-def _behind(context: HeadContext) -> str:
+def _after(context: HeadContext) -> str:
     return f" behind {context.place!r}" if context.place else ""
 
 

@@ -1,1 +1,1 @@
-"""The graph dialect: what a node knows about itself, the specification of each phase, data flow, and costs."""
+"""The graph dialect: what is recorded about a node, the specification of each phase, data flow, and costs."""

@@ -1,4 +1,4 @@
-"""Which dimension of an activation holds the channels, as the layers say that made it."""
+"""Find the dimension of an activation that holds the channels, from the layers that computed it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ _CHANNELS_SECOND = (
     nn.GroupNorm,
 )
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.MultiheadAttention, nn.RMSNorm)
-_CHANNELS_SECOND_WORDS = ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm")
-_CHANNELS_LAST_WORDS = ("layer_norm", "linear", "rms_norm", "embedding", "addmm")
+_CHANNELS_SECOND_OPERATIONS = ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm")
+_CHANNELS_LAST_OPERATIONS = ("layer_norm", "linear", "rms_norm", "embedding", "addmm")
 
 
 def channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """Say which dimension holds the channels: as the last layer that has an opinion left it, permutations followed."""
+    """Return the dimension that holds the channels of a node's value, or None if nothing determines it.
+
+    The last layer whose type fixes the dimension decides (a convolution: 1; a linear layer: the last); permutations and
+    operations that drop or join dimensions are followed from there.
+
+    Args:
+        gm: the graph.
+        node: a node whose value is a tensor, with annotated inputs.
+    """
     record = info(node)
     rank = len(record.value.shape)
     if node.op == "call_module":
@@ -28,23 +36,23 @@ def channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
         if isinstance(module, _CHANNELS_LAST):
             return rank - 1
     name = operation(node)
-    if name in _CHANNELS_SECOND_WORDS:
+    if name in _CHANNELS_SECOND_OPERATIONS:
         return 1
-    if name in _CHANNELS_LAST_WORDS:
+    if name in _CHANNELS_LAST_OPERATIONS:
         return rank - 1
-    sources = [info(a) for a in node.all_input_nodes if info(a).channel_dim is not None]
+    sources = [info(input_node) for input_node in node.all_input_nodes if info(input_node).channel_dim is not None]
     if not sources:
         return None
-    source = next((s for s in sources if len(s.value.shape) == rank), sources[0])
+    source = next((candidate for candidate in sources if len(candidate.value.shape) == rank), sources[0])
     assert source.channel_dim is not None
-    moved = _permutation(gm, node, rank)
-    if moved is not None:
-        return moved.index(source.channel_dim)
-    return _same_place(source.value.shape, source.channel_dim, record.value.shape)
+    permutation = _permutation(gm, node, rank)
+    if permutation is not None:
+        return permutation.index(source.channel_dim)
+    return _followed(source.value.shape, source.channel_dim, record.value.shape)
 
 
 def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
-    """Return which source dimension each dimension of the result is, if the node permutes dimensions."""
+    """Return the source dimension of each dimension of the result if the node permutes dimensions, else None."""
     name = operation(node)
     if node.op == "call_module":
         dims = getattr(gm.get_submodule(str(node.target)), "dims", None)
@@ -60,11 +68,11 @@ def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | No
     return None
 
 
-def _same_place(source: tuple[int, ...], channel_dim: int, result: tuple[int, ...]) -> int | None:
-    """Find the channels again after an operation that keeps, pools, flattens or joins dimensions."""
+def _followed(source: tuple[int, ...], channel_dim: int, result: tuple[int, ...]) -> int | None:
+    """Return the dimension of the channels after an operation that keeps, pools, flattens or joins dimensions."""
     if len(source) == len(result):
         return channel_dim
-    if len(result) == 2:  # flattened or pooled: what is not the batch is features
+    if len(result) == 2:  # flattened or pooled: everything but the batch is features
         return 1
     channels = source[channel_dim]
     if channel_dim == len(source) - 1:

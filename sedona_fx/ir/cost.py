@@ -1,4 +1,4 @@
-"""What things cost: FLOPs, parameters and activation bytes of a node, a block or a head; seconds of a step."""
+"""FLOPs, parameters and activation bytes of a stretch of the graph, a block or a head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Cost:
     """Cost of a part of a net for one batch.
 
     Attributes:
-        flops: of the forward pass, counted by PyTorch's formulas (two a multiply-add).
+        flops: of the forward pass, by PyTorch's formulas (two per multiply-add).
         parameters: number of parameter elements.
         activation_bytes: bytes that autograd keeps for the backward pass.
     """
@@ -32,14 +32,19 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.flops + other.flops,
-            self.parameters + other.parameters,
-            self.activation_bytes + other.activation_bytes,
+            flops=self.flops + other.flops,
+            parameters=self.parameters + other.parameters,
+            activation_bytes=self.activation_bytes + other.activation_bytes,
         )
 
 
 def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
-    """Return the cost of a head on an activation without allocating it; the activation itself is not counted."""
+    """Return the cost of a head on an activation, without allocating either.
+
+    Args:
+        make: builds the head; called with ``meta`` as the default device.
+        activation: what the head reads. Its own bytes are not counted.
+    """
     with torch.device("meta"), Meter():
         head = make()
     sample = torch.empty(activation.shape, dtype=activation.dtype, device="meta", requires_grad=True)
@@ -50,44 +55,59 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
 
 
 def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cost], list[int]]:
-    """Return the cost of each stretch between consecutive cut points, and the bytes that neighbours share.
+    """Return the cost of each stretch between consecutive cut points, and the bytes that adjacent stretches share.
 
     Args:
         gm: an ANALYSED graph.
         ends: the n cut points, in order.
 
     Returns:
-        n+1 costs, and n numbers: bytes that stretch i and stretch i+1 both keep (the boundary activation), which a
-        block holding both counts once.
+        n+1 costs, and n numbers of bytes: what stretches i and i+1 both keep (the boundary activation). A block that
+        holds both stretches counts these bytes once.
     """
     blocks = block_of(gm.graph, ends)
-    sizes = {name: parameter.numel() for name, parameter in gm.named_parameters()}
+    elements = {name: parameter.numel() for name, parameter in gm.named_parameters()}
     flops = [0] * (len(ends) + 1)
-    kept: list[dict[int, int]] = [{} for _ in flops]
+    saved: list[dict[int, int]] = [{} for _ in flops]  # storage -> bytes
     names: list[set[str]] = [set() for _ in flops]
     for node, block in blocks.items():
         record = info(node)
         flops[block] += record.flops
-        kept[block].update(record.saved)
+        saved[block].update(record.saved)
         names[block].update(record.parameters)
     costs = [
-        Cost(f, sum(sizes.get(name, 0) for name in used), sum(saved.values()))
-        for f, used, saved in zip(flops, names, kept, strict=True)
+        Cost(flops[k], sum(elements.get(name, 0) for name in names[k]), sum(saved[k].values()))
+        for k in range(len(flops))
     ]
-    shared = [sum(a[s] for s in a.keys() & b.keys()) for a, b in itertools.pairwise(kept)]
+    shared = [
+        sum(first[storage] for storage in first.keys() & second.keys()) for first, second in itertools.pairwise(saved)
+    ]
     return costs, shared
 
 
 def block_costs(gm: fx.GraphModule, ends: Sequence[fx.Node], heads: Sequence[Cost | None]) -> list[Cost]:
-    """Return the cost of each block, its head included."""
+    """Return the cost of each block, its head included.
+
+    Args:
+        gm: an ANALYSED graph.
+        ends: the cut points, in order.
+        heads: the cost of the head at each cut point, or None without a head.
+    """
     stretches, _ = stretch_costs(gm, ends)
     return [cost + head if head is not None else cost for cost, head in zip(stretches, [*heads, None], strict=True)]
 
 
-def cost_of_head(known: dict[Hashable, Cost], spec: HeadSpec, context: HeadContext, node: fx.Node) -> Cost:
-    """Return the cost of a head on the value of a node, and note it: a deep net has many cut points of few shapes."""
+def cost_of_head(costs: dict[Hashable, Cost], spec: HeadSpec, context: HeadContext, node: fx.Node) -> Cost:
+    """Return the cost of a head on the value of a node, computed once for all cut points of one shape.
+
+    Args:
+        costs: the costs known so far; a new one is added.
+        spec: the head.
+        context: what the head is built for.
+        node: a cut point.
+    """
     value = info(node).value
     key = (spec, value, replace(context, place=""))
-    if key not in known:
-        known[key] = head_cost(lambda: build_head(spec, context), value)
-    return known[key]
+    if key not in costs:
+        costs[key] = head_cost(lambda: build_head(spec, context), value)
+    return costs[key]

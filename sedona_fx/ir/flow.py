@@ -1,7 +1,7 @@
-"""What must run before what, writes included, and which block runs a node.
+"""Data flow: what must run before a node, writes included, and which block runs a node.
 
-The edges of a graph do not show that a value was overwritten in between. Everything here follows the storages that
-``annotate`` found as well.
+The edges of a graph do not show that a value was overwritten in between. Everything here therefore also follows the
+storages that ``annotate`` recorded.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from sedona_fx.ir.graph import info, output_node
 
 
 def dependencies(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return what must have run before every node: its inputs, and the last earlier writes to what it reads."""
-    writers: dict[int, fx.Node] = {}
+    """Return, for every node, what must run before it: its inputs, and the last earlier writes to what it reads."""
+    last_writes: dict[int, fx.Node] = {}
     needs: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         read = {storage for source in node.all_input_nodes for storage in info(source).storages}
-        writes = [writers[storage] for storage in sorted(read) if storage in writers]
+        writes = [last_writes[storage] for storage in sorted(read) if storage in last_writes]
         needs[node] = list(dict.fromkeys((*node.all_input_nodes, *writes)))
-        writers.update(dict.fromkeys(info(node).mutates, node))
+        last_writes.update(dict.fromkeys(info(node).mutates, node))
     return needs
 
 
 def ancestors(roots: Iterable[fx.Node], needs: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
-    """Return the nodes that the roots need, the roots included."""
+    """Return the nodes that the roots need, the roots included.
+
+    Args:
+        roots: nodes to start from.
+        needs: node -> what it needs, as :func:`dependencies` returns it.
+    """
     seen: set[fx.Node] = set()
     stack = list(roots)
     while stack:
@@ -39,17 +44,21 @@ def ancestors(roots: Iterable[fx.Node], needs: Mapping[fx.Node, Sequence[fx.Node
 
 
 def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """Return the block of every node: the first one whose end needs it; what no end needs belongs to the last block.
+    """Return the block that runs each node: the first block whose end needs it, or the last block if no end does.
 
-    So a value that only a later block consumes sinks into that block, and no parameter is left without a gradient. What
-    carries no gradient (a mask, a shape) does not sink: it crosses instead of the activation that it is taken from.
-    What nothing needs (assertions, writes that nobody reads) stays with what it reads. Nothing sinks past a write to
-    what it reads, except branches of training outputs, for which :func:`~sedona_fx.passes.lower.lower` keeps a copy.
-    A tuple is taken apart in the block that makes it, so that only tensors cross.
+    A value that only a later block consumes is therefore computed in that block, and no parameter is left without a
+    gradient. The exceptions are:
+
+    - A value without a gradient that is computed from an activation (a mask, a shape) stays in the block of what it is
+      computed from. It crosses the boundary in place of the activation.
+    - A node that nothing needs (an assertion, a write that nobody reads) stays in the block of what it reads.
+    - No node moves past a later write to what it reads, except in branches of training outputs, for which
+      :func:`~sedona_fx.passes.lower.lower` keeps a copy.
+    - A tuple is unpacked in the block that computes it, so that only tensors cross.
 
     Args:
-        graph: in the order of the program.
-        ends: the nodes that end the blocks, in order, without the last block's.
+        graph: an annotated graph, in the order of the program.
+        ends: the nodes that end the blocks, in order, without that of the last block.
     """
     needs = dependencies(graph)
     blocks: dict[fx.Node, int] = {}
@@ -57,68 +66,56 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         _claim([end], block, needs, blocks)
     needed = ancestors([output_node(graph)], needs)
     readers: dict[int, list[fx.Node]] = {}
-    early: list[tuple[fx.Node, fx.Node]] = []
+    reads_before_writes: list[tuple[fx.Node, fx.Node]] = []
     shown = shown_late(graph)
     for node in graph.nodes:
         written = info(node).mutates
-        early_readers = [reader for storage in sorted(written) for reader in readers.get(storage, ())]
-        before = [r for r in early_readers if not info(r).training_only or written & shown]
-        early.extend((reader, node) for reader in before)
+        earlier_readers = [reader for storage in sorted(written) for reader in readers.get(storage, ())]
+        before = [reader for reader in earlier_readers if not info(reader).training_only or written & shown]
+        reads_before_writes.extend((reader, node) for reader in before)
         if node not in blocks and (node in needed or node.op == "output"):
             blocks[node] = len(ends)
         if node in blocks and _crosses_for_free(node):
-            # A mask or a shape crosses in the place of the activation that it is taken from.
-            blocks[node] = min(blocks[node], max((blocks[n] for n in needs[node] if not _is_given(n)), default=0))
+            # A mask or a shape crosses in place of the activation that it is computed from.
+            sources = [source for source in needs[node] if not _is_given(source)]
+            blocks[node] = min(blocks[node], max((blocks[source] for source in sources), default=0))
         elif node in blocks and is_unpacking(node):
             blocks[node] = blocks[node.all_input_nodes[0]]
         elif node not in blocks:
             sources = [source for source in (*needs[node], *before) if not _is_given(source)]
-            blocks[node] = max((blocks[source] for source in sources), default=_neighbour(node, blocks))
+            blocks[node] = max((blocks[source] for source in sources), default=_block_of_code_around(node, blocks))
         read = info(node).storages.union(*(info(source).storages for source in node.all_input_nodes))
         for storage in read:
             readers.setdefault(storage, []).append(node)
-    while late := [(r, w) for r, w in early if blocks[r] > blocks[w]]:
-        for reader, write in late:
+    while too_late := [(reader, write) for reader, write in reads_before_writes if blocks[reader] > blocks[write]]:
+        for reader, write in too_late:
             _claim([reader], blocks[write], needs, blocks)
     for node in graph.nodes:
-        if node.op == "get_attr":  # any block may read the model's tensors: here stands the first that does
+        if node.op == "get_attr":  # any block may read the model's tensors; recorded is the first block that does
             blocks[node] = min((blocks[user] for user in node.users), default=0)
     return blocks
 
 
 def shown_late(graph: fx.Graph) -> set[int]:
-    """Return the storages that are overwritten between the making and the reading of a view for training outputs.
+    """Return the storages that are overwritten after a view for training outputs is made and before it is read.
 
-    Such a view shows the write: it cannot read a copy from before.
+    Such a view shows the write, so it cannot be replaced by a copy from before the write.
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
     views: dict[int, list[fx.Node]] = {}
-    found: set[int] = set()
+    shown: set[int] = set()
     for node in graph.nodes:
         for storage in info(node).mutates:
-            late = (position[user] > position[node] for view in views.get(storage, ()) for user in view.users)
-            if any(late):
-                found.add(storage)
+            if any(position[user] > position[node] for view in views.get(storage, ()) for user in view.users):
+                shown.add(storage)
         if info(node).training_only:
             for storage in info(node).storages:
                 views.setdefault(storage, []).append(node)
-    return found
-
-
-def _is_given(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
-
-
-def _neighbour(node: fx.Node, blocks: Mapping[fx.Node, int]) -> int:
-    """Return the block of the code around a node that reads nothing but the model's attributes (a counter, say)."""
-    other = node.next
-    while other.op != "output" and not (info(other).path == info(node).path and other in blocks):
-        other = other.next
-    return blocks.get(other, 0) if other.op != "output" else 0
+    return shown
 
 
 def is_unpacking(node: fx.Node) -> bool:
-    """Whether a node takes a value out of a tuple, a list or a dictionary that was computed."""
+    """Whether a node takes an element out of a tuple, a list or a dictionary that was computed."""
     return (
         node.target is operator.getitem
         and len(node.all_input_nodes) == 1
@@ -127,8 +124,20 @@ def is_unpacking(node: fx.Node) -> bool:
     )
 
 
+def _claim(
+    roots: Sequence[fx.Node], block: int, needs: Mapping[fx.Node, Sequence[fx.Node]], blocks: dict[fx.Node, int]
+) -> None:
+    """Put the roots and everything that they need into a block, apart from nodes of this or an earlier block."""
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if blocks.get(node, block + 1) > block:
+            blocks[node] = block
+            stack.extend(needs[node])
+
+
 def _crosses_for_free(node: fx.Node) -> bool:
-    """Whether a value of an activation holds no gradient: it may be computed as soon as the activation is there."""
+    """Whether a value without a gradient is computed from an activation: it can be computed as soon as that exists."""
     record = info(node)
     return (
         node.op not in ("placeholder", "output")
@@ -137,13 +146,16 @@ def _crosses_for_free(node: fx.Node) -> bool:
     )
 
 
-def _claim(
-    roots: Sequence[fx.Node], block: int, needs: Mapping[fx.Node, Sequence[fx.Node]], blocks: dict[fx.Node, int]
-) -> None:
-    """Put nodes and all they need into a block, unless an earlier one has them."""
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if blocks.get(node, block + 1) > block:
-            blocks[node] = block
-            stack.extend(needs[node])
+def _is_given(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _block_of_code_around(node: fx.Node, blocks: Mapping[fx.Node, int]) -> int:
+    """Return the block for a node that reads nothing but attributes of the model (a counter, for example).
+
+    It is the block of the next node from the same module's code.
+    """
+    following = node.next
+    while following.op != "output" and not (info(following).path == info(node).path and following in blocks):
+        following = following.next
+    return blocks.get(following, 0) if following.op != "output" else 0

@@ -1,8 +1,7 @@
-"""The graph dialect: phases, what a node knows about itself, and the specification of each phase.
+"""What the passes record about a node, and how to read a graph.
 
-Every pass takes a ``torch.fx.GraphModule`` and returns one; :func:`verify` checks the result against the specification
-of its phase, always, in production too. What passes learn about a node is kept in one typed record, :class:`NodeInfo`,
-under ``node.meta["sedona"]``.
+Every pass takes a ``torch.fx.GraphModule`` and returns one. What passes find out about a node is kept in one typed
+record, :class:`NodeInfo`, under ``node.meta["sedona"]``. :mod:`sedona_fx.ir.spec` has the specification of each phase.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from torch.utils import _pytree as pytree
 INFO = "sedona"
 """Key of :class:`NodeInfo` in ``node.meta``."""
 SPLIT_POINTS = "sedona_split_points"
-"""Module path below which a relaxed or pruned graph keeps its split points."""
+"""Module path under which a RELAXED or PRUNED graph keeps its split points."""
 HEADS = "sedona_heads"
-"""Module path below which a lowered graph keeps its auxiliary heads."""
+"""Module path under which a LOWERED graph keeps its auxiliary heads."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape, dtype and device of a tensor that was never computed."""
+    """Shape, dtype and device, in place of a tensor that is not computed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,29 +43,29 @@ class TensorSpec:
 
 @dataclass
 class NodeInfo:
-    """What the passes know about a node. Fields are filled by the pass named in the comment."""
+    """What the passes recorded about a node. The comment of a field starts with the pass that fills it in."""
 
-    path: str = ""  # trace: module path of the code that made the node ("" is the model itself)
-    site: str = ""  # trace: a name that is the same in the train graph and in the eval graph
-    returned_by: tuple[str, ...] = ()  # trace: modules whose output this node is, innermost first
+    path: str = ""  # trace: path of the module whose code recorded the node ("" for the model itself)
+    site: str = ""  # trace: a name that is the same in the train graph and the eval graph
+    returned_by: tuple[str, ...] = ()  # trace: the modules that return this node's value, innermost first
     order: int = 0  # trace: position in the program
-    without_grad: str = ""  # trace: the line, if it ran under torch.no_grad(), which a graph forgets
+    without_grad: str = ""  # trace: the line that ran it under torch.no_grad(), which a graph does not record
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
-    parameters: tuple[str, ...] = ()  # annotate: parameters read by this very node
-    weighty: bool = False  # annotate: reads a parameter of two or more dimensions
+    parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
+    weighty: bool = False  # annotate: it reads a parameter of two or more dimensions
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs
-    flops: int = 0  # annotate: of the forward pass
-    saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storages kept for backward -> bytes
-    storages: frozenset[int] = frozenset()  # annotate: storages behind the value
+    flops: int = 0  # annotate: FLOPs of the forward pass
+    saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
+    storages: frozenset[int] = frozenset()  # annotate: storages of the value
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
-    channel_dim: int | None = None  # annotate: which dimension holds channels; None where nothing says so
-    training_only: bool = False  # crossings: feeds only outputs that exist in training
-    crossing: int = 0  # crossings: how many activations cross if a block ends here; 0 where none can end
-    cut: str | None = None  # cuts: name of the legal cut point behind this node
-    base_layer: bool = False  # cuts: this cut point ends a base layer
+    channel_dim: int | None = None  # annotate: the dimension of the channels; None if unknown
+    training_only: bool = False  # crossings: it is used only by outputs that exist in training
+    crossing: int = 0  # crossings: activations that cross if a block ends here; 0 if no block can
+    cut: str | None = None  # cuts: name of the cut point after this node, where a cut is legal
+    base_layer: bool = False  # cuts: the cut point ends a base layer
     block: int | None = None  # lower: the block that runs this node
-    boundary: bool = False  # lower: belongs to a block boundary (detach, clone, device move, head)
+    boundary: bool = False  # lower: part of a block boundary (detach, clone, device move, head)
 
     @property
     def is_tensor(self) -> bool:
@@ -75,7 +74,7 @@ class NodeInfo:
 
     @property
     def is_live(self) -> bool:
-        """Whether the value must be isolated when it crosses a boundary: a float that depends on parameters."""
+        """Whether the value is a float that depends on parameters, so that a boundary must detach it."""
         return self.depends and any(
             isinstance(leaf, TensorSpec) and (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
             for leaf in pytree.tree_leaves(self.value, is_leaf=lambda v: isinstance(v, TensorSpec))
@@ -83,7 +82,7 @@ class NodeInfo:
 
 
 def info(node: fx.Node) -> NodeInfo:
-    """Return the record of a node, making an empty one if it has none."""
+    """Return the record of a node; an empty one is stored first if it has none."""
     record = node.meta.get(INFO)
     if record is None:
         record = node.meta[INFO] = NodeInfo()
@@ -91,7 +90,7 @@ def info(node: fx.Node) -> NodeInfo:
 
 
 def copy_info(source: fx.Node, target: fx.Node, **changes: Any) -> None:
-    """Give ``target`` a copy of the record of ``source``, with some fields changed."""
+    """Give ``target`` a copy of the record of ``source`` in which the fields in ``changes`` have other values."""
     record = copy.copy(info(source))
     for name, value in changes.items():
         setattr(record, name, value)
@@ -99,22 +98,22 @@ def copy_info(source: fx.Node, target: fx.Node, **changes: Any) -> None:
 
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Copy a graph, records included, and say which node became which."""
-    copied = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    """Return a copy of a graph, records included, and a dictionary from each node to its copy."""
+    graph_copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        env[node] = copied.node_copy(node, env.__getitem__)
-        copy_info(node, env[node])
-    return copied, env
+        copies[node] = graph_copy.node_copy(node, copies.__getitem__)
+        copy_info(node, copies[node])
+    return graph_copy, copies
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
-    """Return the one output node of a graph."""
+    """Return the output node of a graph."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
 def operation(node: fx.Node) -> str:
-    """Return what a node calls, by the name that people know: ``add``, also where it is ``aten.add.Tensor``."""
+    """Return the common name of what a node calls: ``add`` for ``operator.add`` and for ``aten.add.Tensor``."""
     if isinstance(node.target, str):
         return node.target
     if isinstance(node.target, torch._ops.OpOverload):
@@ -123,7 +122,7 @@ def operation(node: fx.Node) -> str:
 
 
 def describe(node: fx.Node) -> str:
-    """Return the place of a node in the user's own words: ``layer1.0 (add)``."""
+    """Return the place of a node in terms of the user's model, for messages: ``layer1.0 (add)``."""
     record = info(node)
     if node.op == "call_module":
         return str(node.target)
@@ -131,17 +130,22 @@ def describe(node: fx.Node) -> str:
 
 
 def cut_points(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yield the nodes behind which a block may end, in the order of the program."""
+    """Yield the nodes after which a block may end, in the order of the program."""
     return (node for node in graph.nodes if info(node).cut is not None)
 
 
 def split_point_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Return the ``split_point`` nodes of a RELAXED or PRUNED graph, in order."""
-    return [n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith(SPLIT_POINTS + ".")]
+    """Return the calls of split points of a RELAXED or PRUNED graph, in order."""
+    return [node for node in graph.nodes if is_split_point(node)]
+
+
+def is_split_point(node: fx.Node) -> bool:
+    """Whether a node is a call of a split point."""
+    return node.op == "call_module" and str(node.target).startswith(SPLIT_POINTS + ".")
 
 
 def head_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Return the auxiliary head calls of a LOWERED graph or of a block, in order."""
+    """Return the calls of auxiliary heads of a LOWERED graph or of a block, in order."""
     return [node for node in graph.nodes if is_head(node)]
 
 
@@ -152,12 +156,18 @@ def is_head(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """One block. ``module(*inputs)`` returns ``(exports, local output)``.
+    """One block of the net. ``module(*inputs)`` returns ``(exports, local output)``.
 
-    ``inputs`` and ``exports`` name values (by site, so that the names of a train and an eval graph agree): inputs of
-    the net, or exports of earlier blocks. Exports are *not* detached;
-    who runs the blocks detaches them (or does not: backprop through blocks). ``boundary`` is the export that the head
-    reads; None for the last block, whose local output is the model's own output.
+    Values are named by site, so that the names of a train graph and an eval graph agree. Exports are *not* detached:
+    the caller that runs the blocks detaches them, or leaves them attached to backpropagate through the blocks.
+
+    Attributes:
+        index: position of the block, from 0.
+        module: the graph of the block.
+        inputs: names of the values that it reads: inputs of the net, or exports of earlier blocks.
+        exports: names of the values that later blocks read.
+        boundary: the export that the head reads; None for the last block, whose local output is the model's own output.
+        live_exports: the exports that carry a gradient.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""Small helpers on modules: copies that share tensors, modes, devices, fast attribute access."""
+"""Helpers on modules: copies that share tensors, training modes, devices, fast attribute access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import fx, nn
 
 @contextmanager
 def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module its ``training`` flag back at the end."""
+    """Restore the ``training`` flag of every module on exit."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -23,22 +23,31 @@ def keep_modes(model: nn.Module) -> Iterator[None]:
 
 
 def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
-    """Let the generated code find submodules as plain attributes.
+    """Let the generated code find submodules as plain attributes, and return `gm`.
 
-    ``self.layer1.block.conv`` costs a Python-level ``__getattr__`` a dot, which small nets feel (4 % of a MobileNet's
-    forward); children that stand in ``__dict__`` too cost nothing. They are registered as before.
+    ``self.layer1.block.conv`` calls a ``__getattr__`` in Python per dot, which small nets notice (4 % of a MobileNet's
+    forward pass). Children that are also in ``__dict__`` are found without it. They stay registered as before.
     """
     for module in gm.modules():
-        if type(module) is torch.nn.Module or module is gm:  # the containers that fx made, and no module of the user's
+        if type(module) is torch.nn.Module or module is gm:  # containers made by fx, never a module of the user
             vars(module).update(module._modules)
     return gm
 
 
 def share_copy(module: nn.Module) -> Any:
-    """Copy the structure of a module; parameters and buffers are the same objects."""
+    """Return a copy of a module whose parameters and buffers are those of the original, the same objects."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first tensor."""
+    """Return the device of a model's first parameter, or else of its first buffer; the CPU if it has neither."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def first_float_parameter(module: nn.Module) -> nn.Parameter | None:
+    """Return the first parameter of a floating-point dtype, in the order of ``named_parameters``; None without one.
+
+    It stands for the dtype and the device in which a module computes: integer parameters (quantised weights) and
+    buffers (counters) do not.
+    """
+    return next((parameter for _, parameter in module.named_parameters() if parameter.is_floating_point()), None)

@@ -1,4 +1,4 @@
-"""The primary output: where it is in what the model returns, and how a head's output takes its place."""
+"""The primary output: its place in what the model returns, and how a head's output is put in that place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from sedona_fx.errors import OutputError
 from sedona_fx.ir.graph import TensorSpec
 
 Key = str | int | None
-"""Attribute, mapping key or index of the primary output; None where the model returns a bare tensor."""
+"""Attribute, mapping key or index of the primary output; None if the model returns a bare tensor."""
+
+Loss = Callable[[Any, Any], Tensor]
+"""The task's loss: ``(output, target) -> scalar``."""
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device)
+_LEAVES = (Tensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def fields(output: Any) -> list[tuple[Key, Any]]:
-    """Return the (key, value) pairs of what a model returns; a bare tensor is one pair with the key None."""
+    """Return the (key, value) pairs of a model's output; a bare tensor is one pair with the key None."""
     if isinstance(output, Mapping):
         return list(output.items())
     if hasattr(output, "_fields"):
@@ -32,58 +38,54 @@ def fields(output: Any) -> list[tuple[Key, Any]]:
 
 
 def pick(output: Any, key: Key) -> Any:
-    """Return the field of an output that a key names."""
+    """Return the field of an output with the given key."""
     return output if key is None else dict(fields(output))[key]
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     """Return a copy of a nested value with a function applied to every tensor.
 
-    As ``pytree.tree_map_only``, which does not look into dataclasses and mappings that are not registered with it.
+    Unlike ``pytree.tree_map_only``, it also looks into dataclasses and mappings that are not registered with pytree.
     """
 
-    def leaf(item: Any) -> Any:
+    def mapped(item: Any) -> Any:
         if isinstance(item, Tensor):
             return function(item)
-        same: Any
+        result: Any
         if isinstance(item, MutableMapping):
-            same = copy.copy(item)
+            result = copy.copy(item)
             for key, inner in item.items():
-                same[key] = map_tensors(function, inner)
-            return same
+                result[key] = map_tensors(function, inner)
+            return result
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            same = copy.copy(item)
+            result = copy.copy(item)
             for field in dataclasses.fields(item):
-                object.__setattr__(same, field.name, map_tensors(function, getattr(item, field.name)))
-            return same
+                object.__setattr__(result, field.name, map_tensors(function, getattr(item, field.name)))
+            return result
         return item
 
-    return pytree.tree_map(leaf, value)
-
-
-_CONSTANTS = (type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device)
-_LEAVES = (Tensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return pytree.tree_map(mapped, value)
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether a graph computes a value: a tensor, or what stands for one, or a size, while a forward is recorded."""
+    """Whether a graph computes a value: a tensor, or, while a forward pass is recorded, a proxy or symbolic size."""
     return isinstance(value, _LEAVES)
 
 
 def is_container(value: Any) -> bool:
-    """Whether a value has fields that a graph can fill."""
+    """Whether a value has fields that a graph can fill in."""
     return isinstance(value, (Mapping, list, tuple)) or (
         dataclasses.is_dataclass(value) and not isinstance(value, (type, TensorSpec))
     )
 
 
 def is_object(value: Any) -> bool:
-    """Whether a graph can neither compute nor hold a value, as it is an object of somebody's own class (a cache)."""
+    """Whether a graph can neither compute a value nor hold it: an object of some other class, such as a cache."""
     return not (is_leaf(value) or isinstance(value, _CONSTANTS) or is_container(value))
 
 
 def leaves(output: Any) -> Iterator[Any]:
-    """Yield what a graph computes of a model's output, in the order of its fields."""
+    """Yield the values in a model's output that a graph computes, in the order of the fields."""
     if is_leaf(output):
         yield output
     elif is_container(output):
@@ -92,50 +94,28 @@ def leaves(output: Any) -> Iterator[Any]:
 
 
 def without_objects(output: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return what a graph can give of a model's output, None in the place of each object, and which these are.
+    """Return a model's output with None in place of every object that a graph cannot give, and a list of these.
 
-    Hugging Face's decoders return their cache of keys and values, an object, beside the logits. An object that is the
-    whole output stays.
+    Hugging Face's decoders, for example, return their cache of keys and values, an object, beside the logits. An object
+    that is the whole output is kept.
 
     Returns:
-        The output itself if there are none in it, else a copy; and the objects by field and class, as
+        The output itself if it contains no such object, else a copy; and each object as its field and class, such as
         ``"past_key_values (DynamicCache)"``.
     """
-    found: list[str] = []
+    objects: list[str] = []
 
-    def copied(value: Any, where: str) -> Any:
+    def stripped(value: Any, where: str) -> Any:
         if where and is_object(value):
-            found.append(f"{where} ({type(value).__name__})")
+            objects.append(f"{where} ({type(value).__name__})")
             return None
         if not is_container(value) or is_leaf(value):
             return value
-        count = len(found)
-        inner = {key: copied(item, f"{where}.{key}" if where else str(key)) for key, item in fields(value)}
-        return _with_fields(value, inner) if len(found) > count else value
+        count = len(objects)
+        content = {key: stripped(item, f"{where}.{key}" if where else str(key)) for key, item in fields(value)}
+        return _with_fields(value, content) if len(objects) > count else value
 
-    return copied(output, ""), tuple(found)
-
-
-def _with_fields(value: Any, content: Mapping[Any, Any]) -> Any:
-    """Return a copy of a container with other values in its fields."""
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(value):
-        return type(value)(**content)  # Hugging Face's: a field that is None is no key of the mapping
-    if isinstance(value, MutableMapping):
-        same = copy.copy(value)
-        same.update(content)
-        return same
-    if isinstance(value, tuple):
-        return type(value)(*content.values()) if hasattr(value, "_fields") else tuple(content.values())
-    if isinstance(value, list):
-        return list(content.values())
-    same = copy.copy(value)
-    for name, item in content.items():
-        object.__setattr__(same, name, item)
-    return same
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, (TensorSpec, Tensor)) and value.dtype.is_floating_point
+    return stripped(output, ""), tuple(objects)
 
 
 def find_primary(output: Any, wanted: Key = None) -> Key:
@@ -146,10 +126,9 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
         wanted: the user's ``output=``: an attribute, a key or an index.
 
     Raises:
-        OutputError: nothing of that name, or no float tensor at all.
+        OutputError: no float tensor is named `wanted`, or there is no float tensor at all.
     """
-    found = fields(output)
-    floats = [key for key, value in found if _is_float(value)]
+    floats = [key for key, value in fields(output) if _is_float(value)]
     if wanted is not None:
         if wanted in floats:
             return wanted
@@ -169,10 +148,15 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
 
 @dataclasses.dataclass(frozen=True)
 class OutputFormat:
-    """How the loss sees outputs: which field is primary, and the model's own type around it.
+    """The form in which the loss reads outputs: which field is primary, and the model's own output type.
 
-    ``auxiliary`` are the fields that exist only in training (GoogLeNet's two classifiers): where the loss gets the bare
-    tensor, their losses are added with ``aux_weight``.
+    Attributes:
+        key: of the primary output.
+        kind: the model's output type; None if the model returns a bare tensor.
+        names: the keys of all fields.
+        auxiliary: the fields that exist only in training (GoogLeNet's two classifiers). If the loss reads the bare
+            tensor, their losses are added to its own.
+        aux_weight: factor of these losses.
     """
 
     key: Key
@@ -183,17 +167,20 @@ class OutputFormat:
 
     @classmethod
     def of(cls, output: Any, key: Key, auxiliary: tuple[Key, ...] = ()) -> OutputFormat:
-        """Describe an output (tensors or specs at its leaves) whose primary field is `key`."""
+        """Return the format of an output (tensors or specs at its leaves) whose primary field is `key`."""
         kind = None if key is None else type(output)
         return cls(key, kind, tuple(k for k, _ in fields(output)), auxiliary)
 
     @property
     def bare(self) -> bool:
-        """Whether the loss gets the tensor itself (a bare tensor or a namedtuple) and not the model's output type."""
+        """Whether the loss reads the primary tensor itself and not the model's output type.
+
+        So it is if the model returns a bare tensor or a namedtuple.
+        """
         return self.kind is None or hasattr(self.kind, "_fields")
 
     def wrap(self, primary: Tensor) -> Any:
-        """Put a head's output into the model's own output type, the other fields None."""
+        """Return a head's output in the form that the loss reads: in the model's output type, other fields are None."""
         if self.bare:
             return primary
         values: dict[Any, Any] = {name: primary if name == self.key else None for name in self.names}
@@ -204,22 +191,22 @@ class OutputFormat:
         if is_dataclass:
             try:
                 return kind(**values)
-            except Exception:  # its __init__ demands what a head does not have, or does not take every field
-                made: Any = object.__new__(kind)
+            except Exception:  # its __init__ requires values that a head does not have, or does not accept every field
+                instance: Any = object.__new__(kind)
                 for name, value in values.items():
-                    object.__setattr__(made, name, value)
-                return made
+                    object.__setattr__(instance, name, value)
+                return instance
         return kind(**values) if all(isinstance(name, str) for name in values) else kind(values)
 
     def head_loss(self, loss: Callable[[Any, Any], Tensor], head_output: Tensor, target: Any) -> Tensor:
-        """Return the local loss of a head."""
+        """Return the local loss of a head: `loss` of its output in the model's output type."""
         return loss(self.wrap(head_output), target)
 
     def final_loss(self, loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
-        """Return the loss on the model's own output, auxiliary training outputs included.
+        """Return the loss of the model's own output, auxiliary training outputs included.
 
-        For a bare tensor or a namedtuple: ``loss(primary) + aux_weight * sum(loss(auxiliary))``, in the order of the
-        fields from the last to the first (aux2 before aux1 in GoogLeNet's tuple stands aux2 first).
+        For a bare tensor or a namedtuple it is ``loss(primary) + aux_weight * sum(loss(auxiliary))``, summed in the
+        order of the fields (GoogLeNet's namedtuple has aux2 before aux1).
         """
         if not self.bare or isinstance(output, Tensor):
             return loss(output, target)
@@ -231,4 +218,23 @@ class OutputFormat:
         return total
 
 
-Loss = Callable[[Any, Any], Tensor]
+def _with_fields(value: Any, content: Mapping[Any, Any]) -> Any:
+    """Return a copy of a container with other values in its fields."""
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(value):
+        return type(value)(**content)  # Hugging Face's outputs: a field that is None is not a key of the mapping
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        result.update(content)
+        return result
+    if isinstance(value, tuple):
+        return type(value)(*content.values()) if hasattr(value, "_fields") else tuple(content.values())
+    if isinstance(value, list):
+        return list(content.values())
+    result = copy.copy(value)
+    for name, item in content.items():
+        object.__setattr__(result, name, item)
+    return result
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, (TensorSpec, Tensor)) and value.dtype.is_floating_point

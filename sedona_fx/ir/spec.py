@@ -8,11 +8,14 @@ from enum import StrEnum
 from torch import fx
 
 from sedona_fx.errors import GraphSpecError
-from sedona_fx.ir.graph import HEADS, SPLIT_POINTS, describe, info, split_point_nodes
+from sedona_fx.ir.graph import HEADS, SPLIT_POINTS, describe, info, is_split_point, split_point_nodes
+
+Require = Callable[[bool, fx.Node | None, str], None]
+"""``require(rule, node, text)`` raises, with `text` and the place of `node`, if `rule` is not fulfilled."""
 
 
 class Phase(StrEnum):
-    """The stages of the pipeline, in order; a block is one part of a partitioned LOWERED graph."""
+    """The phases of a graph, in order. A block is one part of a partitioned LOWERED or RELAXED graph."""
 
     TRACED = "traced"
     ANALYSED = "analysed"
@@ -26,16 +29,17 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     """Check a graph against the specification of its phase and return it.
 
     ======== ==============================================================================================
-    TRACED   placeholders first, one output, every target exists, every node has a site of its own; nothing of ours
-    ANALYSED as TRACED; every cut point is one live tensor, on the way to the primary output, with a name of its own
-    RELAXED  each split point reads a cut point, and other live values; nothing reads around it behind the cut
-    PRUNED   as RELAXED; each split point holds one head
-    LOWERED  every node has a block; nothing reads a later block; every live value crosses through a detach
-    BLOCK    no split point, no detach of ours; the output is ``(exports, local output)``
+    TRACED   placeholders first, one output, every target exists, every node has a unique site; nothing of sedona_fx
+    ANALYSED as TRACED; every cut point is one live tensor, on the path to the primary output, with a unique name
+    RELAXED  each split point reads a cut point and other live values; no later node reads the cut point itself
+    PRUNED   as RELAXED; each split point holds at most one head
+    LOWERED  every node has a block; no node reads a later block; every live value crosses through a detach
+    BLOCK    no split point and no detached export; the output is ``(exports, local output)``
     ======== ==============================================================================================
 
     Raises:
-        GraphSpecError: naming the phase, the node and the rule. It means a bug in a pass.
+        GraphSpecError: the graph breaks a rule, which is a bug in a pass. The message has the phase, the node and the
+            rule.
     """
     nodes = list(gm.graph.nodes)
 
@@ -53,7 +57,7 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     for node in nodes:
         started = started or node.op != "placeholder"
         require(not (started and node.op == "placeholder"), node, "placeholders come first")
-    checks: dict[Phase, Callable[[list[fx.Node], Callable[..., None]], None]] = {
+    checks: dict[Phase, Callable[[list[fx.Node], Require], None]] = {
         Phase.TRACED: _verify_traced,
         Phase.ANALYSED: _verify_analysed,
         Phase.RELAXED: _verify_relaxed,
@@ -69,7 +73,7 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     return gm
 
 
-def _verify_traced(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+def _verify_traced(nodes: list[fx.Node], require: Require) -> None:
     sites: set[str] = set()
     for node in nodes:
         target, site = str(node.target), info(node).site
@@ -78,7 +82,7 @@ def _verify_traced(nodes: list[fx.Node], require: Callable[..., None]) -> None:
         require(not target.startswith((SPLIT_POINTS, HEADS)), node, f"the names {SPLIT_POINTS}, {HEADS} are reserved")
 
 
-def _verify_analysed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+def _verify_analysed(nodes: list[fx.Node], require: Require) -> None:
     _verify_traced(nodes, require)
     names: set[str] = set()
     for node in nodes:
@@ -91,25 +95,20 @@ def _verify_analysed(nodes: list[fx.Node], require: Callable[..., None]) -> None
         require(not record.base_layer or record.cut is not None, node, "a base layer ends at a cut point")
 
 
-def _verify_relaxed(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+def _verify_relaxed(nodes: list[fx.Node], require: Require) -> None:
     positions = {node: k for k, node in enumerate(nodes)}
     for node in nodes:
-        if node.op != "call_module" or not str(node.target).startswith(SPLIT_POINTS + "."):
+        if not is_split_point(node):
             continue
         sources = node.all_input_nodes
         require(bool(sources) and info(sources[0]).cut is not None, node, "a split point reads a cut point first")
         require(all(info(s).is_live for s in sources), node, "what a split point lets through carries gradients")
-        source = sources[0]
-        for user in source.users:
-            training_only = info(user).training_only
-            require(
-                user is node or positions[user] < positions[node] or training_only,
-                user,
-                "nothing reads around a split point",
-            )
+        for user in sources[0].users:
+            allowed = user is node or positions[user] < positions[node] or info(user).training_only
+            require(allowed, user, "nothing reads around a split point")
 
 
-def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+def _verify_lowered(nodes: list[fx.Node], require: Require) -> None:
     for node in nodes:
         if node.op in ("placeholder", "output"):
             continue
@@ -127,7 +126,7 @@ def _verify_lowered(nodes: list[fx.Node], require: Callable[..., None]) -> None:
             )
 
 
-def _verify_block(nodes: list[fx.Node], require: Callable[..., None]) -> None:
+def _verify_block(nodes: list[fx.Node], require: Require) -> None:
     for node in nodes:
         require(not str(node.target).startswith(SPLIT_POINTS + ".") or ".mixture" in str(node.target), node, "no gate")
     (result,) = nodes[-1].args

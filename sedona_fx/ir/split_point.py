@@ -1,4 +1,4 @@
-"""The split point: what stands at a cut while it is not yet decided whether the cut is made, and with which head."""
+"""The split point: the module at a cut point while it is undecided whether to cut there, and with which head."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from sedona_fx.heads.batched import run_together
 
 
 class _ScaledGradient(torch.autograd.Function):
-    """The identity whose gradient is scaled.
+    """The identity, whose gradient is multiplied by a scale.
 
-    First derivatives only: differentiating twice would walk back through the scaled edges of the *forward* graph and be
-    wrong by percents after a few unrolled steps. The search takes vector-Jacobian products layer by layer instead.
+    It has first derivatives only. A second derivative would propagate through the scaled edges of the *forward* graph
+    again, and be wrong by percents after a few unrolled steps. The search computes vector-Jacobian products layer by
+    layer instead.
     """
 
     @staticmethod
@@ -31,7 +32,13 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 class MixedHead(nn.Module):
-    """A mixture of candidate heads: ``sum_m softmax(beta)_m head_m(h)``, of logits (SEDONA, section 3.2)."""
+    """A mixture of candidate heads: ``sum_m softmax(beta)_m head_m(h)``, of logits.
+
+    From SEDONA (Pyeon et al., ICLR 2021), section 3.2.
+
+    Args:
+        heads: the M candidates. `beta` (M,) starts at 0.
+    """
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -41,7 +48,7 @@ class MixedHead(nn.Module):
     def forward(self, activation: Tensor) -> Tensor:
         """Return the mixed logits for an activation ``h_i``."""
         heads = list(self.heads)
-        # In evaluation one after the other: nothing is to be gained there, and so it can be traced.
+        # One after the other in evaluation, where sharing operators gains nothing: this path can be traced.
         outputs = run_together(heads, activation) if self.training else [head(activation) for head in heads]
         weights = torch.softmax(self.beta, 0)
         mixed = weights[0] * outputs[0]
@@ -53,9 +60,12 @@ class MixedHead(nn.Module):
 class SplitPoint(nn.Module):
     """A relaxed cut: ``(h, local output)``, gradients weighted by ``softmax(alpha) = (p_isolate, p_through)``.
 
-    With the sum of all local losses and the final loss, one ordinary backward gives every base layer the gradient of
-    ``Lt_i = p_isolate l_i + p_through Lt_(i+1)`` and every head the gradient of its own loss at full rate. The relaxed
-    cut lies between an ordinary edge (through = 1) and a detach (through = 0).
+    With the sum of all local losses and the final loss, one ordinary backward pass gives every base layer the gradient
+    of ``Lt_i = p_isolate l_i + p_through Lt_(i+1)``, and every head the unscaled gradient of its own loss. The relaxed
+    cut lies between an ordinary edge (p_through = 1) and a detach (p_through = 0).
+
+    Args:
+        heads: the candidate heads; none for a split point without a local output. `alpha` (2,) starts at 0.
     """
 
     def __init__(self, heads: Sequence[nn.Module]) -> None:
@@ -69,9 +79,11 @@ class SplitPoint(nn.Module):
         return list(self.mixture.heads) if self.mixture is not None else []
 
     def forward(self, activation: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the way forward, the local output (None without heads), and the way forward of the other values.
+        """Return the activation, the local output (None without heads), and the other values.
 
-        All values that cross here are let through at the same rate; the heads read the activation alone.
+        Args:
+            activation: the value of the cut point, which the heads read.
+            others: the other live values that cross here. Their gradients are scaled by the same `p_through`.
         """
         isolate, through = torch.softmax(self.alpha.detach(), 0)
         local = None
@@ -81,12 +93,16 @@ class SplitPoint(nn.Module):
 
 
 def gated_value(split: fx.Node, item: fx.Node) -> fx.Node:
-    """Return the value in front of a split point that `item`, one of the split point's results, stands for behind it.
+    """Return the argument of a split point that one of its results passes on.
 
     ``split_point(h, a, b)`` returns ``(h, local output, a, b)``.
+
+    Args:
+        split: the call of the split point.
+        item: the node that takes the result out of the returned tuple. It must not be the local output.
     """
-    place = item.args[1]
-    assert isinstance(place, int)
-    value = split.args[max(0, place - 1)]
+    index = item.args[1]
+    assert isinstance(index, int)
+    value = split.args[max(0, index - 1)]
     assert isinstance(value, fx.Node)
     return value

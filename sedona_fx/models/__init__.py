@@ -1,6 +1,6 @@
 """Reference nets of the papers, for CIFAR and other small images.
 
-Each is a plain `torch.nn.Module` whose `base_layers` names, in order, the submodules behind which a cut may stand.
+Each is a plain `torch.nn.Module` whose `base_layers` names, in order, the submodules after which the net may be cut.
 """
 
 from __future__ import annotations

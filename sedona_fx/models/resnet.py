@@ -1,4 +1,4 @@
-"""The ResNets of the SEDONA, DGL, DDG and BackLink papers for small images, one residual block a base layer."""
+"""The ResNets of the SEDONA, DGL, DDG and BackLink papers for small images, with one residual block per base layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ ShortcutKind = Literal["projection", "padding"]
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al. 2016) with a 3x3 stem of stride 1 and no pooling behind it.
+    """ResNet (He et al. 2016) with a 3x3 stem of stride 1 that no pool follows.
 
-    Images (N, 3, H, W), float, any H and W; class scores (N, num_classes). `planes` are the channels of each stage
-    before the block's expansion; every stage but the first halves the map in its first block.
+    Float images (N, 3, H, W) of any H and W, to class scores (N, num_classes). Every stage but the first halves the map
+    in its first block.
 
-    `base_layers` are the residual blocks by path: ``layer1.0``, ``layer1.1``, ..., ``layer2.0``, ... The stem belongs
-    to the first, the pool and the linear layer to the last.
+    `base_layers` are the paths of the residual blocks: ``layer1.0``, ``layer1.1``, ..., ``layer2.0``, ... The stem
+    belongs to the first base layer, the pool and the linear layer belong to the last.
 
-    Our choices: the bottleneck strides in its 3x3 convolution, as torchvision does. See `initialise` for the first
-    values of the parameters.
+    Our choice: the bottleneck has its stride in the 3x3 convolution, as in torchvision. The parameters are initialised
+    by `initialise`.
+
+    Args:
+        block: the kind of residual block.
+        depths: number of blocks of each stage.
+        planes: channels of each stage, before the expansion of the block.
+        num_classes: number of scores.
+        shortcut: how a shortcut changes the number of channels: ``"projection"`` by a 1x1 convolution with BatchNorm,
+            ``"padding"`` by zeros (:class:`PaddedShortcut`).
     """
 
     base_layers: tuple[str, ...]
@@ -68,7 +76,7 @@ class ResNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016, figure 5 left): (N, C, H, W) to (N, planes, H/s, W/s)."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left): (N, C, H, W) to (N, planes, H/s, W/s)."""
 
     expansion: ClassVar[int] = 1
 
@@ -90,7 +98,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 around a shortcut (He et al. 2016, figure 5 right): (N, C, H, W) to (N, 4 planes, H/s, W/s)."""
+    """1x1, 3x3, 1x1 and a shortcut (He et al. 2016, figure 5 right): (N, C, H, W) to (N, 4 planes, H/s, W/s)."""
 
     expansion: ClassVar[int] = 4
 
@@ -116,7 +124,7 @@ class Bottleneck(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """He's option A: take every `stride`-th pixel and append `extra` channels of zeros. No parameters."""
+    """Option A of He et al. 2016: every `stride`-th pixel, with `extra` channels of zeros appended. No parameters."""
 
     def __init__(self, stride: int, extra: int) -> None:
         super().__init__()
@@ -157,7 +165,7 @@ def resnet152(num_classes: int = 10, width: float = 1.0) -> ResNet:
 
 
 def resnet32(num_classes: int = 10, width: float = 1.0) -> ResNet:
-    """He's CIFAR ResNet-32: 15 base layers. Images (N, 3, H, W) to (N, num_classes).
+    """ResNet-32 for CIFAR by He et al.: 15 base layers. Images (N, 3, H, W) to (N, num_classes).
 
     Three stages, n = 5, 16 base planes at width 1.0, shortcuts without parameters (He et al. 2016, section 4.2).
     """
@@ -165,7 +173,7 @@ def resnet32(num_classes: int = 10, width: float = 1.0) -> ResNet:
 
 
 def resnet110(num_classes: int = 10, width: float = 1.0) -> ResNet:
-    """He's CIFAR ResNet-110: 54 base layers. Images (N, 3, H, W) to (N, num_classes).
+    """ResNet-110 for CIFAR by He et al.: 54 base layers. Images (N, 3, H, W) to (N, num_classes).
 
     Three stages, n = 18, 16 base planes at width 1.0, shortcuts without parameters (He et al. 2016, section 4.2).
     """

@@ -1,4 +1,4 @@
-"""The VGG nets of the SEDONA paper for small images, one submodule a base layer."""
+"""The VGG nets of the SEDONA paper for small images, with one submodule per base layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-# Channels at width 1.0, one group a resolution; a 2x2 max-pool stands between two groups.
+from sedona_fx.errors import SettingsError
+
+# Channels at width 1.0, one group per resolution, with a 2x2 max-pool between groups.
 _GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
     11: ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
     13: ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
@@ -18,16 +20,23 @@ _GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
 class VGG(nn.Module):
     """VGG with BatchNorm (Simonyan, Zisserman 2015), as SEDONA trains it on CIFAR (Pyeon et al., ICLR 2021).
 
-    Images (N, 3, H, W), float, H and W of 32 or more; class scores (N, num_classes). ``width=0.25`` is the paper's
-    CIFAR net, ``width=1.0`` its four times wider one.
+    Float images (N, 3, H, W), with H and W of 32 or more, to class scores (N, num_classes).
 
-    `base_layers` are the paths ``layers.0``, ``layers.1``, ...: one conv-BN-ReLU each. A max-pool is the first thing in
-    the base layer *after* it, so that a head behind a base layer reads the map before the pool. The last pool and the
-    classifier belong to the last base layer.
+    `base_layers` are the paths ``layers.0``, ``layers.1``, ...: one conv-BN-ReLU each. A max-pool is the first layer of
+    the base layer that *follows* it, so that a head after a base layer reads the map before the pool. The last pool and
+    the classifier belong to the last base layer.
 
-    Our choices: convolutions have no bias (BatchNorm follows). Behind the last max-pool stands a global average pool,
-    which does nothing at 32x32, where the map is 1x1 by then, and lets larger images through. See `initialise` for
-    the first values of the parameters.
+    Our choices: convolutions have no bias, since BatchNorm follows. A global average pool follows the last max-pool; it
+    changes nothing for 32x32 images, whose map is 1x1 there, and makes the net accept larger images. The parameters are
+    initialised by `initialise`.
+
+    Args:
+        depth: 11, 13, 16 or 19.
+        num_classes: number of scores.
+        width: factor of the numbers of channels: 0.25 for the paper's CIFAR net, 1.0 for its four times wider one.
+
+    Raises:
+        SettingsError: `width` is not positive.
     """
 
     base_layers: tuple[str, ...]
@@ -85,22 +94,25 @@ def vgg19(num_classes: int = 10, width: float = 1.0) -> VGG:
 
 
 def scaled(channels: int, width: float) -> int:
-    """Return `channels` times `width`, to the nearest whole number and at least 1.
+    """Return `channels` times `width`, rounded to the nearest integer, and at least 1.
 
     Raises:
-        ValueError: `width` is not positive.
+        SettingsError: `width` is not positive.
     """
     if not width > 0:
-        raise ValueError(f"width is a factor on the number of channels and must be positive, not {width}")
+        raise SettingsError(f"width is a factor on the number of channels and must be positive, not {width}")
     return max(1, round(channels * width))
 
 
 def initialise(model: nn.Module, output: nn.Module) -> None:
-    """Give `model` its first values, in place.
+    """Initialise the parameters of `model` in place.
 
-    Convolutions and linear layers: Kaiming normal, fan-in (He et al. 2015, equation 10), with the factor for ReLU; the
-    layer `output` has no ReLU behind it and gets the factor 1. Biases 0. BatchNorm keeps weight 1 and bias 0: no
-    residual branch starts at zero.
+    Convolutions and linear layers get Kaiming-normal weights, fan-in (He et al. 2015, equation 10), with the gain of
+    ReLU, and biases of 0. BatchNorm keeps weight 1 and bias 0, so that no residual branch starts at zero.
+
+    Args:
+        model: the net.
+        output: its last layer, which no ReLU follows; it gets the gain 1.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sedona_fx.heads.batched import run_together
-from sedona_fx.heads.layers import HeadBatchNorm, cnn_head, linear_head, mlp_head, sedona_head
+from sedona_fx.heads.layers import HeadBatchNorm
+from sedona_fx.heads.nets import cnn_head, linear_head, mlp_head, sedona_head
 from sedona_fx.ir.split_point import MixedHead
 
 CLASSES = 3

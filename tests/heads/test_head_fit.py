@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sedona_fx.errors import HeadError
 from sedona_fx.heads.context import HeadContext
-from sedona_fx.heads.fit import Resize, TokenGrid
-from sedona_fx.heads.layers import HeadBatchNorm
+from sedona_fx.heads.layers import HeadBatchNorm, Resize, TokenGrid
 from sedona_fx.heads.registry import build_head, default_candidates, default_head, fitting_heads, head_names
 
 
