@@ -1,5 +1,6 @@
 """CONTRIBUTING's worked examples: each is one short file outside of the package that runs and does what it says."""
 
+import copy
 import random
 import runpy
 import subprocess
@@ -60,10 +61,7 @@ def test_sign_sgd_moves_every_weight_by_the_learning_rate_against_its_greedy_gra
     net = sedona_fx.decouple(chain(), batch(), cuts=["1", "2"], heads="linear")
     body = [list(range(2)), [2], [3, 4]]
     copies = chain()
-    heads = [nn.Linear(6, 3).double() for _ in range(2)]
-    for mine, block in zip(heads, net.blocks, strict=False):
-        weights = [p.detach() for p in block.head.parameters()]
-        mine.weight.data, mine.bias.data = weights[0].reshape(3, 6).clone(), weights[1].clone()
+    heads = [copy.deepcopy(block.head) for block in net.blocks[:-1]]
     schedule = example("sign_sgd")["SignSGD"](net, lambda params: torch.optim.SGD(params, lr=0.01))
     for _ in range(2):
         x, y = batch()
