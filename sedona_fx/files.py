@@ -7,6 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedona_fx.errors import CheckpointError
 
 
 @contextmanager
@@ -29,3 +34,33 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_torch_file(path: str | Path, what: str) -> Any:
+    """Read a file that ``torch.save`` wrote, without running code that it may contain.
+
+    Args:
+        path: the file.
+        what: what it holds, for the error's text: ``"weights"``, ``"checkpoint"``.
+
+    Returns:
+        What was saved; tensors are on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {load_failure(error)}.") from error
+
+
+def load_failure(error: BaseException | None) -> str:
+    """Return why ``torch.load`` failed, as one line.
+
+    PyTorch adds a page of advice to load with ``weights_only=False``, which would run whatever code a damaged or
+    foreign file contains; it is left out.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0] if lines else "")
+    return f"{type(error).__name__}: {reason.split('Please use')[0].strip()}".rstrip(".")

@@ -1,4 +1,4 @@
-"""How a lowered net is trained: the block engine, one file a schedule, and ``fit``."""
+"""How a lowered net is trained: one file per schedule, extra losses, buffers, and ``fit``."""
 
 from sedona_fx.rng import block_seed
 from sedona_fx.runtime.block import Block, StepResult
