@@ -14,6 +14,7 @@ from sedona_fx.train.schedules.backprop import Backprop
 from sedona_fx.train.schedules.base import Schedule
 from sedona_fx.train.schedules.delayed import Delayed
 from sedona_fx.train.schedules.greedy import Greedy
+from sedona_fx.train.schedules.headed import Headed
 from sedona_fx.train.schedules.replay import Replay
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Codec",
     "Delayed",
     "Greedy",
+    "Headed",
     "History",
     "InfoPro",
     "KineticEnergy",
