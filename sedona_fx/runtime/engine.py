@@ -163,8 +163,8 @@ class Engine:
             batch: gives inputs, target and the step's number.
             values: what the block reads, by name.
             options: how the step is done.
-            independent: whether the block's buffers are restored here if its loss is not finite. If False, the verdict
-                is deferred in any case, and the caller protects the buffers of all blocks.
+            independent: whether the block's buffers are restored here if its loss is not finite. If False, the check of
+                its loss may be deferred in any case, and the caller protects the buffers of all blocks.
 
         Returns:
             The local loss, the exports by name, and the local output, all detached.
