@@ -40,16 +40,30 @@ def _umask() -> int:
 
 
 def read_torch_file(path: str | Path, what: str) -> Any:
-    """Read a file that ``torch.save`` wrote: tensors on the CPU, plain values, no code.
+    """Read a file that ``torch.save`` wrote, without running code that it may contain.
 
     Args:
-        path: of the file.
-        what: it should hold, for the message: ``"weights"``.
+        path: the file.
+        what: what it holds, for the error's text: ``"weights"``, ``"checkpoint"``.
+
+    Returns:
+        What was saved; tensors are on the CPU.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: it cannot be read.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive makes the unpickler raise
-        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {type(error).__name__}: {error}.") from error
+    except Exception as error:
+        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {load_failure(error)}.") from error
+
+
+def load_failure(error: BaseException | None) -> str:
+    """Return why ``torch.load`` failed, as one line.
+
+    PyTorch adds a page of advice to load with ``weights_only=False``, which would run whatever code a damaged or
+    foreign file contains; it is left out.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0] if lines else "")
+    return f"{type(error).__name__}: {reason.split('Please use')[0].strip()}".rstrip(".")

@@ -24,7 +24,7 @@ from sedona_fx.passes import strip
 from sedona_fx.plan import Capture, Plan
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, Engine, How, OnBlock
+from sedona_fx.runtime.engine import Batch, Engine, OnBlock, StepOptions
 
 
 class Net(nn.Module):
@@ -148,7 +148,7 @@ class Net(nn.Module):
                 ``zero_grad`` before the next batch.
         """
         scalers = [scaler] * len(self._blocks) if scaler is not None else None
-        result = self.engine.backward(self.batch(x, y), How(weight, scalers), on_block)
+        result = self.engine.backward(self.batch(x, y), StepOptions(weight=weight, scalers=scalers), on_block)
         self.steps += 1
         return result
 

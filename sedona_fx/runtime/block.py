@@ -1,4 +1,4 @@
-"""A block as schedules see it."""
+"""One block of a net, as schedules see it: its graphs, head, parameters and buffers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from sedona_fx.runtime.run import run_graph
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step gave: the losses (detached scalars; one a block, or the final one alone) and the model's
-    output (detached; None where the last block had no turn)."""
+    """What a training step returns.
+
+    Attributes:
+        losses: detached scalars: one per block, or only the final loss for schedules without local losses.
+        output: the model's output, detached; None if the last block did not run in this step.
+    """
 
     losses: list[Tensor]
     output: Any
@@ -26,12 +30,21 @@ class StepResult:
 class Block:
     """One block of a net: its train graph and its eval graph over the same modules, and its head.
 
+    Args:
+        train: the block's graph in train mode, head included.
+        evaluation: the block's graph in eval mode.
+        head: the auxiliary head, or None.
+        device: where the block's parameters are.
+        objective: a loss that replaces the model's own in this block, or None.
+
     Attributes:
-        index: 0 is nearest the input.
-        module: the train graph (head included), ``(exports, local output) = module(*inputs)``.
-        eval_module: the same for evaluation; one object with `module` where the modes do not differ.
+        index: position in the net; 0 is nearest the input.
+        train_graph: `train`.
+        eval_graph: `evaluation`.
+        module: the train graph's module (head included): ``(exports, local output) = module(*inputs)``.
+        eval_module: the eval graph's module; the same object as `module` where the modes do not differ.
         head: the auxiliary head, or None (last block, or a net without heads).
-        device: where the block lives.
+        device: where the block's parameters are.
         objective: what the block learns instead of the model's task, or None.
     """
 
@@ -54,7 +67,7 @@ class Block:
         return self.module.parameters()
 
     def base_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that belong to the user's model."""
+        """Yield the block's parameters that belong to the user's model, not to the head."""
         heads = {id(p) for p in self.head.parameters()} if self.head is not None else set()
         return (p for p in self.module.parameters() if id(p) not in heads)
 
@@ -63,11 +76,19 @@ class Block:
         return list(self.module.buffers())
 
     def graph(self, training: bool) -> BlockGraph:
-        """Return the block's graph of a mode."""
+        """Return the block's train graph or its eval graph."""
         return self.train_graph if training else self.eval_graph
 
     def __call__(self, values: Mapping[str, Any], training: bool) -> tuple[dict[str, Any], Any]:
-        """Run the block on named values; return its exports by name, undetached, and its local output."""
+        """Run the block's forward pass.
+
+        Args:
+            values: what the block reads, by name.
+            training: whether to run the train graph or the eval graph.
+
+        Returns:
+            The exports by name, not detached, and the local output.
+        """
         return run_graph(self.graph(training), values)
 
     def __repr__(self) -> str:
@@ -76,5 +97,5 @@ class Block:
 
 
 def buffers_of(*blocks: Block) -> list[Tensor]:
-    """Return the buffers of some blocks, each once."""
+    """Return the buffers of these blocks, each once."""
     return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())

@@ -1,7 +1,8 @@
-"""The block engine: run a block, take its local loss, walk back inside the block, free its graph, go on.
+"""The block engine: forward pass of a block, its local loss, its backward pass, free its graph, next block.
 
-Every schedule is a small file on top of this one. The engine knows the boundary rule's two ends: what enters a block
-from below is detached here (the exports of a block are not), and what enters it from above is for the schedule to say.
+Every schedule is a small file on top of this one. The engine detaches the activations that enter a block, so that no
+gradient leaves it towards the input (the block's graph itself detaches nothing); the gradient that enters a block from
+later blocks is up to the schedule.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 
 OnBlock = Callable[[int], None]
+"""Called with a block's index when its gradients are complete."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on its way through the blocks: the net's inputs by argument name, the target, and the step's number."""
+    """One batch, as the blocks take it.
+
+    Attributes:
+        inputs: the net's inputs by argument name.
+        target: handed to the loss.
+        step: number of the training step; with the seed and the block it decides the random draws.
+        training: whether the train graphs or the eval graphs run.
+    """
 
     inputs: Mapping[str, Any]
     target: Any
@@ -37,20 +46,30 @@ class Batch:
     training: bool = True
 
 
-Objective = Callable[[Block, Batch, Values, Values, Tensor], Tensor]
-"""What a block walks back: from its inputs, its exports (undetached) and its local loss."""
+BlockLoss = Callable[[Block, Batch, Values, Values, Tensor], Tensor]
+"""What a block's backward pass starts from: a scalar, computed from the block, the batch, the values that the block
+reads, its exports (not detached) and its local loss."""
 
 
-@dataclass(frozen=True)
-class How:
-    """How local steps are done: factor of the losses, one scaler a block, autocast, deferred verdicts, and what is
-    added to the local losses (with the graphs that show what it looks at, and the buffers that it may change, too)."""
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """How the engine does local steps.
+
+    Attributes:
+        weight: factor of the losses, for accumulation.
+        scalers: one gradient scaler per block, or None.
+        autocast: dtype for the forward pass and the loss; None: the caller's own autocast state.
+        defer: whether the check of a loss may stay on the device, so that the host does not wait.
+        block_loss: what the backward pass starts from; None: the local loss.
+        graphs: one graph per block to run in the place of the block's own, for a `block_loss` that needs more exports.
+        buffers_of: returns the buffers that a local step of given blocks may change, those of `block_loss` included.
+    """
 
     weight: float = 1.0
     scalers: Sequence[Any] | None = None
     autocast: torch.dtype | None = None
     defer: bool = False
-    objective: Objective | None = None
+    block_loss: BlockLoss | None = None
     graphs: Sequence[BlockGraph] | None = None
     buffers_of: Callable[..., list[Tensor]] = buffers_of
 
@@ -59,11 +78,21 @@ class How:
         return self.scalers[block.index] if self.scalers is not None else None
 
 
-PLAIN = How()
+DEFAULT_OPTIONS = StepOptions()
 
 
 class Engine:
-    """Runs the blocks of one net."""
+    """Runs the blocks of one net.
+
+    Args:
+        blocks: the net's blocks, nearest the input first.
+        output: where the primary output is in what the model returns.
+        loss: the model's loss, ``loss(output, target)``; None: the net cannot be trained.
+        seed: of the blocks' random draws.
+
+    Attributes:
+        guard: checks the losses; it is shared by all schedules of the net.
+    """
 
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
@@ -71,83 +100,111 @@ class Engine:
         self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
     def local_losses(self, batch: Batch) -> list[Tensor]:
-        """Return the K local losses with their graphs, block by block; nothing flows between blocks."""
+        """Return the local losses of all blocks with their graphs; no gradient flows between blocks.
+
+        Raises:
+            ScheduleError: a block has no head.
+        """
         self.require_heads("net.losses")
         values, losses = dict(batch.inputs), []
         for block in self.blocks:
-            with self.random(block, batch.step):
+            with self.seeded(block, batch.step):
                 exports, local = block(values, batch.training)
             losses.append(self.local_loss(block, local, batch.target, batch.inputs))
             self.hand_on(block, values, exports, batch.training)
         return losses
 
-    def backward(self, batch: Batch, how: How = PLAIN, on_block: OnBlock | None = None) -> StepResult:
-        """Forward, local loss, backward and free, one block after the other; gradients go to ``.grad``.
+    def backward(
+        self, batch: Batch, options: StepOptions = DEFAULT_OPTIONS, on_block: OnBlock | None = None
+    ) -> StepResult:
+        """Do a local step of every block, one after the other; gradients are added to ``.grad``.
 
-        `on_block` is called when a block's gradients are complete: the next block has not run yet, and reads the
-        activation from before whatever `on_block` does to the parameters. Without `on_block` it is all or nothing: the
-        buffers of every block are put back if any loss is not finite, and the host waits for the losses once, at the
-        end. With it, a block stands for itself; the host waits for each loss, or with ``how.defer`` not at all:
-        `on_block` then steps through the guard.
+        Without `on_block`, the step is all or nothing: if any loss is not finite, the buffers of all blocks are
+        restored, and the host waits for the losses once, at the end. With `on_block`, each block is on its own: the
+        host waits for each loss, or with ``options.defer`` not at all, and then `on_block` must step its optimizer
+        through the guard.
+
+        Args:
+            batch: the batch.
+            options: how the steps are done.
+            on_block: called when a block's gradients are complete, before the next block runs. That block reads the
+                activation from before any change that `on_block` makes to the parameters.
+
+        Returns:
+            The local losses (not weighted) and the output, detached.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite, or one of the step before was not.
+            ScheduleError: a block has no head, or gradients are disabled.
         """
         self.require_heads("net.backward")
         require_grad_mode("net.backward")
         self.guard.raise_pending()
-        whole = on_block is None
+        all_or_nothing = on_block is None
         values, losses, local = dict(batch.inputs), [], None
-        with self.guard.protecting(how.buffers_of(*self.blocks)) if whole else nullcontext():
+        with self.guard.protecting(options.buffers_of(*self.blocks)) if all_or_nothing else nullcontext():
             for block in self.blocks:
-                loss, exports, local = self.local_step(block, batch, values, how, alone=not whole)
+                loss, exports, local = self.local_step(block, batch, values, options, independent=not all_or_nothing)
                 losses.append(loss)
                 self.hand_on(block, values, exports, batch.training)
                 if on_block is not None:
                     on_block(block.index)
-            if whole:
+            if all_or_nothing:
                 self.guard.raise_pending()
         return StepResult(losses, local)
 
     def local_step(
-        self, block: Block, batch: Batch, values: Mapping[str, Any], how: How, *, alone: bool
+        self, block: Block, batch: Batch, values: Mapping[str, Any], options: StepOptions, *, independent: bool
     ) -> tuple[Tensor, Values, Any]:
-        """Run one block and walk its local loss back; its graph is dead when this returns.
+        """Do forward, local loss and backward of one block; its graph is freed when this returns.
 
         Args:
-            block: which one.
-            batch: whose inputs, target and step number.
+            block: the block to run.
+            batch: gives inputs, target and the step's number.
             values: what the block reads, by name.
-            how: see there.
-            alone: whether the block stands for itself: its buffers are put back if its loss is not finite. Else all
-                verdicts are deferred, and whoever calls protects the buffers.
+            options: how the step is done.
+            independent: whether the block's buffers are restored here if its loss is not finite. If False, the check of
+                its loss may be deferred in any case, and the caller protects the buffers of all blocks.
 
         Returns:
             The local loss, the exports by name, and the local output, all detached.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite, and the verdict was not deferred.
         """
-        graph = how.graphs[block.index] if how.graphs is not None else block.graph(batch.training)
-        with self.guard.protecting(how.buffers_of(block) if alone else []) as snapshot:
-            with casting(block.device, how.autocast):
-                with self.random(block, batch.step):
+        graph = options.graphs[block.index] if options.graphs is not None else block.graph(batch.training)
+        with self.guard.protecting(options.buffers_of(block) if independent else []) as snapshot:
+            with casting(block.device, options.autocast):
+                with self.seeded(block, batch.step):
                     exports, local = run_graph(graph, values)
                 loss = self.local_loss(block, local, batch.target, batch.inputs)
                 total = loss
-                if how.objective is not None:
-                    total = how.objective(block, batch, dict(values), exports, loss)
-            self.guard.check(block.index, batch.step, total, defer=how.defer or not alone)
-            self.walk_back(block, total, how.scaler(block), how.weight)
+                if options.block_loss is not None:
+                    total = options.block_loss(block, batch, dict(values), exports, loss)
+            self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
+            self.loss_backward(block, total, options.scaler(block), options.weight)
             self.guard.settle(block.index, snapshot)
         return loss.detach(), detached(exports), map_tensors(Tensor.detach, local)
 
     def local_loss(self, block: Block, local: Any, target: Any, inputs: Mapping[str, Any] | None = None) -> Tensor:
-        """Return the loss on a block's local output; an objective of the user's gets the net's `inputs`, too.
+        """Return the loss on a block's local output.
+
+        Args:
+            block: the block that made `local`.
+            local: its local output: what its head returns, or for the last block what the model returns.
+            target: the target of the batch.
+            inputs: the net's inputs by argument name, for a loss that replaces the model's own.
 
         Raises:
             DataError: the loss cannot take the target; with both shapes.
+            OutputError: the loss is not a scalar tensor.
         """
-        target, given = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, dict(inputs or {})))
+        target, inputs = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, dict(inputs or {})))
         last = block is self.blocks[-1]
         call = "loss(output, target)" if block.objective is None else "local_loss.loss(output, inputs, target)"
         try:
             if block.objective is not None:
-                loss = block.objective.loss(local, given, target)
+                loss = block.objective.loss(local, inputs, target)
             elif self.loss is None:
                 raise ScheduleError("this net has no loss: hand one to decouple(..., loss=...) or load(..., loss=...).")
             elif last:
@@ -155,7 +212,7 @@ class Engine:
             else:
                 loss = self.output.head_loss(self.loss, local, target)
         except torch.OutOfMemoryError:
-            raise  # a RuntimeError too, but the target is not to blame
+            raise  # a RuntimeError as well, but not one about the target
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise DataError(
                 f"the loss cannot take the output of block {block.index}, {_shapes(local)}, with the target, "
@@ -166,7 +223,11 @@ class Engine:
         return loss
 
     def require_heads(self, who: str) -> None:
-        """Raise if a block has no head."""
+        """Check that every block but the last has a head; `who` needs them, for the error's text.
+
+        Raises:
+            ScheduleError: a block has none.
+        """
         missing = [block.index for block in self.blocks[:-1] if block.head is None]
         if missing:
             raise ScheduleError(
@@ -175,15 +236,20 @@ class Engine:
                 "(sedona_fx.train.Backprop, sedona_fx.train.Delayed)."
             )
 
-    def walk_back(self, block: Block, loss: Tensor, scaler: Any, weight: float, *, keep: bool = False) -> None:
-        """Take the gradient of a block's loss, times `weight` and the scaler's scale, into ``.grad``.
+    def loss_backward(
+        self, block: Block, loss: Tensor, scaler: Any, weight: float, *, retain_graph: bool = False
+    ) -> None:
+        """Add the gradient of a block's loss, times `weight` and the scaler's scale, to ``.grad``.
 
         Args:
-            block: whose loss it is.
-            loss: with its graph, which dies unless `keep`.
-            scaler: of the block's gradients, or None.
+            block: the block that the loss is of.
+            loss: a scalar with its graph.
+            scaler: the block's gradient scaler, or None.
             weight: factor of the loss.
-            keep: keep the graph for another walk.
+            retain_graph: keep the graph for a second backward pass.
+
+        Raises:
+            DataError: the loss has no graph, although the block has trainable parameters.
         """
         if not loss.requires_grad:
             if any(p.requires_grad for p in block.parameters()):
@@ -194,30 +260,38 @@ class Engine:
             return  # a frozen block
         weighted = loss * weight if weight != 1.0 else loss
         with no_autocast(block.device):
-            (scaler.scale(weighted) if scaler is not None else weighted).backward(retain_graph=keep)
+            (scaler.scale(weighted) if scaler is not None else weighted).backward(retain_graph=retain_graph)
 
     def hand_on(self, block: Block, values: Values, exports: Mapping[str, Any], training: bool) -> None:
-        """Pass a block's exports on, cut off from its graph, and drop what no later block reads."""
+        """Add a block's exports, detached, to `values`, and drop from them what no later block reads."""
         hand_on(values, exports, block.index, self._last_reader[training])
 
     def buffers(self) -> list[Tensor]:
         """Return the buffers of all blocks, each once."""
         return buffers_of(*self.blocks)
 
-    def random(self, block: Block, step: int) -> AbstractContextManager[None]:
-        """Seed a block's draws of a step. One block is backprop, which draws from the global stream."""
+    def seeded(self, block: Block, step: int) -> AbstractContextManager[None]:
+        """Return a context that seeds a block's random draws from (seed, block, step).
+
+        A net of one block draws from the global streams instead: it trains exactly as backprop does.
+        """
         if len(self.blocks) == 1:
             return nullcontext()
         return block_random(self.seed, block.index, step, block.device)
 
 
 def require_grad_mode(who: str) -> None:
-    """Raise where there would be no graph to walk back."""
+    """Check that gradients are enabled, so that a forward pass makes a graph; `who` needs it, for the error's text.
+
+    Raises:
+        ScheduleError: they are not.
+    """
     if not torch.is_grad_enabled():
         raise ScheduleError(f"{who} inside torch.no_grad() (or inference mode) has no graph to walk back.")
 
 
 def _shapes(value: Any) -> str:
+    """Return shape and dtype of a tensor, or the shapes inside a container, for error texts."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,10 +1,12 @@
-"""A loss that is not finite must not harm: the failing block keeps its parameters, optimizer state and buffers.
+"""Protect a block from a loss that is not finite: it keeps its parameters, optimizer state and buffers.
 
-On the CPU the loss is looked at before the backward pass, which costs nothing. On an accelerator that would make the
-host wait for the device at every block, so there the verdict is deferred: it stays on the device, buffers are put back
-by ``torch.where``, the optimizer step is skipped by the optimizer's own ``found_inf`` flag, and the error comes when
-the verdict has arrived anyway: at the next step at the latest. Optimizers without ``found_inf`` (all but the fused
-ones), and every optimizer at its first step, make the host wait for the loss, not for the backward pass behind it.
+On the CPU the loss is checked before the backward pass, which costs nothing. On an accelerator that check would make
+the host wait for the device at every block, so there it is deferred: the verdict stays on the device, buffers are
+restored by ``torch.where``, the optimizer step is skipped by the optimizer's own ``found_inf`` flag, and the error is
+raised once the verdict has arrived on the host anyway: at the next step at the latest.
+
+Optimizers without ``found_inf`` (all but the fused ones), and every optimizer at its first step, make the host wait for
+the loss, but not for the backward pass that follows it.
 """
 
 from __future__ import annotations
@@ -21,21 +23,39 @@ from sedona_fx.errors import NonFiniteLossError
 
 
 class Snapshot:
-    """Copies of buffers from before a forward pass."""
+    """Copies of buffers, taken before a forward pass.
+
+    Args:
+        buffers: the buffers to copy, and to restore later.
+    """
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
         self._pairs = [(buffer, buffer.detach().clone()) for buffer in buffers]
 
     def restore(self, unless: Tensor | None = None) -> None:
-        """Put the copies back, or where `unless` (a boolean scalar on a device) is true leave the buffers alone."""
+        """Write the copies back into the buffers.
+
+        Args:
+            unless: a boolean scalar tensor; where it is true the buffers keep their present values. It is not read on
+                the host, so the host does not wait for it. None: always restore.
+        """
         with torch.no_grad():
             for buffer, old in self._pairs:
-                kept = old if unless is None else torch.where(unless.to(buffer.device), buffer, old)
-                buffer.copy_(kept)
+                value = old if unless is None else torch.where(unless.to(buffer.device), buffer, old)
+                buffer.copy_(value)
 
 
 class Verdict:
-    """Whether a block's loss at a step is finite: known on the device at once, on the host when it has arrived."""
+    """Whether a block's loss is finite: known on the device at once, on the host when the copy has arrived.
+
+    Args:
+        block: index of the block.
+        step: number of the training step.
+        loss: the block's loss, a detached scalar.
+
+    Attributes:
+        finite: a boolean scalar on the loss's device.
+    """
 
     def __init__(self, block: int, step: int, loss: Tensor) -> None:
         self.block, self.step = block, step
@@ -47,23 +67,28 @@ class Verdict:
             self._arrived.record(torch.accelerator.current_stream(loss.device))
 
     def value(self) -> float:
-        """Return the loss; waits until the device has computed it."""
+        """Return the loss; the host waits until the device has computed it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value.item()
 
     def raise_if_bad(self) -> None:
-        """Raise if the loss is not finite."""
+        """Check the loss; the host waits until the device has computed it.
+
+        Raises:
+            NonFiniteLossError: it is not finite.
+        """
         value = self.value()
         if not math.isfinite(value):
             raise NonFiniteLossError(self.block, self.step, value)
 
 
 class FiniteGuard:
-    """Watches the losses of one step after another.
+    """Checks the losses of all blocks, step after step, and keeps deferred verdicts until they are raised.
 
     Args:
-        deferred: whether verdicts stay on the device until the next step; None: where the loss is not on the CPU.
+        deferred: whether verdicts may stay on the device until the next step. None: only where the loss is not on the
+            CPU.
     """
 
     def __init__(self, deferred: bool | None = None) -> None:
@@ -73,7 +98,7 @@ class FiniteGuard:
 
     @contextmanager
     def protecting(self, buffers: Sequence[Tensor]) -> Iterator[Snapshot]:
-        """Give buffers their values from before back if the body raises."""
+        """Restore buffers to their values from before if the body raises; gives the snapshot that does it."""
         snapshot = Snapshot(buffers)
         try:
             yield snapshot
@@ -82,10 +107,16 @@ class FiniteGuard:
             raise
 
     def check(self, block: int, step: int, loss: Tensor, *, defer: bool = True) -> None:
-        """Look at a loss before its backward pass.
+        """Check a loss before its backward pass.
+
+        Args:
+            block: index of the block.
+            step: number of the training step, for the error.
+            loss: what the backward pass starts from, a scalar.
+            defer: whether the verdict may be deferred, where the guard defers any.
 
         Raises:
-            NonFiniteLossError: at once, unless the verdict is deferred: then :meth:`raise_pending` raises it.
+            NonFiniteLossError: the loss is not finite. If the verdict is deferred, :meth:`raise_pending` raises it.
         """
         verdict = Verdict(block, step, loss.detach())
         deferred = loss.device.type != "cpu" if self.deferred is None else self.deferred
@@ -95,9 +126,10 @@ class FiniteGuard:
             verdict.raise_if_bad()
 
     def settle(self, block: int, snapshot: Snapshot) -> None:
-        """After a block's backward pass: put its buffers back where a deferred verdict says so, without waiting.
+        """Restore a block's buffers if a deferred verdict on its loss is bad; the host does not wait.
 
-        Not before it: BatchNorm's backward holds the running statistics and refuses those written to in between.
+        Call it after the block's backward pass: BatchNorm's backward saves the running statistics, and raises if they
+        were written to in between.
         """
         for verdict in self._pending:
             if verdict.block == block:
@@ -106,11 +138,16 @@ class FiniteGuard:
     def step_optimizer(
         self, optimizer: torch.optim.Optimizer, blocks: Collection[int], scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        """Step an optimizer unless the loss of one of `blocks`, those whose losses its parameters had a part in, is
-        known not to be finite. A `scaler` has its own say about the gradients."""
+        """Step an optimizer, unless a loss that contributed to its gradients is not finite.
+
+        Args:
+            optimizer: the optimizer to step.
+            blocks: indices of the blocks whose losses contributed to the gradients of the optimizer's parameters.
+            scaler: the gradient scaler, which also skips the step by itself if gradients are not finite; or None.
+        """
         verdicts = [verdict for verdict in self._pending if verdict.block in blocks]
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        # A fused optimizer that skips its very first step keeps state that was never written (SGD's momentum).
+        # A fused optimizer that skips its very first step is left with state that was never written (SGD's momentum).
         if verdicts and fused and scaler is None and optimizer in self._stepped:
             bad = torch.stack([~verdict.finite.to(verdicts[0].finite.device) for verdict in verdicts]).any()
             optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -126,11 +163,15 @@ class FiniteGuard:
             self._stepped.add(optimizer)
 
     def raise_pending(self) -> None:
-        """Raise for the first deferred verdict on a loss that was not finite; waits for the losses."""
+        """Check all deferred verdicts; the host waits for the losses.
+
+        Raises:
+            NonFiniteLossError: a loss was not finite; the error names the first such block, and lists all of them.
+        """
         pending, self._pending = self._pending, []
         bad = [verdict for verdict in pending if not math.isfinite(verdict.value())]
         if bad:
             raise NonFiniteLossError(bad[0].block, bad[0].step, bad[0].value(), blocks=[v.block for v in bad])
 
     def __deepcopy__(self, memo: dict[int, object]) -> FiniteGuard:
-        return FiniteGuard(self.deferred)  # what is pending is the original's to raise
+        return FiniteGuard(self.deferred)  # pending verdicts are raised by the original

@@ -1,4 +1,4 @@
-"""Mixed precision: forward under autocast, backward outside of it, gradients scaled where float16 would lose them."""
+"""Mixed precision: forward under autocast, backward outside it, gradients scaled where float16 would underflow."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from torch import Tensor
 from sedona_fx.errors import ScheduleError
 
 LOW = (torch.bfloat16, torch.float16)
+"""The dtypes that autocast may cast to."""
 
 
 def check_autocast(dtype: torch.dtype | None) -> None:
-    """Raise if a schedule's ``autocast=`` is nothing to cast to."""
+    """Check a schedule's ``autocast=``.
+
+    Raises:
+        ScheduleError: it is neither None nor one of :data:`LOW`.
+    """
     if dtype is not None and dtype not in LOW:
         raise ScheduleError(f"autocast={dtype!r}: give torch.bfloat16, torch.float16, or None.")
 
 
 @contextmanager
 def casting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Run the body under autocast to `dtype`; None leaves things as the user has them."""
+    """Run the body under autocast to `dtype`; with None, the caller's own autocast state stays as it is."""
     if dtype is None:
         yield
     else:
@@ -31,10 +36,10 @@ def casting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
-    """Leave the user's autocast region: backward runs in the dtypes that forward chose.
+    """Run the body outside the caller's autocast region: backward runs in the dtypes that forward chose.
 
-    The weights that autocast has cast and cached are dropped at the end: a region may span several steps, and what is
-    cached is from before the update.
+    The cache of cast weights is cleared at the end: an autocast region may span several steps, and the cached casts
+    are of the weights before the update.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
@@ -45,15 +50,24 @@ def no_autocast(device: torch.device) -> Iterator[None]:
 
 
 def scaled(gradient: Tensor, like: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Return a gradient in true units as the backward pass of a block wants it: scaled, in the dtype and
-    on the device of its root."""
+    """Return an unscaled gradient in the form in which a block's backward pass takes it.
+
+    Args:
+        gradient: the gradient with respect to `like`, unscaled.
+        like: the root of the backward pass; gives dtype and device.
+        scaler: the block's gradient scaler, or None.
+    """
     if scaler is not None:
         gradient = scaler.scale(gradient)
     return gradient.to(like.device, like.dtype)
 
 
 def unscaled(gradient: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
-    """Return a gradient that left a scaled backward pass in true units, in float32 at least: it underflows less."""
+    """Return a gradient from a scaled backward pass, divided by the scale.
+
+    The result of a scaled gradient has at least float32, where it underflows less; without a scaler the gradient is
+    returned as it is.
+    """
     if scaler is None:
         return gradient
     wide = gradient.float() if gradient.dtype in LOW else gradient

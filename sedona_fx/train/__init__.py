@@ -1,4 +1,4 @@
-"""How a lowered net is trained: the block engine, one file a schedule, and ``fit``."""
+"""How a lowered net is trained: one file per schedule, extra losses, buffers, and ``fit``."""
 
 from sedona_fx.rng import block_seed
 from sedona_fx.runtime.block import Block, StepResult
@@ -14,6 +14,7 @@ from sedona_fx.train.schedules.backprop import Backprop
 from sedona_fx.train.schedules.base import Schedule
 from sedona_fx.train.schedules.delayed import Delayed
 from sedona_fx.train.schedules.greedy import Greedy
+from sedona_fx.train.schedules.headed import Headed
 from sedona_fx.train.schedules.replay import Replay
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Codec",
     "Delayed",
     "Greedy",
+    "Headed",
     "History",
     "InfoPro",
     "KineticEnergy",

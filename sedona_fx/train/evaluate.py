@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sedona_fx.data.sources import batches, to_device
 from sedona_fx.errors import DataError
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import pick
-
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
+from sedona_fx.net.net import Net
 
 
 def evaluate(net: Net, loader: Any) -> dict[str, float]:
-    """Return the mean ``loss`` of the final output in eval mode, and the ``accuracy`` where the targets are classes.
+    """Return the mean loss of the final output in eval mode, and the accuracy where the targets are classes.
 
-    The mean is over examples, of a loss that is itself a mean; the net's mode is as before afterwards, flags of single
-    modules included.
+    The mean is over examples, for a loss that is itself a mean over the examples of a batch. Afterwards every module is
+    in the mode in which it was before.
+
+    Args:
+        net: the net.
+        loader: an iterable of (inputs, target).
+
+    Returns:
+        ``"loss"``, and ``"accuracy"`` in [0, 1] if all targets are integers of shape (N,) and outputs are (N, classes).
 
     Raises:
         DataError: the loader is empty.
@@ -29,32 +33,21 @@ def evaluate(net: Net, loader: Any) -> dict[str, float]:
     device = net.blocks[0].device
     total = correct = loss = 0.0
     classes = True
-    with _evaluating(net):
+    with keep_modes(net), torch.no_grad():
+        net.eval()
         for args, target in batches(loader, "the evaluation data"):
-            moved = to_device(target, net.blocks[-1].device)
+            target = to_device(target, net.blocks[-1].device)
             output = net.call(args.map(lambda t: t.to(device)))
             count = args.batch_size() or 1
-            loss += net.engine.local_loss(net.blocks[-1], output, moved).item() * count
+            loss += net.engine.local_loss(net.blocks[-1], output, target).item() * count
             total += count
             primary = output if isinstance(output, Tensor) else pick(output, net.engine.output.key)
-            classes = classes and _is_class_target(primary, moved)
+            classes = classes and _is_class_target(primary, target)
             if classes:
-                correct += (primary.argmax(1) == moved).sum().item()
+                correct += (primary.argmax(1) == target).sum().item()
     if not total:
         raise DataError("the evaluation data is empty, or an iterator that is exhausted: hand a DataLoader or a list.")
     return {"loss": loss / total, **({"accuracy": correct / total} if classes else {})}
-
-
-@contextmanager
-def _evaluating(net: Net) -> Iterator[None]:
-    flags = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _is_class_target(primary: Tensor, target: Any) -> bool:

@@ -1,4 +1,4 @@
-"""``fit``: epochs, progress, learning rates, evaluation, checkpoints, and exact resume."""
+"""``fit``: train for some epochs, with learning rates, evaluation, progress, checkpoints and exact resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -15,27 +15,27 @@ from tqdm import tqdm
 
 from sedona_fx.data.sources import Pair, batches, one_shot
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
-from sedona_fx.rng import (
-    block_seed,
-    loader_streams,
-    random_states,
-    restore_random,
-    seed_all,
-    stream_states,
-)
-from sedona_fx.train import checkpoint as files
+from sedona_fx.net.net import Net
+from sedona_fx.rng import block_seed, loader_streams, random_states, restore_random, seed_all, stream_states
+from sedona_fx.train import checkpoint as checkpoints
 from sedona_fx.train.evaluate import evaluate
 from sedona_fx.train.schedules.base import Schedule
 
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
-
 LRFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+"""Called with the optimizer of a block."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: mean local losses (one a block, or the final loss alone), evaluation, and seconds of training."""
+    """What an epoch gave.
+
+    Attributes:
+        epoch: its number, from 0.
+        losses: mean losses over the batches: one per block, or only the final loss for schedules without local losses.
+        seconds: time spent on training, evaluation not included.
+        val_loss: mean loss of the final output on the evaluation data; None without such data.
+        val_accuracy: accuracy on the evaluation data, where the targets are classes.
+    """
 
     epoch: int
     losses: list[float]
@@ -46,13 +46,13 @@ class Epoch:
 
 @dataclass
 class History:
-    """What ``fit`` did, an entry an epoch."""
+    """What ``fit`` did: one entry per epoch."""
 
     epochs: list[Epoch] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """Seconds spent on training, evaluation left out."""
+        """Seconds spent on training, evaluation not included."""
         return sum(epoch.seconds for epoch in self.epochs)
 
 
@@ -70,33 +70,37 @@ def fit(
     seed: int = 0,
     progress: bool = True,
 ) -> History:
-    """Train a net.
+    """Train a net for some epochs.
 
-    With `checkpoint`, training goes on from that file if it exists, exactly as if it had never stopped: at epoch
-    boundaries with any loader; within an epoch with a loader that has a ``state_dict`` of its own, or one whose order
-    depends on nothing but the random state (what was consumed is skipped). One exception: the workers of a DataLoader
-    with ``persistent_workers`` carry their random state from epoch to epoch, which no checkpoint can hold.
+    If the file `checkpoint` exists, training goes on from it, exactly as if it had never stopped: at epoch boundaries
+    with any loader; within an epoch with a loader that has a ``state_dict`` of its own, or one whose order depends on
+    nothing but the random state (the batches already trained on are skipped). One exception: the workers of a
+    DataLoader with ``persistent_workers`` carry their random state from epoch to epoch, which no checkpoint can hold.
 
     Args:
-        net: the net; batches are moved to its first block's device. Modules that were put into eval mode one by one
-            stay there if the net itself is in train mode.
-        loader: an iterable of (inputs, target), gone through once an epoch; ``set_epoch`` of its sampler is called.
+        net: the net; batches are moved to its first block's device. Single modules that were put into eval mode stay in
+            it if the net itself is in train mode.
+        loader: an iterable of (inputs, target), iterated once per epoch; ``set_epoch`` of its sampler is called.
         epochs: in total, those before a resume included.
         schedule: how to train, for example ``Greedy(net, optimizer=...)``.
         val_loader: evaluated after each epoch.
-        lr_scheduler: called once with each block's optimizer; or a list with one a block, or None for none.
-        lr_interval: what a step of the LR schedulers is.
+        lr_scheduler: called once with each block's optimizer; or a list of such factories, one per block, None for a
+            block without one.
+        lr_interval: whether the LR schedulers step after every ``"epoch"`` or every training ``"step"``.
         checkpoint: file to write after each epoch, and to go on from.
-        checkpoint_every: write it every so many training steps of an epoch too.
+        checkpoint_every: write it also every so many training steps of an epoch.
         seed: the global generators (torch, random, numpy) are seeded from (seed, epoch) at the start of each epoch.
-        progress: show a bar.
+        progress: show a progress bar.
+
+    Returns:
+        Losses, evaluation and seconds of every epoch, those before a resume included.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or belongs to another net, plan or schedule; nothing has been
             loaded then.
         DataError: the loader is empty, or exhausted after an epoch.
-        NonFiniteLossError: a loss is not finite; the last checkpoint stands.
-        ScheduleError: the arguments do not go together.
+        NonFiniteLossError: a loss is not finite; the last checkpoint is kept.
+        ScheduleError: the arguments do not fit together.
     """
     if schedule.net is not net:
         raise ScheduleError("the schedule was made for another net: make it with Greedy(net, ...) of this one.")
@@ -107,7 +111,8 @@ def fit(
     rates = _make_rates(lr_scheduler, schedule)
     if any(isinstance(rate, ReduceLROnPlateau) for rate in rates):
         raise ScheduleError("ReduceLROnPlateau needs a metric at each step: step it yourself, around fit(epochs=1).")
-    run = _Run(net, schedule, rates, loader, seed, Path(checkpoint) if checkpoint is not None else None)
+    path = Path(checkpoint) if checkpoint is not None else None
+    run = _Run(net=net, schedule=schedule, rates=rates, loader=loader, seed=seed, path=path)
     run.resume()
     if epochs - run.epoch > 1 and one_shot(loader):
         what = f"the training data is a one-shot iterator ({type(loader).__name__}), exhausted after one epoch"
@@ -119,15 +124,15 @@ def fit(
             run.train_epoch(bar, f"epoch {run.epoch + 1}/{epochs}", lr_interval, checkpoint_every)
             result = evaluate(net, val_loader) if val_loader is not None else {}
             run.end_epoch(result)
-            shown = {"train_loss": run.history.epochs[-1].losses[-1], **{f"val_{k}": v for k, v in result.items()}}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+            metrics = {"train_loss": run.history.epochs[-1].losses[-1], **{f"val_{k}": v for k, v in result.items()}}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
     return run.history
 
 
-def _make_rates(given: LRFactory | Sequence[LRFactory | None] | None, schedule: Schedule) -> list[LRScheduler]:
-    """Make the LR schedulers, one for each optimizer that is to have one."""
+def _make_rates(lr_scheduler: LRFactory | Sequence[LRFactory | None] | None, schedule: Schedule) -> list[LRScheduler]:
+    """Make the LR schedulers of those optimizers that have one."""
     count = len(schedule.optimizers)
-    factories = list(given) if isinstance(given, Sequence) else [given] * count
+    factories = list(lr_scheduler) if isinstance(lr_scheduler, Sequence) else [lr_scheduler] * count
     if len(factories) != count:
         raise ScheduleError(f"lr_scheduler lists {len(factories)} factories; the net has {count} blocks.")
     pairs = zip(factories, schedule.optimizers, strict=True)
@@ -139,7 +144,15 @@ _ADVICE = "Hand a DataLoader or a list of batches."
 
 @dataclass
 class _Run:
-    """A training run as it stands: what a checkpoint holds."""
+    """The state of a training run: what a checkpoint holds.
+
+    Attributes:
+        epoch: the epoch to train, from 0.
+        batch: batches of this epoch that were trained on.
+        done: batches of all epochs that were trained on.
+        sums: for each loss, its sum over the batches of this epoch.
+        seconds: spent on training in this epoch.
+    """
 
     net: Net
     schedule: Schedule
@@ -148,16 +161,17 @@ class _Run:
     seed: int
     path: Path | None
     epoch: int = 0
-    batch: int = 0  # batches of this epoch that were trained on
-    done: int = 0  # batches of all epochs that were trained on
+    batch: int = 0
+    done: int = 0
     sums: list[float] = field(default_factory=list)
     seconds: float = 0.0
     history: History = field(default_factory=History)
-    _streams: list[torch.Tensor] = field(default_factory=list)  # the loader's own generators as this epoch began
-    _resumed: dict[str, Any] | None = None
-    _proved: bool = False
+    _streams: list[torch.Tensor] = field(default_factory=list)  # states of the loader's generators as the epoch began
+    _resumed: dict[str, Any] | None = None  # the checkpoint, until its epoch goes on
+    _proved: bool = False  # whether a checkpoint of this run was read back
 
     def train_epoch(self, bar: Any, label: str, lr_interval: str, every: int | None) -> None:
+        """Train until the end of the epoch; write a checkpoint `every` so many steps."""
         bar.set_description(label)
         if not self.net.training:
             self.net.train()
@@ -187,6 +201,7 @@ class _Run:
             self._step_rates()
 
     def end_epoch(self, result: dict[str, float]) -> None:
+        """Add the epoch to the history with what :func:`evaluate` returned, and write a checkpoint."""
         means = [s / self.batch for s in self.sums]
         entry = Epoch(self.epoch, means, self.seconds, result.get("loss"), result.get("accuracy"))
         self.history.epochs.append(entry)
@@ -195,13 +210,13 @@ class _Run:
 
     def _step_rates(self) -> None:
         with warnings.catch_warnings():
-            # An optimizer may have stepped in another process, before a resume, or not yet: blocks may be late.
+            # The optimizer may have stepped in another process before a resume; a late block's has not stepped yet.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for rate in self.rates:
                 rate.step()
 
     def _batches(self) -> Iterator[Pair]:
-        """Yield the rest of the epoch: from the start, or from where a checkpoint was written."""
+        """Yield the rest of the epoch: from its start, or from where a checkpoint was written."""
         seed_all(block_seed(self.seed, -1, self.epoch))
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         for owner in (self.loader, getattr(self.loader, "sampler", None), batch_sampler):
@@ -210,31 +225,31 @@ class _Run:
                 set_epoch(self.epoch)
         self._streams = stream_states(self.loader)
         resumed, self._resumed = self._resumed, None
-        own = resumed["loader"] if resumed is not None else None
-        if own is not None:
-            self.loader.load_state_dict(own)
+        loader_state = resumed["loader"] if resumed is not None else None
+        if loader_state is not None:
+            self.loader.load_state_dict(loader_state)
         source = batches(self.loader, "the training data")
         if resumed is None or resumed["random"] is None:  # at the start of an epoch
             first = next(source, None)
-            if first is None and own is not None:  # its state was that of a finished epoch
+            if first is None and loader_state is not None:  # the state was that of a finished epoch
                 source = batches(self.loader, "the training data")
             elif first is not None:
                 yield first
         else:
-            for done in range(self.batch if own is None else 0):
+            for count in range(self.batch if loader_state is None else 0):
                 if next(source, None) is None:
                     raise CheckpointError(
                         f"the checkpoint was written behind batch {self.batch} of an epoch, and the loader now gives "
-                        f"{done} batches. Go on with the data it was written with."
+                        f"{count} batches. Go on with the data it was written with."
                     )
-            # Only now: skipping has drawn numbers too, and starting a loader draws the seed of its workers.
+            # Only now: skipping batches draws random numbers, and starting a loader draws the seed of its workers.
             restore_random(resumed["random"])
         yield from source
 
     def _save(self, *, inside: bool) -> None:
         if self.path is None:
             return
-        own = getattr(self.loader, "state_dict", None)
+        loader_state = getattr(self.loader, "state_dict", None)
         state = {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -248,17 +263,17 @@ class _Run:
             "history": [asdict(epoch) for epoch in self.history.epochs],
             "random": random_states({block.device for block in self.net.blocks}) if inside else None,
             "streams": self._streams if inside else stream_states(self.loader),
-            "loader": own() if callable(own) else None,
+            "loader": loader_state() if callable(loader_state) else None,
         }
-        files.write(self.path, state, prove=not self._proved)
+        checkpoints.write(self.path, state, prove=not self._proved)
         self._proved = True
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
         if self.path is None or not self.path.exists():
             return
-        state = files.read(self.path)
-        files.check(state, self.path, self.net, self.schedule, self.rates, self.seed)
+        state = checkpoints.read(self.path)
+        checkpoints.check(state, self.path, net=self.net, schedule=self.schedule, rates=self.rates, seed=self.seed)
         streams = loader_streams(self.loader)
         if len(streams) != len(state["streams"]):
             raise CheckpointError(f"{str(self.path)!r} was written with a loader of another kind.")
@@ -266,7 +281,7 @@ class _Run:
             history = History([Epoch(**entry) for entry in state["history"]])
         except TypeError as error:
             raise CheckpointError(f"{str(self.path)!r} is damaged: its history is no list of epochs.") from error
-        self.net.load_state_dict(state["net"])  # first: the schedule may run stashed batches again
+        self.net.load_state_dict(state["net"])  # first: Delayed runs blocks on stashed batches again
         self.schedule.load_state_dict(state["schedule"])
         for rate, (_, saved) in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(saved)

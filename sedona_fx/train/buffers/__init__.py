@@ -1,1 +1,1 @@
-"""What schedules keep between steps: replayed activations, stashed weights, batches in flight."""
+"""What schedules keep between steps: buffers of activations, stashed weights, batches in flight."""

@@ -1,14 +1,14 @@
-"""Compression of buffered activations, and the registry of its kinds.
+"""Codecs: how buffered activations are compressed.
 
-| codec | bytes a number | error |
+| codec | bytes per number | error |
 |---|---|---|
 | ``"fp16"`` | 2 | 2^-11 of the number; beyond 65504 it is clamped |
 | ``"bf16"`` | 2 | 2^-8 of the number |
 | ``"int8"`` | 1 | 1/510 of the range of the channel in this batch |
-| ``"vq"`` | 1/8 | what 256 learned codes of 8 channels leave (:class:`~sedona_fx.train.buffers.vector_quantizer.VectorQuantizer`) |
+| ``"vq"`` | 1/8 | distance to the nearest of 256 codes of 8 channels (:class:`~sedona_fx.train.VectorQuantizer`) |
 
-Only floating-point tensors are encoded (:func:`encodable`). A number that is not finite is never turned into one that
-is: what is decoded is not finite somewhere either, and the loss shows it.
+Only floating-point tensors are encoded (:func:`encodable`). A number that is not finite never becomes finite: the
+decoded activation is not finite somewhere either, and the loss shows it.
 """
 
 from __future__ import annotations
@@ -23,68 +23,73 @@ from sedona_fx.errors import CheckpointError, ScheduleError, did_you_mean
 from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer
 
 Encoded = Mapping[str, Any]
+"""An encoded activation: tensors and plain values by name."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """How one buffer's activations are stored."""
+    """How one of the activations in a buffer is stored. To add a codec, write a class with these methods."""
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes that a buffer takes besides its encoded tensors: a codebook."""
+        """Bytes that the codec holds besides encoded tensors, such as a codebook."""
 
     def encode(self, tensor: Tensor) -> dict[str, Any]:
-        """Return tensors and plain values for an activation, such as ``torch.load(weights_only=True)`` reads."""
+        """Return an activation as tensors and plain values that ``torch.load(weights_only=True)`` can read."""
 
     def decode(self, encoded: Encoded) -> Tensor:
-        """Return the activation in its shape and dtype, on the device where the encoded tensors are."""
+        """Return the activation in its shape and dtype, on the device of the encoded tensors."""
 
     def fresh(self) -> Codec:
-        """Return an unused codec of the same settings, for another buffer."""
+        """Return an unused codec with the same settings, for another activation."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned; empty if nothing is."""
+        """Return what the codec has learned; empty for codecs that learn nothing."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
 
 
 def make_codec(spec: str | Codec | None) -> Codec | None:
-    """Return the codec of that name; a codec, or None, is returned as it is.
+    """Return the codec that ``codec=`` of a schedule asks for.
+
+    Args:
+        spec: a name (``"fp16"``, ``"bf16"``, ``"int8"``, ``"vq"``), a codec, or None; the last two are returned as they
+            are.
 
     Raises:
-        ScheduleError: there is none of that name.
+        ScheduleError: there is no codec of that name.
     """
     if spec is None or (isinstance(spec, Codec) and not isinstance(spec, type)):
         return spec
-    known = {"fp16": Half, "bf16": BFloat16, "int8": Int8, "vq": VectorQuantizer}
-    if not isinstance(spec, str) or spec not in known:
-        near = did_you_mean(spec, known) if isinstance(spec, str) else ""
+    kinds = {"fp16": Half, "bf16": BFloat16, "int8": Int8, "vq": VectorQuantizer}
+    if not isinstance(spec, str) or spec not in kinds:
+        near = did_you_mean(spec, kinds) if isinstance(spec, str) else ""
         raise ScheduleError(
-            f"codec={spec!r} is unknown{near}. Known are {', '.join(map(repr, known))}, or hand a codec: "
+            f"codec={spec!r} is unknown{near}. Known are {', '.join(map(repr, kinds))}, or hand a codec: "
             "sedona_fx.train.VectorQuantizer(codes=..., group=...), or one of your own."
         )
-    made: Codec = known[spec]()
-    return made
+    codec: Codec = kinds[spec]()
+    return codec
 
 
 def encodable(tensor: Tensor) -> bool:
-    """Whether codecs take a tensor: floating point of 16 to 64 bits, strided."""
+    """Return whether codecs can encode a tensor: strided, floating point of 16 to 64 bits."""
     return tensor.dtype in _FLOATS and tensor.layout == torch.strided
 
 
 def encoded_bytes(encoded: Encoded) -> int:
-    """Return the bytes of the tensors that an encoded activation holds."""
+    """Return the size of an encoded activation's tensors, in bytes."""
     return sum(v.numel() * v.element_size() for v in encoded.values() if isinstance(v, Tensor))
 
 
 class _Stateless:
-    """What codecs share that learn nothing: one serves any number of buffers."""
+    """Base of the codecs that learn nothing."""
 
     @property
     def overhead_bytes(self) -> int:
-        """Nothing."""
+        """Bytes held besides encoded tensors: none."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,10 +97,10 @@ class _Stateless:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take an empty state.
+        """Check that a state is empty.
 
         Raises:
-            CheckpointError: it is not empty.
+            CheckpointError: it is not.
         """
         if state:
             raise CheckpointError(
@@ -107,7 +112,7 @@ class _Stateless:
 
 
 class _Cast(_Stateless):
-    """Numbers in a smaller format; those beyond its largest are clamped to it, infinities stay infinite."""
+    """Casts to a smaller dtype; numbers beyond its largest are clamped to it, infinities stay infinite."""
 
     dtype: torch.dtype
 
@@ -115,12 +120,12 @@ class _Cast(_Stateless):
         """Return the rounded numbers."""
         numbers, largest = tensor.detach(), torch.finfo(self.dtype).max
         if torch.finfo(tensor.dtype).max > largest:
-            wide = numbers.to(torch.promote_types(tensor.dtype, torch.float32))  # 65504 itself is none of bfloat16
+            wide = numbers.to(torch.promote_types(tensor.dtype, torch.float32))  # bfloat16 does not have 65504
             numbers = torch.where(wide.isinf(), wide, wide.clamp(-largest, largest))
         return {"numbers": numbers.to(self.dtype), "dtype": tensor.dtype}
 
     def decode(self, encoded: Encoded) -> Tensor:
-        """Return the rounded numbers in their old format."""
+        """Return the rounded numbers in their original dtype."""
         numbers: Tensor = encoded["numbers"]
         return numbers.to(encoded["dtype"])
 
@@ -131,7 +136,7 @@ class Half(_Cast):
     dtype = torch.float16
 
     def fresh(self) -> Half:
-        """Return a new one."""
+        """Return a new codec."""
         return Half()
 
 
@@ -141,21 +146,21 @@ class BFloat16(_Cast):
     dtype = torch.bfloat16
 
     def fresh(self) -> BFloat16:
-        """Return a new one."""
+        """Return a new codec."""
         return BFloat16()
 
 
 class Int8(_Stateless):
-    """Whole numbers from 0 to 255 between the least and the largest value of each channel (dimension 1) of a batch.
+    """Integers from 0 to 255 between the least and the largest value of each channel (dimension 1) of a batch.
 
-    ``x = low + scale * q`` with ``scale = (high - low) / 255``: exact for constant channels, else wrong by at most half
-    a `scale`. A channel that holds a number that is not finite is not finite throughout.
+    ``x = low + scale * q`` with ``scale = (high - low) / 255``: exact for constant channels, otherwise the error is at
+    most half of `scale`. If a channel has a number that is not finite, the whole channel is decoded as not finite.
     """
 
     def encode(self, tensor: Tensor) -> dict[str, Any]:
-        """Return the whole numbers, and scale and zero point of each channel."""
+        """Return the integers, and scale and zero point of each channel."""
         tensor = tensor.detach()
-        numbers = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # the range of a half may be infinite
+        numbers = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # in float16, the range may be infinite
         others = [dim for dim in range(tensor.dim()) if dim != 1]
         shape = [size if dim == 1 else 1 for dim, size in enumerate(tensor.shape)]
         low = numbers.amin(others, keepdim=True) if tensor.numel() else numbers.new_zeros(shape)
@@ -171,5 +176,5 @@ class Int8(_Stateless):
         return torch.addcmul(encoded["low"], scale, encoded["whole"].to(scale.dtype)).to(encoded["dtype"])
 
     def fresh(self) -> Int8:
-        """Return a new one."""
+        """Return a new codec."""
         return Int8()

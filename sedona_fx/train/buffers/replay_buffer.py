@@ -1,4 +1,4 @@
-"""What lies between two workers: batches on the buffer's device, compressed if asked for."""
+"""The buffer between two blocks of ``Replay``: a ring of batches on the buffer's device, compressed if asked for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from sedona_fx.train.buffers.codec import Codec, encodable
 from sedona_fx.train.buffers.ring import Ring
 
 Entry = dict[str, Any]
-"""A batch as it lies in the ring: containers, tensors and plain values."""
+"""A batch in the ring: containers, tensors and plain values."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A batch for the next block: what it and later ones read, the net's inputs where a loss looks at them, the target;
-    and the entry of the ring it came from."""
+    """A batch for the next block.
+
+    Attributes:
+        values: what the next block and later ones read, by name, detached.
+        inputs: the net's inputs by argument name, if a local loss looks at them.
+        target: the target of the batch.
+        entry: the entry of the ring that the batch was taken from; None before it is written.
+    """
 
     values: dict[str, Any]
     inputs: Mapping[str, Any]
@@ -30,20 +36,21 @@ class Stored:
 
 
 class Buffer:
-    """A ring of batches.
+    """The last batches that a block wrote, for the next block.
 
     Args:
-        capacity: batches at most.
-        max_uses: uses of a batch at most, or None.
-        device: where the batches lie; None: where they are.
-        codec: what activations are compressed by; each activation has a codec of its own.
-        compressible: names of the activations.
+        capacity: how many batches are kept.
+        max_uses: how often a batch may be used; None: any number of times.
+        device: where batches are kept; None: on the device on which they are written.
+        codec: how activations are compressed; each has a fresh codec of its own. None: not at all.
+        compressible: the names of the values that are activations; others are not compressed.
     """
 
     def __init__(
         self,
         capacity: int,
         max_uses: int | None,
+        *,
         device: torch.device | None,
         codec: Codec | None,
         compressible: Collection[str],
@@ -54,26 +61,26 @@ class Buffer:
         self._codecs: dict[str, Codec] = {}
 
     def write(self, batch: Stored) -> Entry:
-        """Store a batch over the oldest one; return its entry."""
-        plain, encoded = {}, {}
+        """Store a batch; it replaces the oldest one when the ring is full. Return its entry."""
+        uncompressed, encoded = {}, {}
         for name, value in batch.values.items():
             codec = self._codec_of(name, value)
             if codec is None:
-                plain[name] = self._here(value)
+                uncompressed[name] = self._moved(value)
             else:
-                encoded[name] = self._here(codec.encode(value))
+                encoded[name] = self._moved(codec.encode(value))
         entry: Entry = {
-            "values": plain,
+            "values": uncompressed,
             "encoded": encoded,
-            "inputs": {name: self._here(value) for name, value in batch.inputs.items()},
-            "target": self._here(batch.target),
-            "plain_bytes": _bytes([batch.values, dict(batch.inputs), batch.target]),
+            "inputs": {name: self._moved(value) for name, value in batch.inputs.items()},
+            "target": self._moved(batch.target),
+            "plain_bytes": _storage_bytes([batch.values, dict(batch.inputs), batch.target]),
         }
         self._ring.write(entry)
         return entry
 
     def take(self, device: torch.device) -> Stored | None:
-        """Return the batch whose turn it is, on a device, or None."""
+        """Return the batch to use next, decoded and on `device`; None if no batch may be used any more."""
         entry = self._ring.take()
         if entry is None:
             return None
@@ -82,29 +89,29 @@ class Buffer:
         return Stored(values, to_device(entry["inputs"], device), to_device(entry["target"], device), entry)
 
     def drop(self, entry: Entry) -> None:
-        """Take a batch out."""
+        """Remove a batch; nothing happens if it is no longer there."""
         self._ring.drop(entry)
 
     def bytes(self) -> tuple[int, int]:
-        """Return the bytes held, codebooks included, and those of the same batches uncompressed."""
+        """Return the bytes held, codebooks included, and the bytes of the same batches uncompressed."""
         entries = self._ring.state_dict()["items"]
-        held = _bytes([[e["values"], e["encoded"], e["inputs"], e["target"]] for e in entries])
+        held = _storage_bytes([[e["values"], e["encoded"], e["inputs"], e["target"]] for e in entries])
         return held + sum(c.overhead_bytes for c in self._codecs.values()), sum(e["plain_bytes"] for e in entries)
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what :meth:`restore` takes back: the batches, not copied, and their counts."""
+        """Return the batches, not copied, and their counts, for :meth:`restore`."""
         return self._ring.state_dict()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undo writes and uses since a :meth:`snapshot`."""
+        """Undo all writes and uses since a :meth:`snapshot`."""
         self._ring.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return batches, counts, and codebooks."""
+        """Return the batches, their counts, and what the codecs have learned."""
         return {"ring": self._ring.state_dict(), "codecs": {n: c.state_dict() for n, c in self._codecs.items()}}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from a state; batches go where this buffer keeps them, by default to `device`."""
+        """Go on from a state; batches are moved to where this buffer keeps them, or else to `device`."""
         ring = dict(state["ring"])
         ring["items"] = [to_device(item, self._device or device) for item in ring["items"]]
         self._ring.load_state_dict(ring)
@@ -115,17 +122,18 @@ class Buffer:
             self._codecs[name].load_state_dict(saved)
 
     def _codec_of(self, name: str, value: Any) -> Codec | None:
+        """Return the codec of a value, or None if it is not compressed."""
         if self._codec is None or name not in self._compressible or not isinstance(value, Tensor):
             return None
         if not encodable(value):
             return None
         return self._codecs.setdefault(name, self._codec.fresh())
 
-    def _here(self, value: Any) -> Any:
+    def _moved(self, value: Any) -> Any:
         return to_device(value, self._device) if self._device is not None else value
 
 
-def _bytes(value: Any) -> int:
-    """Return the bytes of the storages behind a nested value, each once."""
+def _storage_bytes(value: Any) -> int:
+    """Return the size of the storages of all tensors in a nested value, each once, in bytes."""
     tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

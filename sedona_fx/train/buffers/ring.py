@@ -1,4 +1,4 @@
-"""The buffer between two blocks that do not wait for each other."""
+"""The ring of batches between two blocks of ``Replay``, and the rule by which the next block takes from it."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ Item = TypeVar("Item")
 
 
 class Ring(Generic[Item]):
-    """The last `capacity` batches of a block's output, each with the number of times that the next block used it.
+    """The last `capacity` batches that a block wrote, each with a count of how often the next block has used it.
 
-    The buffer of asynchronous DGL (Belilovsky, Eickenberg, Oyallon; ICML 2020, Algorithm 2). A batch is written over
-    the oldest one when the ring is full. The next block takes, among the batches with the smallest use count, the most
+    The buffer of asynchronous DGL (Belilovsky, Eickenberg, Oyallon; ICML 2020, Algorithm 2). When the ring is full, a
+    new batch replaces the oldest one. The next block takes, among the batches with the smallest use count, the most
     recently written; the count is 1 on writing and grows by 1 per use. The authors' released code compares the index
-    the other way round at the write pointer, and so takes the *oldest* eligible batch of a full buffer: here it is the
-    rule as the paper states it.
+    the other way round at the write pointer, and so takes the *oldest* eligible batch of a full buffer; here the rule
+    is the paper's.
 
     Args:
         capacity: how many batches are kept, M in the paper.
         max_uses: how often a batch may be taken; None: any number of times.
 
     Raises:
-        ScheduleError: `capacity` or `max_uses` is no whole number of 1 or more.
+        ScheduleError: `capacity` or `max_uses` is not an integer of 1 or more.
     """
 
     def __init__(self, capacity: int, max_uses: int | None = None) -> None:
-        _check("capacity", capacity, "a buffer holds at least one batch")
+        _check_positive("capacity", capacity, "a buffer holds at least one batch")
         if max_uses is not None:
-            _check("max_uses", max_uses, "a batch that may not be used trains nothing; None is no limit")
+            _check_positive("max_uses", max_uses, "a batch that may not be used trains nothing; None is no limit")
         self.capacity, self.max_uses = capacity, max_uses
         self._entries: deque[_Entry[Item]] = deque(maxlen=capacity)  # oldest first; drops the oldest when full
 
     def write(self, item: Item) -> None:
-        """Store a batch, over the oldest one when the ring is full."""
+        """Store a batch; it replaces the oldest one when the ring is full."""
         self._entries.append(_Entry(item))
 
     def take(self) -> Item | None:
-        """Return the batch whose turn it is and count the use, or None if no batch may be used any more."""
+        """Return the batch to use next and count the use; None if every batch has been used `max_uses` times."""
         if not self._entries:
             return None
         fewest = min(self.counts)
@@ -51,21 +51,21 @@ class Ring(Generic[Item]):
         return entry.item
 
     def drop(self, item: Item) -> None:
-        """Take a batch out, wherever it stands; nothing happens if it is not there any more."""
+        """Remove a batch; nothing happens if it is no longer there."""
         kept = [entry for entry in self._entries if entry.item is not item]
         self._entries.clear()
         self._entries.extend(kept)
 
     @property
     def counts(self) -> list[int]:
-        """The use counts in the order of writing, oldest first; 1 is a batch that was never taken."""
+        """The use counts, oldest batch first; 1 for a batch that was never taken."""
         return [entry.count for entry in self._entries]
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the batches as they are, oldest first, and their counts."""
+        """Return the batches, oldest first and not copied, and their counts."""
         return {
             "capacity": self.capacity,
             "max_uses": self.max_uses,
@@ -77,7 +77,7 @@ class Ring(Generic[Item]):
         """Go on from a state.
 
         Raises:
-            CheckpointError: the state belongs to a ring with other limits, or is not complete; nothing is loaded then.
+            CheckpointError: the state is of a ring with other limits, or is damaged; nothing is loaded then.
         """
         for name, ours in (("capacity", self.capacity), ("max_uses", self.max_uses)):
             if name not in state or state[name] != ours:
@@ -103,6 +103,6 @@ class _Entry(Generic[Item]):
     count: int = 1
 
 
-def _check(name: str, value: int, why: str) -> None:
+def _check_positive(name: str, value: int, why: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ScheduleError(f"{name}={value!r} must be a whole number of 1 or more: {why}.")

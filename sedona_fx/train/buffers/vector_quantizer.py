@@ -1,4 +1,4 @@
-"""Vector quantisation of buffered activations, with a codebook that follows them."""
+"""Vector quantisation of buffered activations, with a codebook that is learned while they are encoded."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ from torch import Tensor
 
 from sedona_fx.errors import CheckpointError, ScheduleError
 
-# Vectors whose distances to all codes are held at a time: 64 MiB for 256 codes; on a CPU 4 MiB, what a cache holds.
+# Vectors whose distances to all codes are in memory at a time: 64 MiB for 256 codes; on a CPU 4 MiB, to fit a cache.
 _CHUNK, _CPU_CHUNK = 2**16, 2**12
-_TRIES = 16  # vectors drawn for each code of the first codebook, equal ones among them
+_TRIES = 16  # vectors drawn per code of the first codebook, so that enough of them differ
 
 
 class VectorQuantizer:
-    """Each group of channels at each position is stored as the number of its nearest code.
+    """Stores each group of channels at each position as the index of its nearest code.
 
     Online vector quantisation of the replay buffers, as in the later DGL paper (Belilovsky, Leconte, Caccia,
     Eickenberg, Oyallon 2021, "Decoupled Greedy Learning of CNNs for Synchronous and Asynchronous Distributed
-    Learning"). The channels are cut into groups of `group` (the last one filled up with zeros), all groups share one
+    Learning"). The channels are split into groups of `group` (the last one padded with zeros), all groups share one
     codebook of `codes` vectors, and the codebook follows the activations by exponential moving averages (van den Oord,
     Vinyals, Kavukcuoglu 2017, appendix A.1): with n_i vectors z of a batch nearest to code e_i,
 
         N_i <- decay N_i + (1 - decay) n_i      m_i <- decay m_i + (1 - decay) sum z      e_i <- m_i / N_i
 
-    A code without vectors stays where it is. N and m start at 0, so that the first batch moves the codes to the means
-    of their vectors. The first codes are vectors of the first batch, drawn without equals as far as there are any. A
-    dead code takes a vector of the current batch: one that nothing used for `patience` batches, or that nothing has
-    used since it was placed. So the codes of the last `patience` batches may move but are never placed elsewhere: a
-    buffer of at most `patience` batches can always be decoded.
+    A code without vectors does not move. N and m start at 0, so that the first batch moves the codes to the means of
+    their vectors. The first codes are vectors drawn from the first batch, all different if enough of those drawn are.
 
-    A batch with a number that is not finite is decoded as NaN throughout and leaves the codebook as it is.
+    A dead code is replaced by a vector of the current batch. A code is dead if no vector was nearest to it for
+    `patience` batches, or in the first batch after it was placed. So codes that one of the last `patience` batches uses
+    may move, but are never replaced: a buffer of at most `patience` batches can always be decoded.
+
+    A batch with a number that is not finite is decoded as NaN throughout, and does not change the codebook.
 
     Args:
-        codes: size of the codebook; 256 is one byte a group.
-        group: channels a code stands for.
+        codes: size of the codebook; up to 256 codes take one byte per group.
+        group: number of channels per code.
         decay: of the moving averages; in [0, 1).
-        patience: batches after which an unused code is dead.
-        channel_dim: where the channels are; -1 for tokens (N, T, D).
-        seed: of the draws.
+        patience: number of batches after which an unused code is dead.
+        channel_dim: the dimension of channels; -1 for tokens (N, T, D).
+        seed: of the random draws.
 
     Raises:
         ScheduleError: an argument is out of range.
@@ -65,21 +66,22 @@ class VectorQuantizer:
             raise ScheduleError(f"VectorQuantizer(decay={decay}) must be in [0, 1): at 1 the codes would never move.")
         self.codes, self.group, self.decay, self.patience = codes, group, decay, patience
         self.channel_dim, self.seed = channel_dim, seed
-        self._generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on every device
+        self._generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws for every device
         self._index_type = torch.uint8 if codes <= 2**8 else torch.int16 if codes <= 2**15 else torch.int32
         self._book: Tensor | None = None  # (codes, group)
         self._sums = torch.zeros(codes, group)  # m
         self._counts = torch.zeros(codes)  # N
-        self._idle = torch.full((codes,), patience - 1)  # batches since a code was used, or as here placed
+        # Batches since a code was used; a code just placed starts at patience - 1: it is dead unless used at once.
+        self._idle = torch.full((codes,), patience - 1)
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes of the codebook and its moving averages, which all batches of a buffer share."""
+        """Bytes of the codebook, its moving averages, and the counts of unused batches."""
         numbers = self._sums.numel() * 2 + self._counts.numel()
         return numbers * self._sums.element_size() + self._idle.numel() * self._idle.element_size()
 
     def fresh(self) -> VectorQuantizer:
-        """Return an unused quantizer of the same settings, for another buffer."""
+        """Return an unused quantizer with the same settings, for another activation."""
         return VectorQuantizer(
             self.codes,
             self.group,
@@ -90,7 +92,7 @@ class VectorQuantizer:
         )
 
     def encode(self, tensor: Tensor) -> dict[str, Any]:
-        """Return the number of the nearest code for each group and position; the codebook follows."""
+        """Return the index of the nearest code for each group and position, and update the codebook."""
         with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
             grouped = self._grouped(tensor.detach())
             vectors = grouped.reshape(-1, self.group).float()
@@ -107,7 +109,7 @@ class VectorQuantizer:
         }
 
     def decode(self, encoded: Mapping[str, Any]) -> Tensor:
-        """Return the activation made of codes, of the codebook as it is now.
+        """Return the activation with each group replaced by its code, as the codebook is now.
 
         Raises:
             ScheduleError: nothing was encoded yet, so that there is no codebook.
@@ -130,7 +132,7 @@ class VectorQuantizer:
         return flat.movedim(1, channels).contiguous()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the codebook, its moving averages, and the state of the draws."""
+        """Return the codebook, its moving averages, and the state of the generator."""
         return {
             "book": self._book,
             "sums": self._sums,
@@ -143,7 +145,7 @@ class VectorQuantizer:
         """Go on from a state.
 
         Raises:
-            CheckpointError: it is of another kind, or of a codebook of another size; nothing is loaded then.
+            CheckpointError: it is of another codec, or of a codebook of another size; nothing is loaded then.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise CheckpointError(f"the state is none of a VectorQuantizer: {missing} are missing.")
@@ -164,6 +166,7 @@ class VectorQuantizer:
         )
 
     def _channel_dim(self, rank: int) -> int:
+        """Return the dimension of channels of a tensor with `rank` dimensions, counted from 0."""
         if not -rank < self.channel_dim < rank or self.channel_dim == 0:
             raise ScheduleError(
                 f"VectorQuantizer(channel_dim={self.channel_dim}) is no dimension of channels of a tensor with {rank}: "
@@ -172,50 +175,56 @@ class VectorQuantizer:
         return self.channel_dim % rank
 
     def _grouped(self, tensor: Tensor) -> Tensor:
-        """Return (N, C, ...) as (N, groups, ..., group); without dimensions for channels all numbers are channels."""
+        """Return (N, C, ...) as (N, groups, ..., group); with fewer than two dimensions, all numbers are channels."""
         tensor = tensor.movedim(self._channel_dim(tensor.dim()), 1) if tensor.dim() > 1 else tensor.reshape(1, -1)
-        missing = -tensor.shape[1] % self.group
-        padded = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, missing]) if missing else tensor
+        padding = -tensor.shape[1] % self.group
+        padded = F.pad(tensor, [0, 0] * (tensor.dim() - 2) + [0, padding]) if padding else tensor
         return padded.unflatten(1, (-1, self.group)).movedim(2, -1)
 
     def _assign(self, vectors: Tensor, finite: Tensor) -> Tensor:
-        """Return the nearest codes of (n, group) vectors, and let the codebook follow them, if all are finite."""
+        """Return the indices of the nearest codes of (n, group) vectors; update the codebook if `finite`.
+
+        Args:
+            vectors: float32, with numbers that are not finite replaced.
+            finite: a boolean scalar on the device: whether all numbers were finite.
+        """
         device = vectors.device
         book = self._first_book(vectors) if self._book is None else self._book.to(device)
         sums, counts, idle = self._sums.to(device), self._counts.to(device), self._idle.to(device)
         nearest, totals = [], torch.zeros(self.codes, self.group + 1, device=device)
         half = book.square().sum(1) / 2
-        for part in vectors.split(_CPU_CHUNK if device.type == "cpu" else _CHUNK):
-            found = torch.addmm(half, part, book.t(), alpha=-1).argmin(1)
-            nearest.append(found)
-            self._add_up(totals, found, F.pad(part, [0, 1], value=1.0))
+        for chunk in vectors.split(_CPU_CHUNK if device.type == "cpu" else _CHUNK):
+            # Half of |z - e|^2 without the |z|^2 that all codes share.
+            nearest.append(torch.addmm(half, chunk, book.t(), alpha=-1).argmin(1))
+            self._add_up(totals, nearest[-1], F.pad(chunk, [0, 1], value=1.0))  # a last column of ones counts
         used = totals[:, -1] > 0
         new_sums = self.decay * sums + (1 - self.decay) * totals[:, :-1]
         new_counts = self.decay * counts + (1 - self.decay) * totals[:, -1]
         moved = torch.where(used[:, None], new_sums / new_counts[:, None], book)
-        waited = torch.where(used, 0, idle + 1)
-        dead = waited >= self.patience
-        # No `if dead.any()`: the host would have to wait for the device.
+        new_idle = torch.where(used, 0, idle + 1)
+        dead = new_idle >= self.patience
+        # Not `if dead.any()`: the host would have to wait for the device.
         moved = torch.where(dead[:, None], self._draw(vectors, self.codes), moved)
         alive = (~dead).to(sums.dtype)
         self._book = torch.where(finite, moved, book)
         self._sums = torch.where(finite, new_sums * alive[:, None], sums)
         self._counts = torch.where(finite, new_counts * alive, counts)
-        self._idle = torch.where(finite, torch.where(dead, self.patience - 1, waited), idle)
+        self._idle = torch.where(finite, torch.where(dead, self.patience - 1, new_idle), idle)
         return torch.cat(nearest)
 
     def _add_up(self, totals: Tensor, numbers: Tensor, rows: Tensor) -> None:
-        """Add each row to the total of its number, in an order that is always the same."""
+        """Add each row to ``totals[number]``, in place, in an order that is always the same."""
         if totals.device.type == "cpu":
             totals.index_add_(0, numbers, rows)
-        else:  # where adding up by index has no fixed order, but a product with one-hot rows has
+        else:  # on an accelerator, index_add_ has no fixed order; a product with one-hot rows has
             totals += F.one_hot(numbers, self.codes).to(rows.dtype).t() @ rows
 
     def _first_book(self, vectors: Tensor) -> Tensor:
-        """Return `codes` vectors, no two equal as long as enough different ones are drawn."""
+        """Return `codes` vectors drawn from `vectors`, all different if enough different ones were drawn."""
         different = torch.unique(self._draw(vectors, _TRIES * self.codes), dim=0)
         order = torch.randperm(len(different), generator=self._generator)
         return different[order.repeat(-(-self.codes // len(order)))[: self.codes].to(vectors.device)]
 
     def _draw(self, vectors: Tensor, count: int) -> Tensor:
+        """Return `count` of the vectors, drawn with replacement."""
         return vectors[torch.randint(len(vectors), (count,), generator=self._generator).to(vectors.device)]

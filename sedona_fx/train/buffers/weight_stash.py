@@ -1,4 +1,4 @@
-"""Run a block on other tensors than its own: on copies of its parameters, or on buffers to throw away."""
+"""Run a block on other tensors than its own: on copies of its parameters, or on temporary buffers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class Slots:
-    """Every place where the modules of a block hold a tensor.
+    """Every place where the modules of a block hold a parameter or buffer, so that others can be put there.
 
-    ``torch.func.functional_call`` does the same by name; here the places are looked up once, tied tensors are one, and
-    recurrent layers, which keep a list of their weights aside, see the replacements too.
+    ``torch.func.functional_call`` does the same by name. Here the places are looked up once, a tied tensor is replaced
+    in all its places, and recurrent layers, which keep a separate list of their weights, see the replacements too.
 
     Args:
         roots: the modules that run the block.
@@ -22,45 +22,52 @@ class Slots:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = {id(m): m for root in roots for m in root.modules()}.values()
-        owners: list[dict[str, Any]] = [owner for m in modules for owner in (m._parameters, m._buffers) if owner]
-        self._owners = owners
+        holders: list[dict[str, Any]] = [holder for m in modules for holder in (m._parameters, m._buffers) if holder]
+        self._holders = holders
         self._recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
 
     @contextmanager
     def holding(self, replacements: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Let the modules see other tensors in the place of their own."""
+        """Let the modules hold other tensors while the body runs.
+
+        Args:
+            replacements: for tensors of the modules, those that take their places.
+        """
         changed: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
-            for owner in self._owners:
-                for name, tensor in owner.items():
+            for holder in self._holders:
+                for name, tensor in holder.items():
                     if tensor is not None and tensor in replacements:
-                        changed.append((owner, name, tensor))
-                        owner[name] = replacements[tensor]
-            self._refresh()
+                        changed.append((holder, name, tensor))
+                        holder[name] = replacements[tensor]
+            self._refresh_recurrent()
             yield
         finally:
-            for owner, name, tensor in changed:
-                owner[name] = tensor
-            self._refresh()
+            for holder, name, tensor in changed:
+                holder[name] = tensor
+            self._refresh_recurrent()
 
-    def _refresh(self) -> None:
+    def _refresh_recurrent(self) -> None:
+        """Update the separate lists of weights that recurrent layers keep."""
         for module in self._recurrent:
             weights = [getattr(module, name, None) for name in module._flat_weights_names]
             vars(module)["_flat_weights"] = weights
 
 
 def copies(parameters: Iterable[nn.Parameter], values: Iterable[Tensor] | None = None) -> dict[Tensor, Tensor]:
-    """Return for each parameter a copy that later steps leave alone; gradients flow through it to the parameter.
+    """Return, for each parameter, a copy that later optimizer steps do not change.
+
+    Gradients flow through the copy into the parameter's own ``.grad``.
 
     Args:
-        parameters: those that are trained.
+        parameters: the trained parameters.
         values: numbers to put into the copies; None: the parameters' own.
     """
-    made: dict[Tensor, Tensor] = {}
+    clones: dict[Tensor, Tensor] = {}
     with torch.enable_grad():
         for parameter in parameters:
-            made[parameter] = parameter.clone()
+            clones[parameter] = parameter.clone()
     if values is not None:
-        for copy, value in zip(made.values(), values, strict=True):
-            copy.detach().copy_(value)  # cloning saves nothing for its backward that this could spoil
-    return made
+        for clone, value in zip(clones.values(), values, strict=True):
+            clone.detach().copy_(value)  # safe in place: the backward of clone() saves nothing
+    return clones

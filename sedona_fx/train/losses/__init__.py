@@ -1,1 +1,1 @@
-"""Losses added to the local ones, one file each."""
+"""Extra losses that can be added to the local ones, one per file."""

@@ -1,14 +1,17 @@
-"""Losses that a user may add to the local ones: ``Greedy(net, optimizer, extra=[PredSim(0.99, keep=0.01)])``.
+"""Extra losses, to be added to the local ones: ``Greedy(net, optimizer, extra=[PredSim(0.99, keep=0.01)])``.
 
-A block then follows ``keep * (its local loss) + weight * (the extra loss)``; with several extra losses the local loss
-is multiplied by the product of their `keep`, and all of them are added. PredSim's ``(1 - beta) * prediction + beta *
-similarity`` is ``PredSim(weight=beta, keep=1 - beta)``.
+A block then minimises ``keep * (its local loss) + weight * (the extra loss)``. With several extra losses, the local
+loss is multiplied by the product of their `keep`, and all of them are added. PredSim's ``(1 - beta) * prediction + beta
+* similarity`` is ``PredSim(weight=beta, keep=1 - beta)``.
 
-| extra loss | what a block is asked for | where |
+| extra loss | what it asks of a block | which blocks |
 |---|---|---|
-| :class:`PredSim` | examples of one class look alike | behind every block that has a head |
-| :class:`~sedona_fx.train.losses.infopro.InfoPro` | the input can still be read from the activation | the same |
-| :class:`KineticEnergy` | its layers move the data as little as they can | in every block |
+| :class:`~sedona_fx.train.PredSim` | examples of one class have similar activations | all but the last |
+| :class:`~sedona_fx.train.InfoPro` | the input can still be reconstructed from the activation | all but the last |
+| :class:`~sedona_fx.train.KineticEnergy` | its layers change the activations as little as they can | all |
+
+To write an extra loss of your own, write a class with what :class:`Extra` lists; its ``build`` returns an
+:class:`ExtraLoss`.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ class Sight:
     """What an extra loss may look at, for one block and one batch.
 
     Attributes:
-        activation: the block's output, with its graph: what the block's head reads.
-        layers: the activation that enters the block, and the value behind each of its base layers, with their graph;
-            empty for losses without `needs_layers`.
+        activation: the block's output, with its graph: what the block's head reads. In the last block, the output of
+            its last base layer.
+        layers: the activation that enters the block, and the output of each of its base layers, with their graph; empty
+            for losses without `needs_layers`.
         inputs: the net's inputs by argument name.
         target: the target of the batch.
     """
@@ -43,39 +47,44 @@ class Sight:
 
 
 class ExtraLoss(nn.Module):
-    """An extra loss of one block; its parameters, if it has any, are stepped by the block's optimizer."""
+    """An extra loss of one block; its parameters, if it has any, are trained by the block's optimizer."""
 
     def forward(self, sight: Sight) -> Tensor:
-        """Return a scalar, not yet weighted."""
+        """Return the loss, a scalar, without its weight."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it computes")
 
 
 class Extra(Protocol):
-    """What a user hands in: the weight of an extra loss, and how to make it for a block.
+    """What ``extra=[...]`` of a schedule takes: an extra loss's settings, and how to make it for a block.
 
     An attribute `keep` in [0, 1], 1 where there is none, multiplies the block's own local loss.
     """
 
     @property
     def weight(self) -> float:
-        """What the loss is multiplied by."""
+        """Factor of the loss."""
 
     @property
     def needs_layers(self) -> bool:
-        """Whether it looks at ``Sight.layers``."""
+        """Whether the loss looks at ``Sight.layers``."""
 
     def build(self, activation: Tensor, inputs: Mapping[str, Any], classes: int) -> nn.Module:
         """Return a new module ``Sight -> scalar`` for a block.
 
         Args:
-            activation: an example of the block's output: shape, dtype and device.
+            activation: an example of the block's output: shape, dtype and device. For the last block, a tensor without
+                dimensions.
             inputs: an example of the net's inputs, by argument name.
-            classes: size of dimension 1 of the model's primary output.
+            classes: size of dimension 1 of the model's primary output; 1 where there is no such dimension.
         """
 
 
 def check_weights(extra: Any) -> None:
-    """Raise if the `weight` or `keep` of an extra loss is none."""
+    """Check the `weight` and `keep` of an extra loss.
+
+    Raises:
+        ScheduleError: one is out of range.
+    """
     name = type(extra).__name__
     if not (math.isfinite(extra.weight) and extra.weight >= 0):
         raise ScheduleError(f"{name}(weight={extra.weight}) must be a number of 0 or more.")
@@ -84,10 +93,14 @@ def check_weights(extra: Any) -> None:
 
 
 def channel_count(extra: Any, activation: Tensor) -> int:
-    """Return how many channels an activation has.
+    """Return the number of channels of an activation.
+
+    Args:
+        extra: an extra loss; its `channel_dim` says which dimension holds the channels.
+        activation: an example, with any number of dimensions.
 
     Raises:
-        ScheduleError: it has no such dimension as the extra loss says.
+        ScheduleError: the activation has no such dimension.
     """
     if not -activation.dim() < extra.channel_dim < activation.dim() or extra.channel_dim == 0:
         raise ScheduleError(
@@ -98,5 +111,5 @@ def channel_count(extra: Any, activation: Tensor) -> int:
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
-    """Return a tensor in single precision or better: sums of squares overflow and fade in half precision."""
+    """Return a tensor in at least float32: in half precision, sums of squares overflow and underflow."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

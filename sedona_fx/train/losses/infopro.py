@@ -1,4 +1,4 @@
-"""InfoPro's reconstruction loss: a block keeps what is needed to draw the input again."""
+"""InfoPro's reconstruction loss: a block keeps what is needed to reconstruct the input."""
 
 from __future__ import annotations
 
@@ -21,24 +21,29 @@ _LARGEST = 2**26  # parameters of a linear decoder: 256 MiB in float32
 class InfoPro:
     """The reconstruction part of InfoPro (Wang, Ni, Song, Yang, Huang; ICLR 2021).
 
-    A small decoder draws the net's input from the activation; its error bounds what a block forgets of the input. The
-    paper's loss is ``lambda_1 * reconstruction + lambda_2 * classification``: here `weight` and `keep`.
+    A small decoder reconstructs the net's input from the activation; its error bounds how much of the input a block
+    loses. The paper's loss is ``lambda_1 * reconstruction + lambda_2 * classification``: here `weight` and `keep`.
 
-    The decoder of images is that of the authors' released code: to the size of the input by bilinear interpolation
+    The decoder of images is that of the authors' released code: bilinear interpolation to the size of the input
     (corners aligned), 3x3 convolution to 12 channels, BatchNorm, ReLU, 3x3 convolution to the input's channels. They
     take the binary cross-entropy between a sigmoid of that and the image in [0, 1], for which they undo the
     normalisation; that is what you get with the `mean` and `std` that your images were normalised with. Without them
     nothing is known of the range, and the loss is the mean squared error of the input as the net gets it.
-    Floating-point inputs that are no images, and activations that are no maps, have a linear decoder between the
-    flattened two, with the squared error.
+
+    For floating-point inputs that are not images, and activations that are not maps, the decoder is a linear layer
+    between the two, flattened, with the mean squared error.
 
     Attributes:
-        weight: lambda_1; the released code lets it run from one value at the first block to another at the last.
-        keep: multiplies the local loss.
-        input: name of the argument to reconstruct; left out, it is the first tensor among the inputs.
-        mean: of each channel, as taken by ``torchvision.transforms.Normalize``; None: the squared error.
+        weight: factor of the loss, lambda_1; the released code interpolates it from one value at the first block to
+            another at the last.
+        keep: factor of the local loss, lambda_2.
+        input: name of the argument to reconstruct; None: the first tensor among the inputs.
+        mean: of each channel, as ``torchvision.transforms.Normalize`` takes it; None: use the squared error.
         std: of each channel.
-        channel_dim: where the activation has its channels; -1 for (N, H, W, C).
+        channel_dim: the dimension of channels of the activation; -1 for (N, H, W, C).
+
+    Raises:
+        ScheduleError: a setting is out of range, or only one of `mean` and `std` is given.
     """
 
     weight: float = 1.0
@@ -55,12 +60,12 @@ class InfoPro:
             raise ScheduleError("InfoPro(mean=..., std=...) needs both, as your images were normalised, or neither.")
 
     def build(self, activation: Tensor, inputs: Mapping[str, Any], classes: int) -> nn.Module:
-        """Return the loss for a block.
+        """Return the loss of a block.
 
         Raises:
-            ScheduleError: the input is no floating-point tensor, or no decoder of a sensible size reaches it.
+            ScheduleError: the input is not a floating-point tensor, or its decoder would be too large.
         """
-        name = self._name(inputs)
+        name = self._input_name(inputs)
         if activation.dim() == inputs[name].dim() == 4:
             return _Images(self, name, activation, inputs[name])
         if self.mean is not None:
@@ -70,7 +75,8 @@ class InfoPro:
             )
         return _Flat(name, activation, inputs[name])
 
-    def _name(self, inputs: Mapping[str, Any]) -> str:
+    def _input_name(self, inputs: Mapping[str, Any]) -> str:
+        """Return the name of the input to reconstruct."""
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if self.input is not None and self.input not in tensors:
             raise ScheduleError(
@@ -93,22 +99,22 @@ class InfoPro:
 
 
 class _Images(ExtraLoss):
-    """From maps to images."""
+    """Reconstructs images (N, C, H, W) from maps."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: InfoPro, name: str, activation: Tensor, image: Tensor) -> None:
+    def __init__(self, settings: InfoPro, name: str, activation: Tensor, image: Tensor) -> None:
         super().__init__()
-        self.name, self.channel_dim, self.restores = name, spec.channel_dim, spec.mean is not None
+        self.name, self.channel_dim, self.denormalizes = name, settings.channel_dim, settings.mean is not None
         channels = image.shape[1]
         self.decoder = nn.Sequential(
-            nn.Conv2d(channel_count(spec, activation), _WIDTH, 3, padding=1),
+            nn.Conv2d(channel_count(settings, activation), _WIDTH, 3, padding=1),
             nn.BatchNorm2d(_WIDTH),
             nn.ReLU(),
             nn.Conv2d(_WIDTH, channels, 3, padding=1),
         ).to(activation.device, activation.dtype)
-        for part, values in (("mean", spec.mean), ("std", spec.std)):
+        for part, values in (("mean", settings.mean), ("std", settings.std)):
             if values is not None:
                 if len(values) not in (1, channels):
                     raise ScheduleError(
@@ -119,48 +125,54 @@ class _Images(ExtraLoss):
                 self.register_buffer(part, numbers.view(1, -1, 1, 1), persistent=False)
 
     def forward(self, sight: Sight) -> Tensor:
-        """Return the mean error a pixel."""
+        """Return the mean error over all pixels and channels, a scalar."""
         maps = sight.activation.movedim(self.channel_dim, 1)
-        image = _given(sight, self.name)
-        drawn = self.decoder(F.interpolate(maps, size=image.shape[2:], mode="bilinear", align_corners=True))
-        drawn = at_least_single(drawn)
-        if self.restores:  # of the logits: autocast allows no cross-entropy of probabilities, which may round to 1
+        image = _input(sight, self.name)
+        output = self.decoder(F.interpolate(maps, size=image.shape[2:], mode="bilinear", align_corners=True))
+        output = at_least_single(output)
+        if self.denormalizes:
+            # With logits: autocast forbids the cross-entropy of probabilities, which may round to 1.
             pixels = (image * self.std + self.mean).clamp(0, 1)
-            return F.binary_cross_entropy_with_logits(drawn, pixels.to(drawn.dtype))
-        return F.mse_loss(drawn, image.to(drawn.dtype))
+            return F.binary_cross_entropy_with_logits(output, pixels.to(output.dtype))
+        return F.mse_loss(output, image.to(output.dtype))
 
 
 class _Flat(ExtraLoss):
-    """From anything to anything, by one linear layer."""
+    """Reconstructs an input of any shape from an activation of any shape, by one linear layer."""
 
-    def __init__(self, name: str, activation: Tensor, given: Tensor) -> None:
+    def __init__(self, name: str, activation: Tensor, original: Tensor) -> None:
         super().__init__()
         self.name = name
-        incoming, outgoing = activation[:1].numel(), given[:1].numel()
+        incoming, outgoing = activation[:1].numel(), original[:1].numel()
         if incoming * outgoing > _LARGEST:
             raise ScheduleError(
                 f"InfoPro's linear decoder from {shape_text(activation.shape)} to the input {name!r} of "
-                f"{shape_text(given.shape)} would have {incoming * outgoing:,} parameters. It has a small decoder for "
-                "images behind maps (N, C, H, W) only; use PredSim or KineticEnergy here."
+                f"{shape_text(original.shape)} would have {incoming * outgoing:,} parameters. It has a small decoder "
+                "for images behind maps (N, C, H, W) only; use PredSim or KineticEnergy here."
             )
         self.decoder = nn.Linear(incoming, outgoing).to(activation.device, activation.dtype)
 
     def forward(self, sight: Sight) -> Tensor:
-        """Return the mean squared error a number of the input."""
-        flat, given = (t.reshape(t.shape[0], -1) for t in (sight.activation, _given(sight, self.name)))
-        sizes = (flat.shape[1], given.shape[1])
+        """Return the mean squared error over all numbers of the input, a scalar."""
+        activation, original = (t.reshape(t.shape[0], -1) for t in (sight.activation, _input(sight, self.name)))
+        sizes = (activation.shape[1], original.shape[1])
         if sizes != (self.decoder.in_features, self.decoder.out_features):
             raise DataError(
                 f"InfoPro's linear decoder was made for {self.decoder.in_features} features and "
                 f"{self.decoder.out_features} numbers of the input {self.name!r}, and this batch has {sizes[0]} and "
                 f"{sizes[1]} an example. Pad or crop the inputs to one size, or leave InfoPro out."
             )
-        drawn = at_least_single(self.decoder(flat))
-        return F.mse_loss(drawn, given.to(drawn.dtype))
+        output = at_least_single(self.decoder(activation))
+        return F.mse_loss(output, original.to(output.dtype))
 
 
-def _given(sight: Sight, name: str) -> Tensor:
+def _input(sight: Sight, name: str) -> Tensor:
+    """Return the input to reconstruct, on the activation's device.
+
+    Raises:
+        DataError: the batch does not have it.
+    """
     if name not in sight.inputs:
         raise DataError(f"InfoPro reconstructs the input {name!r}, and this batch has only {list(sight.inputs)}.")
-    given: Tensor = sight.inputs[name]
-    return given.detach().to(sight.activation.device)
+    original: Tensor = sight.inputs[name]
+    return original.detach().to(sight.activation.device)

@@ -1,4 +1,4 @@
-"""Kinetic energy: base layers move their activations as little as they can (TRGL; Karkar et al., 2023)."""
+"""Kinetic energy: base layers change their activations as little as they can (TRGL; Karkar et al., 2023)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ class KineticEnergy:
     """The transport cost of a block (TRGL: Karkar, Ayed, de Bezenac, Gallinari; NeurIPS 2023).
 
     ``1 / (2 tau) * sum over layers of mean over the batch of || x_out - x_in ||^2``, over those base layers of the
-    block whose output has the shape of their input. A step of the minimizing movement scheme: a block that already does
-    well leaves the data where they are. The released code takes the residual branch in front of the last ReLU for
-    ``x_out - x_in``; here it is the difference that the layer makes, so that it serves layers of any kind.
+    block whose output has the shape of their input. This is a step of the minimizing movement scheme: a block whose
+    loss is already small leaves the activations as they are. The released code takes the residual branch before the
+    last ReLU for ``x_out - x_in``; here it is the difference of output and input, which layers of any kind have.
 
     Attributes:
-        weight: what the cost is multiplied by.
-        keep: multiplies the local loss.
-        tau: the step size of the scheme; the larger, the freer the blocks.
-        average: the mean over the features in the place of the paper's sum. Released code does that: its values of
-            tau belong to the mean.
+        weight: factor of the cost.
+        keep: factor of the local loss.
+        tau: the step size of the scheme; the larger, the less the cost restricts the blocks.
+        average: take the mean over the features instead of the paper's sum. The released code does that: its values of
+            tau are for the mean.
+
+    Raises:
+        ScheduleError: a setting is out of range.
     """
 
     weight: float = 1.0
@@ -44,20 +47,20 @@ class KineticEnergy:
             )
 
     def build(self, activation: Tensor, inputs: Mapping[str, Any], classes: int) -> nn.Module:
-        """Return the loss for a block; it has no parameters."""
+        """Return the loss of a block; it has no parameters."""
         return _Transport(self)
 
 
 class _Transport(ExtraLoss):
-    def __init__(self, spec: KineticEnergy) -> None:
+    def __init__(self, settings: KineticEnergy) -> None:
         super().__init__()
-        self.spec = spec
+        self.settings = settings
 
     def forward(self, sight: Sight) -> Tensor:
-        """Return the cost; 0 for a block in which every layer changes the shape."""
+        """Return the cost, a scalar; 0 for a block in which every layer changes the shape."""
         total = at_least_single(sight.activation).new_zeros(())
         for before, after in zip(sight.layers, sight.layers[1:], strict=False):
             if before.shape == after.shape and before.is_floating_point() and after.is_floating_point():
-                moved = (at_least_single(after) - at_least_single(before)).square()
-                total = total + (moved.mean() if self.spec.average else moved.sum() / moved.shape[0])
-        return total / (2 * self.spec.tau)
+                squares = (at_least_single(after) - at_least_single(before)).square()
+                total = total + (squares.mean() if self.settings.average else squares.sum() / squares.shape[0])
+        return total / (2 * self.settings.tau)

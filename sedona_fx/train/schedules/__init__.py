@@ -1,1 +1,1 @@
-"""One file a training method, and what they share."""
+"""Training methods, one per file, and their base classes."""

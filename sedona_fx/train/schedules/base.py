@@ -1,45 +1,74 @@
-"""What all schedules share: one optimizer a block from a factory, windows of accumulation, and state."""
+"""Base class of all schedules: one optimizer per block, accumulation windows, gradient scaling, saved state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from sedona_fx.errors import CheckpointError, ScheduleError
+from sedona_fx.errors import ScheduleError
+from sedona_fx.net.net import Net
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.precision import check_autocast
-
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+from sedona_fx.train.schedules.optimizers import (
+    OptimizerFactory,
+    make_optimizer,
+    make_scalers,
+    owned_parameters,
+    users_of,
+)
+from sedona_fx.train.schedules.state import check_state
 
 
 class Schedule:
-    """Base of all schedules.
+    """Base of all schedules: trains a net's blocks, each with an optimizer of its own.
 
-    A parameter used in several blocks belongs to the last of them: only its optimizer steps it, and only it clips it.
+    A parameter used in several blocks belongs to the last of them: only that block's optimizer steps it, and only that
+    block clips it.
+
+    To write a schedule of your own, subclass and override:
+
+    - :meth:`on_gradients`, to change the gradients with which the optimizers of an existing schedule step;
+    - :meth:`step`, for another way to compute gradients; it may subclass this class, or
+      :class:`~sedona_fx.train.schedules.headed.Headed` if blocks train by local losses;
+    - :meth:`block_parameters`, if not all parameters of a block are trained; :meth:`options`, if the schedule has
+      settings that a saved state depends on.
+
+    :meth:`step` adds gradients to ``.grad`` inside :meth:`accumulation_window`, and steps the blocks at the end of a
+    window::
+
+        def step(self, inputs, target):
+            with self.accumulation_window() as updates:
+                self.raise_pending()
+                batch = self.net.batch(inputs, target)
+                losses, output = ...  # loss * self.loss_weight, backward; self.net.engine does it block by block
+                for block in self.net.blocks if updates else ():
+                    self.step_block(block.index)
+                self.net.steps += 1
+            return StepResult(losses, output)
 
     Args:
         net: the net to train.
-        optimizer: called once a block with that block's parameters; must optimize exactly those.
-        clip: largest gradient norm of each block (L2), or None.
-        accumulate: calls of :meth:`step` for one update; each batch counts 1/accumulate. All blocks update at the end
-            of the same window of calls. A step that raises begins a new window.
+        optimizer: called once per block with that block's parameters; must optimize exactly those.
+        clip: largest gradient norm (L2) of each block, or None.
+        accumulate: calls of :meth:`step` per update; each batch counts 1/accumulate. All blocks update at the end of
+            the same window of calls. A step that raises begins a new window.
         autocast: run forward and loss in ``torch.bfloat16`` or ``torch.float16``; with float16, the gradients of each
-            block are scaled by a ``torch.amp.GradScaler`` of its own. None: as the caller has it.
+            block are scaled by a ``torch.amp.GradScaler`` of its own. None: the caller's own autocast state.
 
     Attributes:
-        optimizers: one a block, or None where nothing is to be trained.
-        scalers: one a block, or None.
+        optimizers: one per block, or None where nothing is trained.
+        scalers: one gradient scaler per block, or None.
         parameters: for each block, the parameters that its optimizer steps.
-        contributors: for each block, the blocks whose losses have a part in the gradients of `parameters`.
-        parts: what a state of this kind of schedule holds besides what all have.
+        contributors: for each block, the blocks whose losses contribute to the gradients of `parameters`.
+        parts: the keys that the state of this kind of schedule has besides those of every schedule.
+
+    Raises:
+        ScheduleError: a setting has a value that it cannot have, or no parameter of the net requires a gradient.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
@@ -62,130 +91,160 @@ class Schedule:
             raise ScheduleError(f"accumulate={accumulate!r} is no number of batches: give 1 or more.")
         check_autocast(autocast)
         self.net, self.clip, self.accumulate, self.autocast = net, clip, accumulate, autocast
-        self.parameters, self.contributors = self._owners()
+        self.parameters, self.contributors = owned_parameters([self.trained_parameters(b) for b in net.blocks])
         if not any(self.parameters):
             raise ScheduleError("there is nothing to train: no parameter of the net requires a gradient.")
         self.optimizers = [
-            _make(optimizer, parameters, index) if parameters else None
+            make_optimizer(optimizer, parameters, index) if parameters else None
             for index, parameters in enumerate(self.parameters)
         ]
-        self.scalers = self._make_scalers() if autocast is torch.float16 else None
-        self._calls = 0  # of this window
+        half = autocast is torch.float16
+        self.scalers = make_scalers(net.blocks, self.parameters, single=self.single_scaler) if half else None
+        self._calls = 0  # of step(), in this window
+        self._unscaled: set[int] = set()  # ids of the scalers that unscaled gradients in this step
 
-    def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
-        """Return what this schedule trains of a block."""
-        return block.parameters()
+    # ---- to be overridden -------------------------------------------------------------------------------------------
 
     def step(self, inputs: Any, target: Any) -> StepResult:
-        """Train on one batch."""
+        """Train on one batch; return losses and output, detached.
+
+        Args:
+            inputs: a tuple is positional arguments, a mapping is keywords, anything else is one argument.
+            target: handed to the loss.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say how to train a step")
 
+    def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
+        """Return the parameters of a block that this schedule trains, if they require a gradient."""
+        return block.parameters()
+
+    def on_gradients(self, block: Block) -> None:
+        """Change the gradients of a block; does nothing by default.
+
+        Called once per update of a block, when the gradients of ``self.parameters[block.index]`` are complete (summed
+        over the window, unscaled), right before they are clipped and the optimizer steps. A gradient may be None. It
+        may also be called with gradients that are not finite; the optimizer does not step with them then.
+        """
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings of this kind of schedule that a saved state depends on, as plain values."""
+        return {}
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether random draws come from the global streams, whose states are then part of the schedule's state."""
+        return len(self.net.blocks) == 1
+
+    @property
+    def single_scaler(self) -> bool:
+        """Whether all blocks share one gradient scaler: so it is where they add up the gradients of a parameter."""
+        return bool(self.shared())
+
+    # ---- for steps to use -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def accumulation_window(self) -> Iterator[bool]:
+        """Surround one step: zero the gradients when a window of accumulation begins, or if the step raises.
+
+        Gives True in the last step of the window, the one that updates the blocks.
+        """
+        if not self._calls:
+            self.zero_grad()
+        self._unscaled = set()
+        try:
+            yield self._calls + 1 == self.accumulate
+        except BaseException:
+            self.zero_grad()
+            self._calls = 0
+            raise
+        else:
+            self._calls = (self._calls + 1) % self.accumulate
+        finally:  # the scalers of the blocks that stepped adapt, also where a later block failed
+            for scaler in {id(s): s for s in self.scalers or [] if id(s) in self._unscaled}.values():
+                scaler.update()
+
+    @property
+    def loss_weight(self) -> float:
+        """Factor of a batch's loss: 1/accumulate."""
+        return 1.0 / self.accumulate
+
+    def scaler(self, index: int) -> torch.amp.GradScaler | None:
+        """Return the gradient scaler of block `index`, or None."""
+        return self.scalers[index] if self.scalers is not None else None
+
+    def step_block(self, index: int, contributors: Collection[int] | None = None) -> None:
+        """Update block `index` and zero its gradients, which frees them before the next block runs.
+
+        Args:
+            index: the block.
+            contributors: see :meth:`update`; None: those in ``self.contributors``.
+        """
+        self.update(index, self.contributors[index] if contributors is None else contributors)
+        self.zero_grad(index)
+
+    def update(self, index: int, contributors: Collection[int]) -> None:
+        """Unscale and clip the gradients of block `index`, and step its optimizer; nothing if there are no gradients.
+
+        Args:
+            index: the block.
+            contributors: the optimizer does not step if the loss of one of these blocks was not finite in this step.
+        """
+        optimizer, scaler = self.optimizers[index], self.scaler(index)
+        if optimizer is None or all(parameter.grad is None for parameter in self.parameters[index]):
+            return
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+            self._unscaled.add(id(scaler))
+        self.on_gradients(self.net.blocks[index])
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters[index], self.clip)
+        self.net.engine.guard.step_optimizer(optimizer, contributors, scaler)
+
+    def zero_grad(self, index: int | None = None) -> None:
+        """Set the gradients of block `index` to None; without an index, those of all blocks."""
+        for optimizer in self.optimizers if index is None else [self.optimizers[index]]:
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+
     def raise_pending(self) -> None:
-        """Raise for a loss of the last step that was not finite, where that was not known yet; waits for the losses."""
+        """Check the losses of the last step whose check was deferred; the host waits for them.
+
+        Raises:
+            NonFiniteLossError: one was not finite.
+        """
         self.net.engine.guard.raise_pending()
 
+    def trained_parameters(self, block: Block) -> list[nn.Parameter]:
+        """Return the parameters of :meth:`block_parameters` that require a gradient, each once."""
+        return [p for p in dict.fromkeys(self.block_parameters(block)) if p.requires_grad]
+
     def shared(self) -> dict[str, list[int]]:
-        """Return the trained parameters that several blocks use, by name, with these blocks."""
+        """Return the trained parameters that several blocks use: their names, and the indices of the blocks."""
         names = {parameter: name for name, parameter in self.net.model.named_parameters()}
-        users = self._users()
+        users = users_of([self.trained_parameters(block) for block in self.net.blocks])
         return {names.get(p, "of a head"): blocks for p, blocks in users.items() if len(blocks) > 1}
 
-    def _users(self) -> dict[nn.Parameter, list[int]]:
-        users: dict[nn.Parameter, list[int]] = {}
-        for block in self.net.blocks:
-            for parameter in dict.fromkeys(self.block_parameters(block)):
-                if parameter.requires_grad:
-                    users.setdefault(parameter, []).append(block.index)
-        return users
+    def refuse_shared(self, who: str, why: str) -> None:
+        """Check that no trained parameter is used in several blocks.
 
-    def _owners(self) -> tuple[list[list[nn.Parameter]], list[set[int]]]:
-        owned: list[list[nn.Parameter]] = [[] for _ in self.net.blocks]
-        contributors = [{block.index} for block in self.net.blocks]
-        users = self._users()
-        for block in self.net.blocks:
-            for parameter in dict.fromkeys(self.block_parameters(block)):
-                if users.get(parameter, [-1])[-1] == block.index:
-                    owned[block.index].append(parameter)
-                    contributors[block.index].update(users[parameter])
-        return owned, contributors
-
-    def _refuse_shared(self, who: str, why: str) -> None:
+        Raises:
+            ScheduleError: one is: `who` cannot train it, because of `why`.
+        """
         for name, blocks in self.shared().items():
             raise ScheduleError(
                 f"{who} cannot train the parameter {name!r}, which blocks {blocks} share: {why}. Cut elsewhere, untie "
                 "it, freeze it, or take Greedy, BackLink, Backprop or Delayed(weights='current')."
             )
 
-    def _make_scalers(self) -> list[torch.amp.GradScaler]:
-        """Return one scaler a block; one for all, where blocks add up the gradients of a parameter that they share."""
-        if self._one_scaler():
-            return [torch.amp.GradScaler(self.net.blocks[-1].device.type)] * len(self.net.blocks)
-        scalers: list[torch.amp.GradScaler] = []
-        for block, parameters in zip(self.net.blocks, self.parameters, strict=True):
-            # Nothing of a frozen block ever finds that its scale is too large: it follows the block below.
-            scalers.append(torch.amp.GradScaler(block.device.type) if parameters or not scalers else scalers[-1])
-        return scalers
-
-    def _one_scaler(self) -> bool:
-        return bool(self.shared())
-
-    @property
-    def _weight(self) -> float:
-        return 1.0 / self.accumulate
-
-    @contextmanager
-    def _window(self) -> Iterator[bool]:
-        """Surround one step; gives whether it is the one that updates."""
-        if not self._calls:
-            self._zero_grad()
-        self._scaled = set[int]()
-        try:
-            yield self._calls + 1 == self.accumulate
-        except BaseException:
-            self._zero_grad()
-            self._calls = 0
-            raise
-        else:
-            self._calls = (self._calls + 1) % self.accumulate
-        finally:
-            self._update_scalers()
-
-    def _update_scalers(self) -> None:
-        """Let the scalers of the blocks that stepped adapt; also where a later block failed."""
-        for scaler in {id(s): s for s in self.scalers or [] if id(s) in self._scaled}.values():
-            scaler.update()
-
-    def _zero_grad(self, index: int | None = None) -> None:
-        for optimizer in self.optimizers if index is None else [self.optimizers[index]]:
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-
-    def _update(self, index: int, blocks: Collection[int]) -> None:
-        """Clip and step what belongs to a block, unless the loss of one of `blocks` was not finite."""
-        optimizer, scaler = self.optimizers[index], self._scaler(index)
-        if optimizer is None or all(parameter.grad is None for parameter in self.parameters[index]):
-            return
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-            self._scaled.add(id(scaler))
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters[index], self.clip)
-        self.net.engine.guard.step_optimizer(optimizer, blocks, scaler)
-
-    def _step_block(self, index: int, blocks: Collection[int] | None = None) -> None:
-        """Update a block, unless the loss of one of `blocks` (by default its contributors) was not finite, and drop its
-        gradients: they need not outlive its step."""
-        self._update(index, self.contributors[index] if blocks is None else blocks)
-        self._zero_grad(index)
-
-    def _scaler(self, index: int) -> torch.amp.GradScaler | None:
-        return self.scalers[index] if self.scalers is not None else None
+    # ---- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped; loads with ``weights_only=True``.
 
+        A subclass that adds keys names them in `parts`.
+
         Raises:
-            NonFiniteLossError: of the last step, where that was not known yet.
+            NonFiniteLossError: a loss of the last step was not finite, and its check had been deferred.
         """
         self.raise_pending()
         return {
@@ -199,43 +258,18 @@ class Schedule:
         }
 
     def check_state(self, state: Any) -> None:
-        """Find out whether a state is one of this schedule, without loading anything.
+        """Check that a state belongs to this schedule; nothing is loaded.
 
         Raises:
-            CheckpointError: the state belongs to another schedule, plan or optimizer.
+            CheckpointError: it belongs to another schedule, plan or optimizer.
         """
-        if not isinstance(state, dict):
-            raise CheckpointError(f"the state of a schedule is a dict, not {type(state).__name__}.")
-        advice = {
-            "schedule": "Go on with the schedule that wrote it.",
-            "options": "Make the schedule with the options that it was written with.",
-            "cuts": "Load it into a net made with the same plan.",
-            "optimizer_types": "Go on with the optimizers that wrote it.",
-            "optimizer_shapes": "Load it into a net made with the same plan, with the same parameters frozen.",
-        }
-        for name, ours in self._identity().items():
-            if state.get(name) != ours:
-                raise CheckpointError(
-                    f"the state does not fit: its {name.replace('_', ' ')} is {_short(state.get(name))}, here it is "
-                    f"{_short(ours)}. {advice[name]}"
-                )
-        saved = state.get("optimizers")
-        if (
-            not {"steps", "calls", "gradients", "scalers", "random", *self.parts} <= state.keys()
-            or not isinstance(saved, list)
-            or len(saved) != len(self.optimizers)
-        ):
-            raise CheckpointError("the state of the schedule is not complete.")
-        for index, (optimizer, theirs) in enumerate(zip(self.optimizers, saved, strict=True)):
-            groups = [len(g["params"]) for g in optimizer.param_groups] if optimizer is not None else None
-            found = [len(g["params"]) for g in theirs["param_groups"]] if theirs is not None else None
-            if groups != found:
-                raise CheckpointError(
-                    f"the optimizer of block {index} has parameter groups of {groups} here and {found} in the state."
-                )
+        fields = {"steps", "calls", "gradients", "scalers", "random", *self.parts}
+        check_state(state, self._identity(), fields, self.optimizers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Load the net's own state before; global random streams go on, too, where they are used.
+        """Go on from a state. Load the net's own state first.
+
+        Where the schedule draws from the global random streams, their states are restored as well.
 
         Raises:
             CheckpointError: the state belongs to another schedule, plan or optimizer; nothing is loaded then.
@@ -249,22 +283,13 @@ class Schedule:
         self.net.steps, self._calls = int(state["steps"]), int(state["calls"])
         if self.draws_globally and state["random"] is not None:
             restore_random(state["random"])
-        self._zero_grad()
+        self.zero_grad()
         for parameters, gradients in zip(self.parameters, state["gradients"] or [], strict=False):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient.to(parameter.device, copy=True) if gradient is not None else None
 
-    @property
-    def draws_globally(self) -> bool:
-        """Whether draws come from the global streams, whose states then belong to the schedule's."""
-        return len(self.net.blocks) == 1
-
-    def options(self) -> dict[str, Any]:
-        """Return the options of this kind of schedule that a state depends on, as plain values."""
-        return {}
-
     def _identity(self) -> dict[str, Any]:
-        """Return what must be the same here and in a state that is loaded."""
+        """Return what must be equal in this schedule and in a state that it loads."""
         return {
             "schedule": type(self).__name__,
             "cuts": list(self.net.plan.cuts),
@@ -272,30 +297,3 @@ class Schedule:
             "optimizer_types": [type(o).__name__ for o in self.optimizers],
             "optimizer_shapes": [[list(p.shape) for p in parameters] for parameters in self.parameters],
         }
-
-
-def _make(factory: OptimizerFactory, parameters: list[nn.Parameter], index: int) -> torch.optim.Optimizer:
-    made = factory(list(parameters))
-    if not isinstance(made, torch.optim.Optimizer):
-        raise ScheduleError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer.")
-    got = {id(p) for group in made.param_groups for p in group["params"]}
-    wanted = {id(p) for p in parameters}
-    if got != wanted:
-        raise ScheduleError(
-            f"the optimizer factory was called with the {len(wanted)} parameters of block {index} and returned an "
-            f"optimizer of {len(got)} parameters, {len(got - wanted)} of them not of this block and "
-            f"{len(wanted - got)} of the block's left out. Write it as optimizer=lambda params: "
-            "torch.optim.SGD(params, lr=0.1)."
-        )
-    return made
-
-
-def described(thing: Any) -> str:
-    """Return what an object of the user's is, without its address: its repr, or the name of its class."""
-    kind = type(thing)
-    return repr(thing) if kind.__repr__ is not object.__repr__ else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."

@@ -1,4 +1,4 @@
-"""Greedy: every block follows its own local loss."""
+"""Greedy: every block trains by its own local loss alone."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ class Greedy(Headed):
     """Decoupled Greedy Learning, synchronous (Belilovsky, Eickenberg, Oyallon 2020, Algorithm 1); SEDONA's training.
 
     For each batch, for each block in order: forward on the detached input, local loss through the head, backward inside
-    the block, optimizer step; the activation handed on is the one from before the step. At most one block's graph is
+    the block, optimizer step. The next block reads the activation from before the step. At most one block's graph is
     alive at a time. A parameter shared by several blocks gets the sum of their gradients, in the last one's step.
 
-    Arguments are those of :class:`~sedona_fx.train.schedules.headed.Headed`.
+    Args: those of :class:`~sedona_fx.train.schedules.headed.Headed`.
     """
 
     def step(self, inputs: Any, target: Any) -> StepResult:
         """Train every block on one batch; return the local losses and the output, both from before the update."""
         net = self.net
-        with self._window() as ends:
+        with self.accumulation_window() as updates:
             batch = net.batch(inputs, target)
             if self.check == "async":
-                result = net.engine.backward(batch, self.how(), self._step_block if ends else (lambda index: None))
+                on_block = self.step_block if updates else _do_nothing
+                result = net.engine.backward(batch, self.step_options(), on_block)
             else:
-                result = net.engine.backward(batch, self.how())
-                for block in net.blocks if ends else ():
-                    self._step_block(block.index)
+                result = net.engine.backward(batch, self.step_options())
+                for block in net.blocks if updates else ():
+                    self.step_block(block.index)
             net.steps += 1
         return result
+
+
+def _do_nothing(index: int) -> None:
+    """Stand for ``step_block`` inside a window: with a callback, the engine treats each block on its own."""

@@ -1,9 +1,9 @@
-"""What schedules with heads share: local losses, what a user adds to them, and when blocks may step."""
+"""Base class of the schedules with local losses: extra losses added to them, and when blocks may step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,20 +11,24 @@ from torch import Tensor, fx, nn
 from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.outputs import pick
+from sedona_fx.net.net import Net
 from sedona_fx.runtime.block import Block
-from sedona_fx.runtime.engine import Batch, How
+from sedona_fx.runtime.engine import Batch, StepOptions
 from sedona_fx.runtime.run import Values
 from sedona_fx.train.losses.base import Extra, Sight
-from sedona_fx.train.schedules.base import OptimizerFactory, Schedule, described
-
-if TYPE_CHECKING:
-    from sedona_fx.net.net import Net
+from sedona_fx.train.schedules.base import Schedule
+from sedona_fx.train.schedules.optimizers import OptimizerFactory
+from sedona_fx.train.schedules.state import described
 
 Check = Literal["async", "sync"]
 
 
 def check_mode(check: str) -> None:
-    """Raise if a schedule's ``check=`` is none."""
+    """Check a schedule's ``check=``.
+
+    Raises:
+        ScheduleError: it is neither ``"async"`` nor ``"sync"``.
+    """
     if check not in ("async", "sync"):
         raise ScheduleError(f"check={check!r} is neither 'async' nor 'sync'.")
 
@@ -32,17 +36,27 @@ def check_mode(check: str) -> None:
 class Headed(Schedule):
     """Base of the schedules that train every block by a local loss.
 
+    A :meth:`step` of a subclass hands :meth:`step_options` to the net's engine: extra losses, scaling, autocast and
+    accumulation are in them.
+
     Args:
         net: a net with heads.
-        optimizer: called once a block with that block's parameters, those of its head and of its extra losses included.
+        optimizer: called once per block with that block's parameters, those of its head and of its extra losses
+            included.
         extra: losses to add to the local ones, for example ``[PredSim(weight=0.5)]``.
-        check: ``"async"``: each block steps as soon as its gradients are there; a loss that is not finite leaves its
+        check: ``"async"``: each block steps as soon as its gradients are complete; a loss that is not finite leaves its
             own block unharmed and is reported at the latest one step later. ``"sync"``: no block steps before all K
-            losses are known to be finite; else the BatchNorm buffers of all blocks are as before, too.
-        options: see :class:`Schedule`.
+            losses are known to be finite; if one is not, the BatchNorm buffers of all blocks are restored as well.
+        options: see :class:`~sedona_fx.train.schedules.base.Schedule`.
 
     Attributes:
+        extra: the extra losses, as given.
         extras: for each block, the modules of its extra losses.
+        layer_graphs: for each mode (True: train), the graphs of the blocks that export the outputs of base layers as
+            well; None if no extra loss looks at them.
+
+    Raises:
+        ScheduleError: a block has no head, or a setting has a value that it cannot have.
     """
 
     parts: ClassVar[tuple[str, ...]] = ("extras",)
@@ -60,54 +74,68 @@ class Headed(Schedule):
         check_mode(check)
         self.check, self.extra = check, list(extra)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(net.engine.seed)  # as heads are drawn; no accelerator is seeded
-            self._extras = [list(self._build_extras(net, block)) for block in net.blocks]
-        self.extras = nn.ModuleList(nn.ModuleList(modules) for modules in self._extras)
-        self._layers = net.variants.with_layers() if any(one.needs_layers for one in self.extra) else None
+            # As for heads. Not torch.manual_seed: it would seed every accelerator too.
+            torch.default_generator.manual_seed(net.engine.seed)
+            self._extra_modules = [list(self._build_extras(net, block)) for block in net.blocks]
+        self.extras = nn.ModuleList(nn.ModuleList(modules) for modules in self._extra_modules)
+        needs_layers = any(extra.needs_layers for extra in self.extra)
+        self.layer_graphs = net.variants.with_layers() if needs_layers else None
         super().__init__(net, optimizer, **options)
 
     def block_parameters(self, block: Block) -> Iterable[nn.Parameter]:
-        """Return what this schedule trains of a block: its own parameters, its head's, and its extra losses'."""
+        """Return a block's parameters: those of the model, of the head, and of the extra losses."""
         return [*block.parameters(), *self.extras[block.index].parameters()]
 
     def options(self) -> dict[str, Any]:
-        """Return the options that a state depends on."""
-        return {**super().options(), "extra": [described(one) for one in self.extra]}
+        """Return the settings that a saved state depends on."""
+        return {**super().options(), "extra": [described(extra) for extra in self.extra]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to go on as if never stopped; loads with ``weights_only=True``."""
+        """Return everything needed to go on as if never stopped, the extra losses' parameters included."""
         return {**super().state_dict(), "extras": self.extras.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state; see :meth:`Schedule.load_state_dict`."""
         super().load_state_dict(state)
         self.extras.load_state_dict(state["extras"])
 
-    def how(self) -> How:
-        """Return how this schedule does local steps."""
-        graphs = None
-        if self._layers is not None:
-            graphs = self._layers[self.net.training]
-        objective = self.objective if self.extra else None
-        return How(self._weight, self.scalers, self.autocast, True, objective, graphs, self.buffers_of)
+    def step_options(self) -> StepOptions:
+        """Return how the engine does this schedule's local steps."""
+        return StepOptions(
+            weight=self.loss_weight,
+            scalers=self.scalers,
+            autocast=self.autocast,
+            defer=True,
+            block_loss=self.block_loss if self.extra else None,
+            graphs=self.layer_graphs[self.net.training] if self.layer_graphs is not None else None,
+            buffers_of=self.buffers_of,
+        )
 
     def buffers_of(self, *blocks: Block) -> list[Tensor]:
         """Return the buffers that a local step of these blocks may change, extra losses included, each once."""
-        found = [b for block in blocks for b in (*block.buffers(), *self.extras[block.index].buffers())]
-        return list({id(buffer): buffer for buffer in found}.values())
+        buffers = [b for block in blocks for b in (*block.buffers(), *self.extras[block.index].buffers())]
+        return list({id(buffer): buffer for buffer in buffers}.values())
 
-    def objective(self, block: Block, batch: Batch, values: Values, exports: Values, loss: Tensor) -> Tensor:
-        """Return the local loss of a block plus its extra losses."""
-        graph = block.graph(batch.training)
-        end = exports[graph.boundary] if graph.boundary is not None else None
+    def block_loss(self, block: Block, batch: Batch, values: Values, exports: Values, loss: Tensor) -> Tensor:
+        """Return what a block's backward pass starts from: its local loss plus its extra losses.
+
+        Args:
+            block: the block.
+            batch: the batch.
+            values: what the block reads, by name.
+            exports: what it exports, with its graph, by name.
+            loss: its local loss, a scalar.
+        """
+        boundary = block.graph(batch.training).boundary
+        output = exports[boundary] if boundary is not None else None
         total, keep, terms = loss, 1.0, list[Tensor]()
-        for one, module in zip(self._extras_of(self.net, block), self._extras[block.index], strict=True):
-            layers = self._show_layers(block, batch.training, values, exports) if one.needs_layers else ()
-            if end is None and not layers:
+        for extra, module in zip(self._extras_of(self.net, block), self._extra_modules[block.index], strict=True):
+            layers = self._layer_outputs(block, batch.training, values, exports) if extra.needs_layers else ()
+            if output is None and not layers:
                 continue  # the last block, without a base layer of its own
-            activation = end if end is not None else layers[-1]
-            terms.append(one.weight * module(Sight(activation, layers, batch.inputs, batch.target)))
-            keep *= getattr(one, "keep", 1.0)
+            activation = output if output is not None else layers[-1]
+            terms.append(extra.weight * module(Sight(activation, layers, batch.inputs, batch.target)))
+            keep *= getattr(extra, "keep", 1.0)
         if keep != 1.0:
             total = keep * total
         for term in terms:
@@ -115,31 +143,36 @@ class Headed(Schedule):
         return total
 
     def _extras_of(self, net: Net, block: Block) -> list[Extra]:
-        """Return the extra losses of a block: the last one has no boundary, only layers."""
+        """Return the extra losses of a block. The last block has no boundary: only those that look at layers."""
         last = block is net.blocks[-1]
-        return [one for one in self.extra if one.needs_layers or not last]
+        return [extra for extra in self.extra if extra.needs_layers or not last]
 
-    def _show_layers(self, block: Block, training: bool, values: Values, exports: Values) -> tuple[Tensor, ...]:
+    def _layer_outputs(self, block: Block, training: bool, values: Values, exports: Values) -> tuple[Tensor, ...]:
+        """Return the activation that enters a block and the outputs of its base layers, as far as they are tensors."""
         before = self.net.blocks[block.index - 1].graph(training).boundary if block.index else None
         names = self.net.variants.layer_names(block.index, training)
         entering = [values[before]] if before in values else []
         return tuple(v for v in [*entering, *(exports[name] for name in names)] if isinstance(v, Tensor))
 
     def _build_extras(self, net: Net, block: Block) -> Iterable[nn.Module]:
-        """Make a block's extra losses for the shapes of the example batch; nothing that large is allocated."""
+        """Make a block's extra losses for the shapes of the example batch.
 
-        def like(spec: TensorSpec) -> Tensor:
-            dtype = tensor.dtype if spec.dtype.is_floating_point else spec.dtype
+        The examples that they get are expanded scalars, so that no memory of an activation's size is allocated.
+        """
+
+        def example(spec: TensorSpec) -> Tensor:
+            dtype = parameter.dtype if spec.dtype.is_floating_point else spec.dtype
             return torch.zeros((), dtype=dtype, device=block.device).expand(spec.shape)
 
-        tensor = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(()))
-        graph = block.graph(True)
-        given = {str(n.target): info(n).value for n in net.graph_module.graph.nodes if n.op == "placeholder"}
-        inputs = {name: like(value) if isinstance(value, TensorSpec) else value for name, value in given.items()}
-        returned: Any = output_node(net.graph_module.graph).args[0]
+        parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(()))
+        graph, net_graph = block.graph(True), net.graph_module.graph
+        specs = {str(n.target): info(n).value for n in net_graph.nodes if n.op == "placeholder"}
+        inputs = {name: example(value) if isinstance(value, TensorSpec) else value for name, value in specs.items()}
+        returned: Any = output_node(net_graph).args[0]
         output = fx.map_arg(returned[-1], lambda n: info(n).value)
         primary = pick(output, net.engine.output.key)
-        for one in self._extras_of(net, block):
+        classes = primary.shape[1] if len(primary.shape) > 1 else 1
+        for extra in self._extras_of(net, block):
             end = next((n for n in graph.module.graph.nodes if info(n).site == graph.boundary), None)
-            activation = like(info(end).value) if end is not None else torch.empty(())
-            yield one.build(activation, inputs, primary.shape[1] if len(primary.shape) > 1 else 1)
+            activation = example(info(end).value) if end is not None else torch.empty(())
+            yield extra.build(activation, inputs, classes)

@@ -1,0 +1,83 @@
+"""One optimizer and one gradient scaler per block, and which parameters they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from sedona_fx.errors import ScheduleError
+from sedona_fx.runtime.block import Block
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+"""Called once per block with the parameters to optimize."""
+
+
+def users_of(trained: Sequence[Sequence[nn.Parameter]]) -> dict[nn.Parameter, list[int]]:
+    """Return, for each parameter, the indices of the blocks that use it, in order.
+
+    Args:
+        trained: for each block, the parameters trained in it, each once.
+    """
+    users: dict[nn.Parameter, list[int]] = {}
+    for index, parameters in enumerate(trained):
+        for parameter in parameters:
+            users.setdefault(parameter, []).append(index)
+    return users
+
+
+def owned_parameters(trained: Sequence[Sequence[nn.Parameter]]) -> tuple[list[list[nn.Parameter]], list[set[int]]]:
+    """Assign each parameter to the last block that uses it: by then all of its gradient has been added up.
+
+    Args:
+        trained: for each block, the parameters trained in it, each once.
+
+    Returns:
+        For each block, the parameters that its optimizer steps; and the blocks whose losses contribute to their
+        gradients, the block itself included.
+    """
+    users = users_of(trained)
+    owned = [[p for p in parameters if users[p][-1] == index] for index, parameters in enumerate(trained)]
+    contributors = [{index, *(k for p in parameters for k in users[p])} for index, parameters in enumerate(owned)]
+    return owned, contributors
+
+
+def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter], index: int) -> torch.optim.Optimizer:
+    """Call an optimizer factory for block `index`, and check that it optimizes exactly `parameters`.
+
+    Raises:
+        ScheduleError: it returned something else, or an optimizer of other parameters.
+    """
+    optimizer = factory(list(parameters))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ScheduleError(f"the optimizer factory returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wanted = {id(p) for p in parameters}
+    if optimized != wanted:
+        raise ScheduleError(
+            f"the optimizer factory was called with the {len(wanted)} parameters of block {index} and returned an "
+            f"optimizer of {len(optimized)} parameters, {len(optimized - wanted)} of them not of this block and "
+            f"{len(wanted - optimized)} of the block's left out. Write it as optimizer=lambda params: "
+            "torch.optim.SGD(params, lr=0.1)."
+        )
+    return optimizer
+
+
+def make_scalers(
+    blocks: Sequence[Block], parameters: Sequence[Sequence[nn.Parameter]], *, single: bool
+) -> list[torch.amp.GradScaler]:
+    """Return one gradient scaler per block.
+
+    Args:
+        blocks: the blocks of the net.
+        parameters: for each block, the parameters that its optimizer steps.
+        single: whether all blocks share one.
+    """
+    if single:
+        return [torch.amp.GradScaler(blocks[-1].device.type)] * len(blocks)
+    scalers: list[torch.amp.GradScaler] = []
+    for block, owned in zip(blocks, parameters, strict=True):
+        # A frozen block has no gradients that would show its scale to be too large: it takes that of the block before.
+        scalers.append(torch.amp.GradScaler(block.device.type) if owned or not scalers else scalers[-1])
+    return scalers
