@@ -14,6 +14,10 @@ class SedonaError(Exception):
     """Base of all errors raised on purpose by sedona_fx."""
 
 
+class SettingsError(SedonaError, ValueError):
+    """A setting of a search, a head rule or a loss has a value that it cannot have."""
+
+
 class TraceError(SedonaError):
     """The model's forward cannot be turned into a graph, or the graph does not do what the model does."""
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.search.relaxed.hypergradient import HyperGradient
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, clones
+from sedona_fx.search.relaxed.state import BlockLossFunction, RelaxedBlock, State, clones
 from sedona_fx.search.sedona.budget import Budget
 from sedona_fx.search.sedona.certainty import log_odds
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult, trajectory_point
@@ -42,7 +42,7 @@ class Learning:
 
     settings: Sedona
     blocks: Sequence[RelaxedBlock]
-    local_loss: LocalLoss
+    local_loss: BlockLossFunction
     train: Stream
     val: Stream
     store: SnapshotStore

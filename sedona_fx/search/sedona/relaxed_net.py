@@ -17,7 +17,7 @@ from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.plan import Plan
 from sedona_fx.search.problem.problem import Decision, Problem, local_loss_of
 from sedona_fx.search.problem.work import work
-from sedona_fx.search.relaxed.state import LocalLoss
+from sedona_fx.search.relaxed.state import BlockLossFunction
 from sedona_fx.search.sedona.certainty import TOLERANCE, certainty
 from sedona_fx.search.sedona.decode import decode_within
 from sedona_fx.search.sedona.perturbation import PlanSpace
@@ -136,7 +136,7 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
 
 
-def _local_loss(problem: Problem, count: int) -> LocalLoss:
+def _local_loss(problem: Problem, count: int) -> BlockLossFunction:
     loss = local_loss_of(problem)
     return lambda index, local, target: loss(index == count - 1, local, target)
 

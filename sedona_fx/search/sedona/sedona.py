@@ -23,7 +23,7 @@ from sedona_fx.errors import shape_text
 from sedona_fx.rng import seeded
 from sedona_fx.search.problem.problem import Decision, Problem
 from sedona_fx.search.problem.work import RelaxedWork
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State
+from sedona_fx.search.relaxed.state import BlockLossFunction, RelaxedBlock, State
 from sedona_fx.search.sedona.bilevel import Learning
 from sedona_fx.search.sedona.budget import DECODING_SHARE, Budget, Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.perturbation import PlanSpace, perturb
@@ -159,7 +159,7 @@ class Sedona:
     def run(
         self,
         blocks: Sequence[RelaxedBlock],
-        local_loss: LocalLoss,
+        local_loss: BlockLossFunction,
         train_batches: Batches,
         val_batches: Batches,
         work: RelaxedWork,
