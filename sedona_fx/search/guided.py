@@ -32,7 +32,7 @@ from sedona_fx.search.problem.plan_costs import best_plans
 from sedona_fx.search.problem.problem import Choice, Decision, Positions, Problem
 from sedona_fx.search.session.batches import Batch, NamedBatches, split
 from sedona_fx.search.session.journal import Journal, settings_of
-from sedona_fx.search.session.progress import Watch
+from sedona_fx.search.session.progress import Progress
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import MEASURED_SHARE
 from sedona_fx.search.trials.alignment import Alignment
@@ -158,7 +158,14 @@ class _Run:
             comparison.load_state_dict(saved["comparison"])
             self.train.go_to(saved["train"])
         fixed = {"shares": [list(astuple(shares)), list(astuple(effort))]}
-        with Watch(self.journal, fixed, self.train, shares.cost, "guided search", self.problem.progress) as watch:
+        with Progress(
+            self.journal,
+            self.train,
+            fixed=fixed,
+            total=shares.cost,
+            description="guided search",
+            shown=self.problem.progress,
+        ) as watch:
             watch.show(comparison=comparison)
             try:
                 comparison.run(self.train, effort, lambda: watch.at(comparison=comparison))

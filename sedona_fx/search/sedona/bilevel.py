@@ -24,7 +24,7 @@ from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.session.timing import Pace, measure
+from sedona_fx.search.session.timing import StepSeconds, measure
 
 if TYPE_CHECKING:
     from sedona_fx.search.sedona.sedona import Sedona
@@ -53,7 +53,7 @@ class Learning:
     warmed: int = 0  # warm-up steps done
     met: int = 0  # meta-iterations done
     budget: Budget | None = None
-    pace: Pace | None = None
+    pace: StepSeconds | None = None
     bad: list[int] = field(default_factory=list)  # snapshots whose loss was not finite
     failures: list[dict[str, Any]] = field(default_factory=list)
     trajectory: list[dict[str, Any]] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Learning:
             self._search(self.budget)
         return self._finish()
 
-    def measure(self) -> Pace:
+    def measure(self) -> StepSeconds:
         """Measure how long steps take, on copies; random states, data and everything else stay as they are."""
         self.where = "the measurement before the start"
         states, draws = random_states(self.devices), self.draws.get_state()
@@ -295,7 +295,7 @@ class Learning:
 
     def _restore_plan(self, saved: dict[str, Any]) -> None:
         self.budget = Budget(**saved["budget"])
-        self.pace = Pace(**saved["pace"]) if saved["pace"] is not None else None
+        self.pace = StepSeconds(**saved["pace"]) if saved["pace"] is not None else None
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._restore_plan(saved)
