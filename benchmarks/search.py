@@ -1,14 +1,14 @@
-"""Seconds and bytes of what SEDONA's search is made of: relaxed steps and meta-iterations, beside plain training steps.
+"""Seconds and bytes of the parts of SEDONA's search, relaxed steps and meta-iterations, beside plain training steps.
 
     python benchmarks/search.py --json benchmarks/results/search.json --page docs/search.md
     python benchmarks/search.py --small 1
 
 The quarter-width VGG-19 on 32x32 images, batch 128, with four candidate heads at each of its 15 cuts; a meta-iteration
-differentiates a validation batch of 1,024 through T steps. The rows take turns, so that a drift of the machine hits all
-alike; the median counts. A step is gradient and SGD update, a meta-iteration is the hypergradient alone.
+differentiates a validation batch of 1,024 through T steps. The rows take turns, so that a drift of the machine affects
+all of them; the median counts. A step is gradient and SGD update, a meta-iteration is the hypergradient alone.
 
-Bytes are counted by following storages: activations, gradients and copies of the state made within the row. What T = 5
-needs resident is measured in a process of its own, which does nothing else.
+Bytes are counted by following storages: activations, gradients and copies of the state that the row allocates. Resident
+memory for T = 5 is measured in a process of its own, which does nothing else.
 
 The goals: the authors' released code takes 18 plain steps for a relaxed one (two threads), and 15.7 GB for T = 5.
 """
@@ -37,7 +37,7 @@ import sedona_fx
 from sedona_fx.measure import peak_bytes
 from sedona_fx.search.relaxed.hypergradient import hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import State, sgd_momentum_step
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.relaxed_net import relaxed_blocks
 
@@ -45,8 +45,7 @@ HEADS = [f"sedona-{depth}" for depth in (1, 2, 3, 4)]
 SAMPLED = 3
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 PLAIN, RELAXED, APART = "plain step", "relaxed step", "relaxed step, one head at a time"
-ALPHA, BETA = "T = 1, alpha", "T = 1, alpha and beta"
-FIVE, KEPT = "T = 5", "T = 5, all graphs kept"
+ONE, FIVE = "T = 1, alpha and beta", "T = 5"
 NO_PAGE = Path("-")
 Ways = dict[str, Callable[[], Any]]
 
@@ -56,19 +55,21 @@ def ways(small: bool) -> Ways:
     torch.manual_seed(0)
     batch, validation = (16, 64) if small else (128, 1024)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
-    wide = torch.randn(validation, 3, 32, 32), torch.randint(10, (validation,))
+    val_x, val_y = torch.randn(validation, 3, 32, 32), torch.randint(10, (validation,))
     model, keep = sedona_fx.models.vgg19(num_classes=10, width=0.25), Capture()
     sedona_fx.decouple(model, [(x, y), (x, y)], loss=cross_entropy, search=keep, heads=HEADS, progress=False)
     problem = keep.problem
     blocks = relaxed_blocks(problem, problem.places())
     state, cuts = State.of(blocks), len(blocks) - 1
     (name,) = (str(n.target) for n in problem.train.graph.nodes if n.op == "placeholder")
-    train, val = ({name: x}, y), ({name: wide[0]}, wide[1])
-    alpha, beta = torch.zeros(cuts, 2), [torch.zeros(len(HEADS)) for _ in range(cuts)]
+    train, val = ({name: x}, y), ({name: val_x}, val_y)
+    logits = Logits(torch.zeros(cuts, 2), [torch.zeros(len(HEADS)) for _ in range(cuts)])
     optimizer = torch.optim.SGD(model.parameters(), **SGD)
 
     def loss(block: int, output: Any, target: Any) -> torch.Tensor:
         return cross_entropy(output, target)
+
+    net = RelaxedNet(blocks, loss)
 
     def plain() -> None:
         optimizer.zero_grad()
@@ -77,8 +78,8 @@ def ways(small: bool) -> Ways:
 
     def relaxed(sampled: int | None = None) -> None:
         drawn = None if sampled is None else sample_cuts(cuts, sampled)
-        found = relaxed_gradients(blocks, state, alpha, beta, *train, loss, create_graph=False, sampled=drawn)
-        sgd_momentum_step(state, found.grads, **SGD, differentiable=False)
+        grads = relaxed_gradients(net, state, logits, train, create_graph=False, sampled=drawn).grads
+        sgd_momentum_step(state, grads, **SGD, in_place=True)
 
     def apart() -> None:
         with patch(
@@ -86,22 +87,18 @@ def ways(small: bool) -> Ways:
         ):
             relaxed()
 
-    one = partial(one_step_hypergradient, blocks, state, alpha, beta, train, val, loss, **SGD)
-    five = partial(hypergradient, blocks, state, alpha, beta, [train] * 5, val, loss, **SGD)
     return {
         PLAIN: plain,
         RELAXED: relaxed,
         APART: apart,
         f"relaxed step, {SAMPLED} of {cuts} cuts sampled": partial(relaxed, SAMPLED),
-        ALPHA: partial(one, with_beta=False),
-        BETA: one,
-        FIVE: five,
-        KEPT: partial(five, recompute=False),
+        ONE: partial(one_step_hypergradient, net, state, logits, train, val, **SGD),
+        FIVE: partial(hypergradient, net, state, logits, [train] * 5, val, **SGD),
     }
 
 
 def measure(measured: Ways, repeats: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Return the median seconds and the peak bytes of each, the counted run being the warm-up."""
+    """Return the median seconds and the peak bytes of each. The run that counts bytes is the warm-up."""
     peaks = {name: peak_bytes(way) for name, way in measured.items()}
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     for _ in range(repeats):
@@ -113,7 +110,7 @@ def measure(measured: Ways, repeats: int) -> tuple[dict[str, float], dict[str, i
 
 
 def resident(name: str, small: bool, threads: int) -> float:
-    """Run one way once in a new process and return the GB that the process had resident at most."""
+    """Run one way once in a new process and return the process's peak resident memory in GB."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_resident, name, small, threads).result()
 
@@ -125,15 +122,14 @@ def _resident(name: str, small: bool, threads: int) -> float:
 
 
 def goals(seconds: dict[str, float], peaks: dict[str, int], gigabytes: float) -> list[dict[str, Any]]:
-    """Compare with what was to be reached."""
+    """Compare the measurements with the goals."""
     step = seconds[RELAXED]
     return [
         goal("a relaxed step, in plain steps (the authors' 18, 1.5 times faster)", step / seconds[PLAIN], 12.0),
         goal("T = 5: GB resident (half of the authors' 15.7)", gigabytes, 7.85),
         goal("T = 5: GB counted", peaks[FIVE] / 1e9, 7.85),
         goal("T = 5, in relaxed steps", seconds[FIVE] / step, 25.0),
-        goal("T = 1, alpha, in relaxed steps", seconds[ALPHA] / step, 4.0),
-        goal("T = 1, alpha and beta, in relaxed steps", seconds[BETA] / step, 6.0),
+        goal("T = 1, alpha and beta, in relaxed steps", seconds[ONE] / step, 6.0),
     ]
 
 
@@ -158,7 +154,7 @@ def main(chosen: argparse.Namespace) -> None:
 
 
 def page_part(title: str, rows: Sequence[dict[str, Any]], gigabytes: float) -> str:
-    """Return the table as the page has it."""
+    """Return the text for the page: the title, the table, and the resident memory."""
     lines = [
         [
             row["way"],

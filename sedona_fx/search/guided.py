@@ -31,7 +31,7 @@ from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, 
 from sedona_fx.search.session.batches import Batch, split
 from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
-from sedona_fx.search.session.progress import Watch
+from sedona_fx.search.session.progress import Progress
 from sedona_fx.search.session.timing import MEASURED_SHARE
 from sedona_fx.search.trials.alignment import Alignment
 from sedona_fx.search.trials.descent import Descent
@@ -141,7 +141,14 @@ class _Run:
             comparison.load_state_dict(saved["comparison"])
             self.train.go_to(saved["train"])
         fixed = {"shares": [list(astuple(shares)), list(astuple(effort))]}
-        with Watch(self.journal, fixed, self.train, shares.cost, "guided search", self.problem.progress) as watch:
+        with Progress(
+            self.journal,
+            self.train,
+            fixed=fixed,
+            total=shares.cost,
+            description="guided search",
+            shown=self.problem.progress,
+        ) as watch:
             watch.show(comparison=comparison)
             try:
                 comparison.run(self.train, effort, lambda: watch.at(comparison=comparison))

@@ -14,7 +14,7 @@ from sedona_fx.search.problem.problem import Decision, Problem, Search, SearchDa
 from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
-from sedona_fx.search.session.progress import Watch
+from sedona_fx.search.session.progress import Progress
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.gradient_comparison import Comparison
@@ -113,7 +113,14 @@ class Rollout(Search):
             warm_up.load_state_dict(saved["warm_up"])
             train.go_to(saved["train"])
         total = self.warmup_steps * effort.warmup_step + halving.steps * tree_cost(problem, halving.tree)
-        with Watch(journal, {}, train, total, f"rollout of {len(plans)} plans", problem.progress) as watch:
+        with Progress(
+            journal,
+            train,
+            fixed={},
+            total=total,
+            description=f"rollout of {len(plans)} plans",
+            shown=problem.progress,
+        ) as watch:
             warm_up.run(train, effort, lambda: watch.at(warm_up=warm_up))
             if "rollout" in saved:
                 halving.load_state_dict(saved["rollout"])

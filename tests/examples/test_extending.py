@@ -88,7 +88,7 @@ def test_the_head_is_known_by_name_and_refuses_what_it_cannot_read():
     data = (torch.randn(2, 3, 6, 6), torch.tensor([0, 1]))
     net = sedona_fx.decouple(model, data, cuts=["1"], heads="bottleneck")
     assert net.plan.heads == ("bottleneck",)
-    assert [tuple(p.shape) for p in net.blocks[0].head.parameters()][0] == (4, 8, 1, 1)
+    assert tuple(next(net.blocks[0].head.parameters()).shape) == (4, 8, 1, 1)
     with pytest.raises(HeadError, match="a head for images and class scores"):
         sedona_fx.decouple(chain(), batch(), cuts=["1"], heads="bottleneck")
 
@@ -106,7 +106,9 @@ def test_the_pass_counts_and_is_verified():
 
 def test_the_search_draws_among_the_places_by_its_seed():
     search = example("random_search")["RandomSearch"]()
-    make = lambda seed: sedona_fx.decouple(chain(), batch(), blocks=3, search=search, heads=["linear", "mlp"], seed=seed)  # noqa: E731
+    make = lambda seed: sedona_fx.decouple(
+        chain(), batch(), blocks=3, search=search, heads=["linear", "mlp"], seed=seed
+    )  # noqa: E731
     places = list(sedona_fx.decouple(chain(), batch(), blocks=3, search=Uniform(), heads=["linear"]).plan.base_layers)
     for seed in range(4):
         plan = make(seed).plan

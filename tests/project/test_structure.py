@@ -18,12 +18,25 @@ ORDER = (
 APART = [{"report", "export"}, {"net", "search"}, {"search", "train"}]
 """Neighbours that stand beside each other."""
 INSIDE = {
-    "search": ("problem", "session", "relaxed", "rules", "trials", "sedona", "rollout", "guided", "best_of", "__init__"),
+    "search": (
+        "problem",
+        "session",
+        "relaxed",
+        "rules",
+        "trials",
+        "sedona",
+        "rollout",
+        "guided",
+        "best_of",
+        "__init__",
+    ),
     "train": ("buffers", "losses", "evaluate", "schedules", "checkpoint", "fit", "__init__"),
 }
 """The same order within the two packages that have packages of their own."""
 FILES = sorted(ROOT.rglob("*.py"))
-NAMES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES}
+NAMES = {
+    path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES
+}
 PATHS = {name: path for path, name in NAMES.items()}
 LISTS = {"nn.Sequential", "log.info", "log.warning", "log.debug"}
 """Calls whose positional values are one list of any length."""

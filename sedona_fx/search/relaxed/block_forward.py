@@ -1,121 +1,143 @@
-"""One block of the relaxed net on its way up: run it, take its local loss, and say where its part of the graph lies."""
+"""Forward pass of one block of the relaxed net, and the segment of the autograd graph that it added."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, Slot, State, Tensors, named_tensors
-from sedona_fx.search.relaxed.vjp import Leaf, add, gradients, live, named, own_nodes, reached
+from sedona_fx.errors import HeadError
+from sedona_fx.search.relaxed.state import RelaxedBlock, RelaxedNet, Slot, State, Tensors, named_tensors
+from sedona_fx.search.relaxed.vjp import Leaf, accumulate, gradients, live_tensors, present, reachable, with_own_nodes
+from sedona_fx.search.session.batches import Batch
 
-LOSS: Leaf = ("", 0)  # the end of the last block; no value has this name
+LOSS: Leaf = ("", 0)
+"""Key of the last block's loss among the outputs of its segment; no value has an empty name."""
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A block as the way down needs it: where its part of the graph ends and where it starts."""
+class Segment:
+    """The part of the autograd graph that one block's forward pass added: where it starts and where it ends.
 
-    made: dict[Leaf, Tensor]  # its live exports; of the last block, the loss
-    ends: dict[Leaf, Tensor]  # of these, what the heads read
-    read: dict[Leaf, Tensor]  # live exports of earlier blocks, by nodes of its own
-    weights: dict[Slot, Tensor]  # those that `made` depends on (not the heads'), by nodes of its own
-    heads: dict[Slot, Tensor]  # those that only the heads depend on, likewise
+    All tensors at its start are nodes of its own (:func:`~sedona_fx.search.relaxed.vjp.with_own_nodes`).
 
-    def descend(self, above: dict[Leaf, Tensor], create_graph: bool) -> dict[Slot, Tensor]:
-        """Take the cotangents of what this block made out of `above`, put in those of what it read.
+    Attributes:
+        outputs: the block's live exports; of the last block, its loss as :data:`LOSS`.
+        boundary: of `outputs`, what the heads read; empty for the last block.
+        inputs: live exports of earlier blocks that the block read.
+        weights: weights that `outputs` depend on: those of the base layer.
+        head_weights: weights that the heads alone depend on.
+    """
 
-        Returns the gradients of the block's weights.
+    outputs: dict[Leaf, Tensor]
+    boundary: dict[Leaf, Tensor]
+    inputs: dict[Leaf, Tensor]
+    weights: dict[Slot, Tensor]
+    head_weights: dict[Slot, Tensor]
+
+    def pull_back(self, cotangents: dict[Leaf, Tensor], create_graph: bool) -> dict[Slot, Tensor]:
+        """Take the vector-Jacobian product of the segment.
+
+        Args:
+            cotangents: of live values that cross the cut after this block. Changed in place to those of the values that
+                cross the cut before it: entries of `outputs` are removed, entries of `inputs` added.
+            create_graph: keep the result differentiable.
+
+        Returns:
+            Gradients of `weights`.
         """
-        roots = {leaf: t for leaf, t in self.made.items() if leaf in above}
-        cotangents = [above.pop(leaf) for leaf in roots]
-        found = gradients([*roots.values()], [*self.weights.values(), *self.read.values()], cotangents, create_graph)
-        add(above, named(self.read, found[len(self.weights) :]))
-        return named(self.weights, found)
+        roots = {leaf: t for leaf, t in self.outputs.items() if leaf in cotangents}
+        products = gradients(
+            [*roots.values()],
+            [*self.weights.values(), *self.inputs.values()],
+            [cotangents.pop(leaf) for leaf in roots],
+            create_graph,
+        )
+        accumulate(cotangents, present(self.inputs, products[len(self.weights) :]))
+        return present(self.weights, products)
 
 
-@dataclass
-class Ascent:
-    """What a relaxed step met at a cut: the random states before its block ran, dl_i/dh_i, and U_v = dLt_(i+1)/dv of
-    every value v that crosses."""
-
-    devices: list[torch.device]
-    states: list[Tensor]
-    local: dict[Leaf, Tensor] = field(default_factory=dict)
-    above: dict[Leaf, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def begin(cls, device: torch.device) -> Ascent:
-        """Note the random states of the CPU and of a device."""
-        devices = [] if device.type in ("cpu", "meta") else [device]
-        return cls(devices, [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in devices)])
-
-    def replay_draws(self) -> None:
-        """Put the global streams into the states from before the block ran."""
-        torch.set_rng_state(self.states[0])
-        for device, state in zip(self.devices, self.states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-def ascend(
-    blocks: Sequence[RelaxedBlock],
-    i: int,
+def run_relaxed_block(
+    net: RelaxedNet,
+    index: int,
     state: State,
-    held: Sequence[Tensors],
+    *,
+    params: Sequence[Tensors],
     env: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    target: Any,
-    mixture: Tensor | None,
-    local_loss: LocalLoss,
-    heads: bool = True,
-) -> tuple[Stretch, dict[str, Any], Tensor]:
-    """Run block i at the weights `held` and take its local loss; return its stretch, its exports, and the loss.
+    batch: Batch,
+    beta: Tensor | None,
+    with_heads: bool = True,
+) -> tuple[Segment, dict[str, Any], Tensor]:
+    """Run one block in training mode and take its local loss.
 
-    Without `heads`, a block but the last runs them only if it must, and has no loss: a constant 0 stands for it.
+    Args:
+        net: the relaxed net.
+        index: of the block, 0-based.
+        state: says where shared weights are held, and has the buffers, which are updated in place.
+        params: the weights to run at, laid out as `state.params`.
+        env: exports of earlier blocks, by name.
+        batch: the net's inputs by name, and the target.
+        beta: logits of the block's heads, (M,). None for the last block.
+        with_heads: whether a local loss is wanted. If not, a block other than the last runs `trunk`, or `module` where
+            it has none, and a constant 0 stands for its loss.
+
+    Returns:
+        The segment that was added to the autograd graph, the block's exports by name, and the loss, 0-d.
 
     Raises:
-        ValueError: a head uses a weight of the base layer in front of it. Its two gradients have different rates, and
-            one walk cannot tell them apart.
+        HeadError: a head uses a weight of its own base layer. The two gradients of that weight have different rates,
+            and a single backward walk cannot tell them apart.
     """
-    block, last = blocks[i], len(blocks) - 1
-    given = {n: own_nodes(env[n]) for n in block.inputs if n in env}
-    slots = state.slots(state.params, i)
-    weights: dict[Slot, Tensor] = {(k, n): own_nodes(held[k][n]) for k, n in dict.fromkeys(slots.values())}
-    tensors = {n: weights[slot] for n, slot in slots.items()} | state.used(state.buffers, i)
-    headless = not heads and i < last
-    module = block.trunk if headless and block.trunk is not None else block.module
-    exports, output = run_block(block, module, tensors, mixture, {**inputs, **given})
-    loss = torch.zeros(()) if headless else local_loss(i, output, target)
-    read = live(given)
-    if i == last:
-        return Stretch({LOSS: loss}, {}, read, weights, {}), exports, loss
-    made, ends = live(exports), live({str(block.boundary): exports[str(block.boundary)]})
-    base = reached(made.values(), weights, stop=read.values())
-    if headless:
-        return Stretch(made, ends, read, {slot: t for slot, t in weights.items() if slot in base}, {}), exports, loss
-    headed = reached([loss], weights, stop=ends.values())
-    if both := base & headed:
-        names = ", ".join(n for n, slot in slots.items() if slot in both)
-        raise ValueError(f"block {i}: its heads depend on {names} other than through the boundary {block.boundary!r}")
-    head_weights = {slot: t for slot, t in weights.items() if slot not in base}
-    base_weights = {slot: t for slot, t in weights.items() if slot in base}
-    return Stretch(made, ends, read, base_weights, head_weights), exports, loss
+    block, is_last = net.blocks[index], index == len(net.blocks) - 1
+    inputs, target = batch
+    read = {name: with_own_nodes(env[name]) for name in block.inputs if name in env}
+    slots = state.slots(state.params, index)
+    weights: dict[Slot, Tensor] = {(k, n): with_own_nodes(params[k][n]) for k, n in dict.fromkeys(slots.values())}
+    tensors = {n: weights[slot] for n, slot in slots.items()} | state.used(state.buffers, index)
+    skips_heads = not with_heads and not is_last
+    module = block.trunk if skips_heads and block.trunk is not None else block.module
+    exports, output = run_block(block, module, tensors=tensors, beta=beta, env={**inputs, **read})
+    loss = torch.zeros(()) if skips_heads else net.local_loss(index, output, target)
+    live_inputs = live_tensors(read)
+    if is_last:
+        return Segment({LOSS: loss}, {}, live_inputs, weights, {}), exports, loss
+    outputs, boundary = live_tensors(exports), live_tensors({str(block.boundary): exports[str(block.boundary)]})
+    of_base = reachable(outputs.values(), weights, stop=live_inputs.values())
+    base_weights = {slot: t for slot, t in weights.items() if slot in of_base}
+    if skips_heads:
+        return Segment(outputs, boundary, live_inputs, base_weights, {}), exports, loss
+    of_heads = reachable([loss], weights, stop=boundary.values())
+    if of_both := of_base & of_heads:
+        names = ", ".join(n for n, slot in slots.items() if slot in of_both)
+        raise HeadError(
+            f"block {index}: its heads depend on {names} other than through the boundary {block.boundary!r}"
+        )
+    head_weights = {slot: t for slot, t in weights.items() if slot not in of_base}
+    return Segment(outputs, boundary, live_inputs, base_weights, head_weights), exports, loss
 
 
 def run_block(
-    block: RelaxedBlock, module: nn.Module, tensors: Tensors, beta: Tensor | None, env: Mapping[str, Any]
+    block: RelaxedBlock, module: nn.Module, *, tensors: Tensors, beta: Tensor | None, env: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Any]:
-    """Run one block on the values of `env`; return its exports by name and its local output.
+    """Run one block on the values of `env`.
 
-    `tensors` are its parameters and buffers; those that `module`, the block's or its eval module, lacks are left out.
+    Args:
+        block: names the inputs and exports.
+        module: one of the block's modules.
+        tensors: parameters and buffers to run at, by name; those that `module` lacks are left out.
+        beta: logits of the heads; None: the module keeps its own.
+        env: values by name.
+
+    Returns:
+        The exports by name, and the local output.
     """
     if beta is not None and block.beta is not None:
         tensors = {**tensors, block.beta: beta}
-    own = named_tensors(module)
-    given = {n: t for n, t in tensors.items() if n in own}
-    values, local = functional_call(module, given, tuple(env[n] for n in block.inputs))
+    names = named_tensors(module)
+    replaced = {n: t for n, t in tensors.items() if n in names}
+    values, local = functional_call(module, replaced, tuple(env[n] for n in block.inputs))
     return dict(zip(block.exports, values, strict=True)), local

@@ -1,9 +1,11 @@
-"""Convolution and BatchNorm whose second derivative costs what it must, in place of PyTorch's within a context.
+"""Convolution and BatchNorm with cheap second derivatives, which replace PyTorch's within a context.
 
-PyTorch composes these second derivatives of many operators: some twenty passes over the activation for BatchNorm, one
-small convolution per group for the weight of a grouped one. On a CPU that is most of the time of a hypergradient. Both
-have short forms. A convolution is linear in x and in w, so with its product B(x, w), its gradients and their cotangents
-(u, v) of (x, w) only operators of the first order occur:
+PyTorch composes the second derivatives of both from many operators: some twenty passes over the activation for
+BatchNorm, one small convolution per group for the weight of a grouped convolution. On a CPU that is most of the time of
+a hypergradient. Both have short closed forms. Below, g is the gradient of the output.
+
+A convolution B(x, w) is linear in x and in w. For the cotangents (u, v) of its gradients of (x, w), only convolutions
+and their first derivatives occur:
 
     of g: B(u, w) + B(x, v)        of x: B's gradient of x at v        of w: B's gradient of w at u
 
@@ -14,8 +16,8 @@ BatchNorm, with r = 1/std, xh = (x - mean) r, means over a channel's n values, a
               of g: gamma r P u + a xh + b        of gamma: r A
               of x: r ((a - gamma r k) P g - gamma r m P u) - gamma r^2 A xh / n
 
-Forward and first derivative are PyTorch's own kernels. What these forms do not cover (other dtypes within one call,
-frozen norms, padding by name) runs as ever.
+The forward pass and the first derivative are PyTorch's own kernels. Calls that these forms do not cover (several dtypes
+in one call, autocast, frozen norms, padding by name) run unchanged.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ _aten = torch.ops.aten
 
 
 class ShortSecondDerivatives(TorchFunctionMode):
-    """Within it, 2-d convolutions and BatchNorm with batch statistics are cheap to differentiate twice (not thrice)."""
+    """Context in which 2-d convolutions and BatchNorm with batch statistics are cheap to differentiate twice.
+
+    A third derivative raises an error.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ours = _OURS.get(func)
-        return func(*args, **(kwargs or {})) if ours is None else ours(*args, **(kwargs or {}))
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 def _conv2d(
@@ -50,7 +54,7 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    if isinstance(padding, str) or x.dim() != 4 or not _plain(x, weight, bias):
+    if isinstance(padding, str) or x.dim() != 4 or not _covered(x, weight, bias):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     geometry = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
     out: Tensor = _Convolution.apply(x, weight, bias, geometry)
@@ -67,14 +71,14 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    # A single value a channel is an error, which PyTorch words.
-    if not training or weight is None or bias is None or not _plain(x, weight, bias) or x.numel() == x.shape[1]:
+    # A single value per channel is an error: PyTorch's own message is wanted there.
+    if not training or weight is None or bias is None or not _covered(x, weight, bias) or x.numel() == x.shape[1]:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     out: Tensor = _Norm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
     return out
 
 
-_OURS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm}
+_REPLACEMENTS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: _conv2d, F.batch_norm: _batch_norm}
 
 
 class _Convolution(torch.autograd.Function):
@@ -91,7 +95,10 @@ class _Convolution(torch.autograd.Function):
 
 
 class _ConvolutionGradients(torch.autograd.Function):
-    """The gradients of x, w and the bias, those that are wanted."""
+    """The gradients of x, w and the bias (those that are wanted), as a function of (g, x, w).
+
+    `backward` gets their cotangents u, v and c.
+    """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, geometry: Any, wanted: Any) -> Any:
@@ -134,8 +141,8 @@ class _Norm(torch.autograd.Function):
         out, mean, r = _aten.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
         ctx.save_for_backward(x, weight, mean, r)
         ctx.eps = eps
-        kept: Tensor = out
-        return kept
+        result: Tensor = out
+        return result
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -144,24 +151,29 @@ class _Norm(torch.autograd.Function):
 
 
 class _NormGradients(torch.autograd.Function):
-    """The gradients of x, gamma and beta; `mean` and `r` stand for functions of x here."""
+    """The gradients of x, gamma and beta, as a function of (g, x, gamma).
+
+    `backward` gets their cotangents u, a and b. `mean` and `r` count as functions of x there.
+    """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        found = _aten.native_batch_norm_backward(g, x, weight, None, None, mean, r, True, eps, [True, True, True])
-        ctx.save_for_backward(g, x, weight, mean, r, found[1], found[2])
+        by_x, by_weight, by_bias = _aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, r, True, eps, [True, True, True]
+        )
+        ctx.save_for_backward(g, x, weight, mean, r, by_weight, by_bias)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        return found
+        return by_x, by_weight, by_bias
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, u: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x, gamma, mean, r, g_along_x, g_total = ctx.saved_tensors
+        g, x, gamma, mean, r, g_along_x, g_total = ctx.saved_tensors  # the last two: sum(g xh) = n m, and sum(g)
         n = x.numel() // x.shape[1]
         a = torch.zeros_like(gamma) if a is None else a
         b = torch.zeros_like(gamma) if b is None else b
-        k = u_mean = spread = torch.zeros_like(r)
+        k = u_mean = spread = torch.zeros_like(r)  # spread: A
         if u is not None:
             k, u_mean = (t / n for t in _moments(u, x, gamma, mean, r, ctx.eps))
             u_g, _ = _moments(u, g, gamma, torch.zeros_like(mean), torch.ones_like(r), ctx.eps)
@@ -179,26 +191,27 @@ class _NormGradients(torch.autograd.Function):
 
 
 def _moments(v: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: they are what BatchNorm's backward gives."""
+    """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: BatchNorm's backward computes these."""
     _, along, total = _aten.native_batch_norm_backward(v, x, gamma, None, None, mean, r, True, eps, [False, True, True])
     return along, total
 
 
 def _combined(*terms: tuple[Tensor, Tensor | None], constant: Tensor) -> Tensor:
-    """Return constant + sum of factor * t, with a constant and factors for each channel."""
-    given = [(factor, t) for factor, t in terms if t is not None]
-    shape = [1, -1] + [1] * (given[0][1].dim() - 2)
-    total = torch.addcmul(constant.view(shape), given[0][0].view(shape), given[0][1])
-    for factor, t in given[1:]:
+    """Return constant + sum of factor * t over the terms that have a t; the constant and factors are per channel."""
+    (first_factor, first), *others = [(factor, t) for factor, t in terms if t is not None]
+    shape = [1, -1] + [1] * (first.dim() - 2)
+    total = torch.addcmul(constant.view(shape), first_factor.view(shape), first)
+    for factor, t in others:
         total.addcmul_(factor.view(shape), t)
     return total
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    given = [t for t in tensors if t is not None]
-    kind = given[0].device.type
-    casting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return not casting and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == given[0].dtype for t in given)
+def _covered(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors of one dtype, outside autocast."""
+    operands = [t for t in tensors if t is not None]
+    device_type, dtype = operands[0].device.type, operands[0].dtype
+    casting = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return not casting and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype for t in operands)
 
 
 def _pair(value: Any) -> list[int]:

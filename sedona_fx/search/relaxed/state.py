@@ -1,4 +1,4 @@
-"""The relaxed net's blocks, and everything that a training step of it changes."""
+"""The relaxed net, and everything that a training step of it changes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-LocalLoss = Callable[[int, Any, Any], Tensor]
+BlockLossFunction = Callable[[int, Any, Any], Tensor]
+"""``loss(block index, local output, target)``: the local loss of one block, a scalar."""
+
 Tensors = dict[str, Tensor]
-Slot = tuple[int, str]  # where a state holds a tensor: the block, the name there
+
+Slot = tuple[int, str]
+"""Where a :class:`State` holds a tensor: the index of the block, and the tensor's name there."""
 
 
 class RelaxedBlock(Protocol):
-    """One base layer of the relaxed net with the mixture of heads behind it (the last one has none).
+    """One base layer of the relaxed net with its mixture of candidate heads; the last block has no heads.
 
-    `module(*[env[name] for name in inputs])` returns `(exports, local)`. `local` is the softmax(beta)-weighted sum of
-    the heads' outputs on the boundary, unscaled; for the last block it is the model's own output. `exports` are the
-    values later blocks read, the boundary among them: tensors, or tuples, lists and dicts of tensors, with a gradient
-    or without. The heads read no other value with a gradient than the boundary, and share no weight with the base layer
-    in front of them. Blocks leave what they read as it is: one that writes in place writes to a copy.
-    `eval_module` is the same in evaluation, with the same parameter and buffer names; it may leave the heads out
-    (`local` is then read of the last block alone). `trunk` is `module` without heads, for who needs no local loss (its
-    `local` is not read); None: there is none, and `module` serves.
+    ``module(*[env[name] for name in inputs])`` returns ``(exports, local)``:
+
+    - `exports` are the values that later blocks read, the boundary among them: tensors, or tuples, lists and dicts of
+      tensors, with a gradient or without.
+    - `local` is the softmax(beta)-weighted sum of the heads' outputs on the boundary, unscaled by alpha; of the last
+      block, the model's own output.
+
+    Of the values that carry a gradient, heads read the boundary alone, and they share no weight with their own base
+    layer. A block leaves what it reads unchanged: one that works in place writes to a copy.
 
     Blocks may share parameters and buffers. A tensor is shared where the modules of two blocks hold the same object;
     its names may differ (an embedding tied to the last layer).
+
+    Attributes:
+        module: the block in training.
+        eval_module: the block in evaluation, with the same names of parameters and buffers. It may leave out the heads:
+            in evaluation `local` is read from the last block alone.
+        inputs: names of the values that it reads.
+        exports: names of the values that it makes.
+        boundary: the export that the heads read; None for the last block.
+        beta: name of the parameter with the heads' logits; None for the last block.
+        trunk: `module` without heads, for steps that need no local loss of this block; its `local` is not read. None:
+            there is no such module, and `module` runs instead.
     """
 
     @property
@@ -46,15 +62,50 @@ class RelaxedBlock(Protocol):
     def trunk(self) -> nn.Module | None: ...  # noqa: D102
 
 
+@dataclass(frozen=True)
+class RelaxedNet:
+    """The relaxed net: its B base layers in order, and the loss that each of them is trained by."""
+
+    blocks: Sequence[RelaxedBlock]
+    local_loss: BlockLossFunction
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What the search learns.
+
+    Attributes:
+        alpha: (B-1, 2), for each cut: isolate, let through.
+        beta: B-1 tensors (M_i,), one logit per candidate head of the cut.
+    """
+
+    alpha: Tensor
+    beta: Sequence[Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """Return alpha and then every beta."""
+        return [self.alpha, *self.beta]
+
+    def detached(self, requires_grad: bool = False) -> Logits:
+        """Return the same values cut off from any graph; with `requires_grad`, as leaves of a new one."""
+        alpha, *beta = (t.detach().requires_grad_(requires_grad) for t in self.tensors())
+        return Logits(alpha, beta)
+
+
 @dataclass
 class State:
-    """Everything a training step of the relaxed net changes: one dictionary a block, by name.
+    """Everything that a training step of the relaxed net changes: one dictionary per block, by name.
 
-    `params` holds the trainable parameters, those of the heads included and beta left out. Frozen parameters are not
-    here: they stay the module's own. Nothing here carries a graph, except between unrolled steps.
+    A tensor that has several names is held once, with one momentum, by the last block that uses it. No tensor carries a
+    graph.
 
-    A tensor with several names is held once, with one momentum, by the last block that uses it. `borrowed[i]` says
-    where the other names that block i has for such tensors are held; empty: nothing is shared.
+    Attributes:
+        params: trainable parameters, those of the heads included, beta left out. Frozen parameters are not here: they
+            stay the module's own.
+        buffers: buffers.
+        momentum: of SGD, laid out as `params`.
+        borrowed: per block, its further names of tensors that are held elsewhere or under another name, and where.
+            Empty: nothing is shared.
     """
 
     params: list[Tensors]
@@ -75,28 +126,28 @@ class State:
             else:
                 held[t], dicts[i][name] = (i, name), t.detach().clone()
 
-        for i, b in reversed(list(enumerate(blocks))):
-            for n, p in b.module.named_parameters(remove_duplicate=False):
-                if p.requires_grad and n != b.beta:
-                    hold(params, i, n, p)
-            for n, t in b.module.named_buffers(remove_duplicate=False):
-                hold(buffers, i, n, t)
-        for i, b in enumerate(blocks):  # in evaluation a block may use what only another one uses in training
-            for n, t in named_tensors(b.eval_module).items():
-                if t in held and n not in params[i].keys() | buffers[i].keys():
-                    borrowed[i].setdefault(n, held[t])
+        for i, block in reversed(list(enumerate(blocks))):
+            for name, parameter in block.module.named_parameters(remove_duplicate=False):
+                if parameter.requires_grad and name != block.beta:
+                    hold(params, i, name, parameter)
+            for name, buffer in block.module.named_buffers(remove_duplicate=False):
+                hold(buffers, i, name, buffer)
+        for i, block in enumerate(blocks):  # in evaluation a block may use what only another block uses in training
+            for name, t in named_tensors(block.eval_module).items():
+                if t in held and name not in params[i].keys() | buffers[i].keys():
+                    borrowed[i].setdefault(name, held[t])
         return cls(params, buffers, [{n: torch.zeros_like(p) for n, p in d.items()} for d in params], borrowed)
 
     def clone(self) -> State:
-        """Return an independent copy without graph."""
+        """Return an independent copy."""
         return replace(self, params=clones(self.params), buffers=clones(self.buffers), momentum=clones(self.momentum))
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields by name, as plain dictionaries and lists of tensors; ``State(**fields)`` is this again."""
+        """Return the fields by name, as plain dictionaries and lists of tensors; ``State(**fields)`` restores them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def slots(self, dicts: Sequence[Tensors], i: int) -> dict[str, Slot]:
-        """Return block i's names for the tensors it uses of `dicts` (params or buffers), and where they are held."""
+        """Return block i's names for the tensors it uses of `dicts` (params or buffers), and where each is held."""
         borrowed = self.borrowed[i] if self.borrowed else {}
         return {n: (i, n) for n in dicts[i]} | {n: (k, m) for n, (k, m) in borrowed.items() if m in dicts[k]}
 
@@ -106,34 +157,40 @@ class State:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes held by one copy of this state."""
+        """Bytes of one copy of this state."""
         dicts = [*self.params, *self.buffers, *self.momentum]
         return sum(t.numel() * t.element_size() for d in dicts for t in d.values())
 
 
+@torch.no_grad()
 def sgd_momentum_step(
-    state: State, grads: Sequence[Tensors], lr: float, momentum: float, weight_decay: float, differentiable: bool
+    state: State, grads: Sequence[Tensors], *, lr: float, momentum: float, weight_decay: float, in_place: bool
 ) -> State:
-    """One step of `torch.optim.SGD`: m <- momentum * m + g + weight_decay * w, then w <- w - lr * m.
+    """Take one step of `torch.optim.SGD`: m <- momentum * m + g + weight_decay * w, then w <- w - lr * m.
 
-    A parameter without gradient keeps its value and its momentum. If `differentiable`, the result is a new state whose
-    tensors carry the graph (and whose buffers are the same objects); otherwise `state` is changed in place.
+    Args:
+        state: weights and momentum before the step.
+        grads: gradients, laid out as `state.params`. A parameter without one keeps its value and its momentum.
+        lr: learning rate.
+        momentum: factor of the previous momentum.
+        weight_decay: added to the gradient, times the weight.
+        in_place: change `state` and return it. If not, return a new state; its buffers, and the tensors that did not
+            move, are the same objects as in `state`.
     """
-    if differentiable:
+    if not in_place:
         new = replace(state, params=[dict(d) for d in state.params], momentum=[dict(d) for d in state.momentum])
-        for params, momenta, found in zip(new.params, new.momentum, grads, strict=True):
-            for n, g in found.items():
+        for params, momenta, block_grads in zip(new.params, new.momentum, grads, strict=True):
+            for n, g in block_grads.items():
                 momenta[n] = momentum * momenta[n] + torch.add(g, params[n], alpha=weight_decay)
                 params[n] = torch.add(params[n], momenta[n], alpha=-lr)
         return new
-    names = [(i, n) for i, found in enumerate(grads) for n in found]
-    if names:
-        with torch.no_grad():
-            w, m = [state.params[i][n] for i, n in names], [state.momentum[i][n] for i, n in names]
-            torch._foreach_mul_(m, momentum)
-            torch._foreach_add_(m, [grads[i][n] for i, n in names])
-            torch._foreach_add_(m, w, alpha=weight_decay)
-            torch._foreach_add_(w, m, alpha=-lr)
+    slots = [(i, n) for i, block_grads in enumerate(grads) for n in block_grads]
+    if slots:
+        w, m = [state.params[i][n] for i, n in slots], [state.momentum[i][n] for i, n in slots]
+        torch._foreach_mul_(m, momentum)
+        torch._foreach_add_(m, [grads[i][n] for i, n in slots])
+        torch._foreach_add_(m, w, alpha=weight_decay)
+        torch._foreach_add_(w, m, alpha=-lr)
     return state
 
 
@@ -146,5 +203,15 @@ def named_tensors(module: nn.Module) -> Tensors:
 
 
 def clones(dicts: Sequence[Tensors]) -> list[Tensors]:
-    """Copies without graph."""
+    """Return copies without graph."""
     return [{n: t.detach().clone() for n, t in d.items()} for d in dicts]
+
+
+def leaves(dicts: Sequence[Tensors]) -> list[Tensors]:
+    """Return the same values as leaves of a new graph, that gradients can be taken of. Nothing is copied."""
+    return [{n: t.detach().requires_grad_() for n, t in d.items()} for d in dicts]
+
+
+def by_slot(dicts: Sequence[Tensors]) -> dict[Slot, Tensor]:
+    """Return the tensors of all blocks in one dictionary."""
+    return {(i, n): t for i, d in enumerate(dicts) for n, t in d.items()}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.search.relaxed.hypergradient import HyperGradient
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, clones
+from sedona_fx.search.relaxed.state import BlockLossFunction, RelaxedBlock, State, clones
 from sedona_fx.search.sedona.budget import Budget
 from sedona_fx.search.sedona.certainty import log_odds
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult, trajectory_point
@@ -25,7 +25,7 @@ from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.session.timing import Pace, measure
+from sedona_fx.search.session.timing import StepSeconds, measure
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Learning:
 
     settings: SedonaSettings
     blocks: Sequence[RelaxedBlock]
-    local_loss: LocalLoss
+    local_loss: BlockLossFunction
     train: Stream
     val: Stream
     store: SnapshotStore
@@ -51,7 +51,7 @@ class Learning:
     warmed: int = 0  # warm-up steps done
     met: int = 0  # meta-iterations done
     budget: Budget | None = None
-    pace: Pace | None = None
+    pace: StepSeconds | None = None
     bad: list[int] = field(default_factory=list)  # snapshots whose loss was not finite
     failures: list[dict[str, Any]] = field(default_factory=list)
     trajectory: list[dict[str, Any]] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Learning:
             self._search(self.budget)
         return self._finish()
 
-    def measure(self) -> Pace:
+    def measure(self) -> StepSeconds:
         """Measure how long steps take, on copies; random states, data and everything else stay as they are."""
         self.where = "the measurement before the start"
         states, draws = random_states(self.devices), self.draws.get_state()
@@ -293,7 +293,7 @@ class Learning:
 
     def _restore_plan(self, saved: dict[str, Any]) -> None:
         self.budget = Budget(**saved["budget"])
-        self.pace = Pace(**saved["pace"]) if saved["pace"] is not None else None
+        self.pace = StepSeconds(**saved["pace"]) if saved["pace"] is not None else None
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self._restore_plan(saved)

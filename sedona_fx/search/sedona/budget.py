@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from sedona_fx.errors import SettingsError
 from sedona_fx.search.problem.work import RelaxedWork
-from sedona_fx.search.session.timing import Pace
+from sedona_fx.search.session.timing import StepSeconds
 
 # An unrolled step in relaxed steps: its own cost, and what it takes to differentiate through it (measured on
 # convolutional nets on a CPU: 2.4 to 3.7 for each unrolled step).
@@ -99,7 +99,7 @@ def share(
 
 
 def share_seconds(
-    seconds: float, pace: Pace, work: RelaxedWork, unroll: int, snapshots: int | None, decoding: float = 0.0
+    seconds: float, pace: StepSeconds, work: RelaxedWork, unroll: int, snapshots: int | None, decoding: float = 0.0
 ) -> Budget:
     """Turn seconds into counts of steps, at the pace that was measured: half for the warm-up, the rest for the search.
 

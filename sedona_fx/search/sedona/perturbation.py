@@ -34,7 +34,7 @@ from sedona_fx.rng import block_seed, seeded
 from sedona_fx.search.problem.plan_costs import no_plan, plan_costs
 from sedona_fx.search.problem.problem import Positions, Problem
 from sedona_fx.search.relaxed.hypergradient import validation_loss
-from sedona_fx.search.relaxed.state import State, clones
+from sedona_fx.search.relaxed.state import RelaxedNet, State, clones
 from sedona_fx.search.sedona.budget import Trials
 from sedona_fx.search.sedona.decode import preferences
 from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
@@ -224,6 +224,6 @@ def _trial(
     except NotFinite:
         return state, math.inf
     frozen = replace(state, buffers=clones(state.buffers))  # validation counts into running statistics
-    losses = [validation_loss(steps.blocks, frozen, batch, steps.local_loss) for batch in val]
+    losses = [validation_loss(RelaxedNet(steps.blocks, steps.local_loss), frozen, batch) for batch in val]
     mean = torch.stack(losses).double().mean().item()
     return state, mean if math.isfinite(mean) else math.inf

@@ -12,7 +12,7 @@ from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.search.problem.problem import Problem, local_loss_of
-from sedona_fx.search.relaxed.state import LocalLoss
+from sedona_fx.search.relaxed.state import BlockLossFunction
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
 
 
-def block_loss(problem: Problem, count: int) -> LocalLoss:
+def block_loss(problem: Problem, count: int) -> BlockLossFunction:
     """Return the loss on the output of one of `count` base layers: of its heads, or of the net for the last one."""
     loss = local_loss_of(problem)
     return lambda index, local, target: loss(index == count - 1, local, target)

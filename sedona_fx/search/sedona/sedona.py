@@ -22,7 +22,7 @@ from sedona_fx.errors import CutError, SearchDivergedError, shape_text
 from sedona_fx.rng import seeded, seeded_init
 from sedona_fx.search.problem.problem import Decision, Problem, Search
 from sedona_fx.search.problem.work import RelaxedWork, work
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State
+from sedona_fx.search.relaxed.state import BlockLossFunction, RelaxedBlock, State
 from sedona_fx.search.sedona.bilevel import Learning
 from sedona_fx.search.sedona.budget import DECODING_SHARE, Budget, Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.decision import candidate_names, decision_of, plan_so_far
@@ -87,7 +87,7 @@ class Sedona(SedonaSettings, Search):
     def run(
         self,
         blocks: Sequence[RelaxedBlock],
-        local_loss: LocalLoss,
+        local_loss: BlockLossFunction,
         *,
         train_batches: Batches,
         val_batches: Batches,

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import LocalLoss, RelaxedBlock, State, sgd_momentum_step
+from sedona_fx.search.relaxed.state import (
+    BlockLossFunction,
+    Logits,
+    RelaxedBlock,
+    RelaxedNet,
+    State,
+    sgd_momentum_step,
+)
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.session.batches import Batch
@@ -27,7 +34,7 @@ class InnerSteps:
 
     settings: SedonaSettings
     blocks: Sequence[RelaxedBlock]
-    local_loss: LocalLoss
+    local_loss: BlockLossFunction
     draws: torch.Generator
 
     def train(self, state: State, alpha: Tensor, beta: Sequence[Tensor], lr: float, batch: Batch) -> None:
@@ -40,7 +47,12 @@ class InnerSteps:
         cuts = len(self.blocks) - 1
         sampled = sample_cuts(cuts, min(s.sampled_cuts, cuts), self.draws) if s.sampled_cuts is not None else None
         found = relaxed_gradients(
-            self.blocks, state, alpha, beta, *batch, self.local_loss, create_graph=False, sampled=sampled
+            RelaxedNet(self.blocks, self.local_loss),
+            state,
+            Logits(alpha, beta),
+            batch,
+            create_graph=False,
+            sampled=sampled,
         )
         # From the top, since a gradient that is not finite makes those below it so.
         grads = [(i, g) for i, g in reversed(list(enumerate(found.grads))) if g]
@@ -50,7 +62,7 @@ class InnerSteps:
         if not all(finite):
             places = [f"base layer {i}" for i in (*(range(cuts) if sampled is None else sampled), cuts)]
             raise NotFinite([*places, *(f"base layer {i}, in a gradient" for i in sums)][finite.index(False)])
-        sgd_momentum_step(state, found.grads, lr, s.momentum, s.weight_decay, differentiable=False)
+        sgd_momentum_step(state, found.grads, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, in_place=True)
 
     def hypergradient(
         self,
@@ -67,15 +79,13 @@ class InnerSteps:
             NotFinite: it, or the loss, is not.
         """
         s = self.settings
-        at = (self.blocks, state, alpha, beta)
+        at = (RelaxedNet(self.blocks, self.local_loss), state, Logits(alpha, beta))
         if len(batches) == 1:
             found = one_step_hypergradient(
-                *at, batches[0], val_batch, self.local_loss, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay
+                *at, batches[0], val_batch, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay
             )
         else:
-            found = hypergradient(
-                *at, batches, val_batch, self.local_loss, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay
-            )
+            found = hypergradient(*at, batches, val_batch, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay)
         if not all(bool(t.isfinite().all()) for t in (found.val_loss, found.alpha_grad, *found.beta_grads)):
             raise NotFinite("in the validation loss or its gradient")
         return found

@@ -1,1 +1,1 @@
-"""What a search that takes long needs: data streams, a journal to go on from, progress, and timing."""
+"""What a long search needs: data streams, a journal to resume from, progress, and timing."""

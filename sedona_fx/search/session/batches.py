@@ -1,4 +1,4 @@
-"""Batches in smaller parts."""
+"""Batches of a search: named by the inputs of a graph, and split into smaller ones."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from torch.utils import _pytree as pytree
 from sedona_fx.data.sources import Source, to_device, users_data
 from sedona_fx.rng import loader_streams
 
+Batch = tuple[dict[str, Any], Any]
+"""The net's inputs by name, and the target."""
+
+Batches = Callable[[], Iterator[Batch]]
+"""Starts an epoch of batches at every call."""
+
 
 def split(batch: Batch, size: int) -> list[Batch]:
-    """Split a batch into parts of about `size` samples; not if its tensors differ in their first dimension.
+    """Split a batch into micro-batches of about `size` samples, which differ by one sample at most.
 
-    Parts differ by one sample at most: a small one left over would have no batch statistics to speak of.
+    Equal sizes, since a small remainder would have no useful batch statistics. A batch that has no two parts of `size`
+    samples, or whose tensors differ in their first dimension, stays whole.
     """
     leaves, spec = pytree.tree_flatten(batch)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    count = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
-    if count < 2 * size or any(t.dim() == 0 or t.shape[0] != count for t in tensors):
+    samples = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
+    if samples < 2 * size or any(t.dim() == 0 or t.shape[0] != samples for t in tensors):
         return [batch]
-    pieces = [leaf.tensor_split(count // size) if isinstance(leaf, Tensor) else None for leaf in leaves]
-    return [
-        pytree.tree_unflatten([leaf if cut is None else cut[k] for leaf, cut in zip(leaves, pieces, strict=True)], spec)
-        for k in range(len(next(cut for cut in pieces if cut is not None)))
-    ]
-
-
-Batch = tuple[dict[str, Any], Any]
-
-
-Batches = Callable[[], Iterator[Batch]]
+    count = samples // size
+    split_leaves = [leaf.tensor_split(count) if isinstance(leaf, Tensor) else [leaf] * count for leaf in leaves]
+    return [pytree.tree_unflatten([parts[k] for parts in split_leaves], spec) for k in range(count)]
 
 
 @dataclass(frozen=True)
 class NamedBatches:
-    """Epochs of :func:`named_batches`."""
+    """Epochs of :func:`named_batches`.
+
+    Attributes:
+        source: the user's data.
+        gm: graph whose placeholders name the inputs.
+        device: where the batches are moved to.
+    """
 
     source: Source
     gm: fx.GraphModule
@@ -56,7 +61,7 @@ class NamedBatches:
 
 
 def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
-    """Go through one epoch, the inputs by the names of a graph's placeholders."""
+    """Yield the batches of one epoch on a device, the inputs by the names of a graph's placeholders."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     for args, target in source():
         values = {**dict(zip(names, args.args, strict=False)), **args.kwargs}

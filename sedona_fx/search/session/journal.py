@@ -1,7 +1,7 @@
-"""A folder in which a search writes down where it stands, so that a search that was killed goes on from there.
+"""A folder in which a search saves its state, so that a search that was killed can resume.
 
-One file, replaced whole, holds everything that is small; it names the versions of larger files that belong to it
-(:mod:`~sedona_fx.search.sedona.snapshots`). It also says which search it is: a folder of another one is refused.
+One file, replaced atomically, holds everything that is small. It names the versions of the larger files that belong to
+it (:mod:`~sedona_fx.search.sedona.snapshots`). It also identifies the search: the folder of another search is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _WITHOUT_INFLUENCE = ("folder", "save_seconds", "snapshot_bytes")
 
 
 class Journal:
-    """Where a search stands, in a folder.
+    """The saved state of a search.
 
     Args:
-        folder: made when it is first written to. None: nothing is written.
-        identity: what makes this search this one, as JSON: settings, seed, names, shapes.
+        folder: where it is saved; made at the first save. None: nothing is saved.
+        identity: what the search's result depends on, as JSON: settings, seed, names, shapes.
         save_seconds: how long :meth:`due` waits after a save.
     """
 
@@ -40,10 +40,10 @@ class Journal:
         self._save_seconds, self._saved_at = save_seconds, time.monotonic()
 
     def read(self) -> dict[str, Any] | None:
-        """Return what was written last, or None if nothing was; what a kill left half written is removed.
+        """Return the state that was saved last, None if there is none. Files that a kill left half written are removed.
 
         Raises:
-            CheckpointError: the file cannot be read, or is that of another search; with what differs.
+            CheckpointError: the file cannot be read, or belongs to another search; the message lists what differs.
         """
         if self.folder is None or not self.folder.exists():
             return None
@@ -67,37 +67,37 @@ class Journal:
         return state
 
     def due(self) -> bool:
-        """Whether it is time to write."""
+        """Whether it is time for the next save."""
         return self.folder is not None and time.monotonic() - self._saved_at >= self._save_seconds
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Write a state of plain numbers, texts, containers and tensors; it takes the place of the last one whole."""
+        """Save a state of plain numbers, texts, containers and tensors; it replaces the last one atomically."""
         if self.folder is not None:
             save(self.folder / STATE_FILE, {"format": FORMAT, "identity": self._identity, "state": dict(state)})
         self._saved_at = time.monotonic()
 
 
 def settings_of(search: Any) -> dict[str, Any]:
-    """Return the settings of a search (a dataclass) by name, but those that change nothing about what it decides."""
+    """Return the settings of a search (a dataclass) by name, without those that do not affect what it decides."""
     return {f.name: getattr(search, f.name) for f in fields(search) if f.name not in _WITHOUT_INFLUENCE}
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of plain values and tensors, whole."""
+    """Write a file of plain values and tensors atomically."""
     with replacing(path) as temporary:
         torch.save(dict(content), temporary)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a file that :func:`save` wrote; tensors come back to the devices they were on.
+    """Read a file that :func:`save` wrote; tensors return to the devices they were on.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         content = torch.load(path, weights_only=True)
     except Exception as error:
-        # Not PyTorch's own words: for what is damaged it advises to load without weights_only.
+        # Not PyTorch's own message: for a damaged file it advises to load without weights_only.
         raise CheckpointError(
             f"cannot read {str(path)!r} ({type(error).__name__}): it is damaged, or no file of a search. Delete the "
             "folder to start the search anew."
@@ -108,19 +108,19 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files whose writer was killed before they took their places."""
+    """Remove temporary files whose writer was killed before it renamed them."""
     for path in folder.glob(".*.pt.*.pt"):
         path.unlink(missing_ok=True)
 
 
-def _differences(theirs: Any, ours: Any, where: str = "") -> Iterator[str]:
-    """Yield, one by one, where two identities differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in dict.fromkeys((*ours, *theirs)):
-            at = f"{where}.{key}" if where else key
-            if key not in theirs or key not in ours:
-                yield f"{at} is only {'here' if key in ours else 'there'}"
+def _differences(saved: Any, present: Any, where: str = "") -> Iterator[str]:
+    """Yield a text for each entry in which two identities differ."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        for key in dict.fromkeys((*present, *saved)):
+            path = f"{where}.{key}" if where else key
+            if key not in saved or key not in present:
+                yield f"{path} is only {'here' if key in present else 'there'}"
             else:
-                yield from _differences(theirs[key], ours[key], at)
-    elif theirs != ours:
-        yield f"{where} was {reprlib.repr(theirs)} there and is {reprlib.repr(ours)} here"
+                yield from _differences(saved[key], present[key], path)
+    elif saved != present:
+        yield f"{where} was {reprlib.repr(saved)} there and is {reprlib.repr(present)} here"

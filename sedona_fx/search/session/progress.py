@@ -1,4 +1,4 @@
-"""What a search shows and writes down while it runs."""
+"""What a search shows and saves while it runs."""
 
 from __future__ import annotations
 
@@ -17,35 +17,52 @@ log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
-    """A part of a search that can be saved and restored."""
+    """A part of a search that can be saved and restored.
+
+    Attributes:
+        spent: its cost so far, in plain training steps.
+    """
 
     spent: float
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands."""
+        """Return where the part stands."""
         ...
 
 
-class Watch:
-    """A bar over the cost of a search, in plain training steps, and its journal.
+class Progress:
+    """Progress bar over the cost of a search, and regular saves of where the search stands.
+
+    A context manager: the bar is closed at the end.
 
     Args:
-        journal: what is written to.
-        fixed: what was decided before the start and is written each time.
-        train: the data, whose place is written.
-        total: cost of the whole search.
-        what: text of the bar.
-        progress: show it.
+        journal: where states are saved.
+        train: the training data, whose position is saved.
+        fixed: what was decided before the start; saved with every state.
+        total: cost of the whole search, in plain training steps.
+        description: text of the bar.
+        shown: whether to show the bar.
+
+    Attributes:
+        spent: cost so far, in plain training steps.
+        interrupted: whether Ctrl-C ended the search.
     """
 
     def __init__(
-        self, journal: Journal, fixed: Mapping[str, Any], train: Stream, total: float, what: str, progress: bool
+        self,
+        journal: Journal,
+        train: Stream,
+        *,
+        fixed: Mapping[str, Any],
+        total: float,
+        description: str,
+        shown: bool,
     ) -> None:
         self.spent, self.interrupted = 0.0, False
         self._journal, self._fixed, self._train = journal, fixed, train
-        self._bar = tqdm(total=math.ceil(total), desc=what, unit="step", disable=not progress)
+        self._bar = tqdm(total=math.ceil(total), desc=description, unit="step", disable=not shown)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(
@@ -54,18 +71,18 @@ class Watch:
         self._bar.close()
 
     def show(self, **parts: Part) -> None:
-        """Show what the parts that have begun cost."""
+        """Move the bar to what all parts that have begun cost so far."""
         self.spent = sum(part.spent for part in parts.values())
         self._bar.update(round(self.spent) - self._bar.n)
 
     def at(self, **parts: Part) -> None:
-        """Show what the parts that have begun cost, and write down where they stand if it is time to."""
+        """Move the bar, and save the states of all parts that have begun, under their names, if a save is due."""
         self.show(**parts)
         if self._journal.due():
             states = {name: part.state_dict() for name, part in parts.items()}
             self._journal.write({**self._fixed, **states, "train": self._train.position})
 
     def interrupt(self, where: str) -> None:
-        """Note that Ctrl-C ended the search."""
+        """Note that Ctrl-C ended the search, at `where`."""
         self.interrupted = True
         log.warning("the search was interrupted at %s; deciding by what it has seen", where)

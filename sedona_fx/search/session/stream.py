@@ -1,8 +1,8 @@
-"""Endless data whose place can be written down: an epoch of a stream depends on (seed, stream, epoch) alone.
+"""Endless data whose position can be saved: an epoch of a stream depends on (seed, name of the stream, epoch) alone.
 
 A stream draws from random states of its own: torch's, ``random``'s, numpy's, and those of the generators that the
-data holds itself. What else draws in between (dropout, another stream) moves nothing here, and the other way round. So
-(epoch, batches consumed) says everything, and skipping that many batches leads back to the same place.
+data holds itself. Other draws in between (dropout, another stream) do not affect it, and it does not affect them. So
+(epoch, batches consumed) is the whole position, and skipping that many batches leads back to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sedona_fx.errors import CheckpointError
+from sedona_fx.errors import CheckpointError, DataError
 from sedona_fx.rng import block_seed, random_states, restore_random
 from sedona_fx.search.session.batches import Batch, Batches
 
@@ -23,13 +23,13 @@ from sedona_fx.search.session.batches import Batch, Batches
 class Stream:
     """Batches of epoch after epoch, each epoch seeded by (seed, name, epoch).
 
-    Not covered, since it lies outside of all random states: data with a position of its own that outlives an epoch, and
-    workers of a ``DataLoader`` that persist from epoch to epoch.
+    Not reproduced, since they lie outside of all random states: data with a position of its own that outlives an epoch,
+    and workers of a ``DataLoader`` that persist from epoch to epoch.
 
     Args:
-        epochs: one epoch of data at a call. Generators that it draws from itself may be named as its attribute
-            ``generators``; they are seeded too, and found as they were whenever the stream is not drawing.
-        name: of the stream; streams of other names are independent of it.
+        epochs: starts an epoch of data at every call. Generators that it draws from may be listed in its attribute
+            ``generators``: they are seeded too, and keep their own states whenever the stream is not drawing.
+        name: of the stream; streams of different names are independent.
         seed: of the search.
     """
 
@@ -41,7 +41,7 @@ class Stream:
         self._states: list[Any] = []
 
     def fresh(self) -> Stream:
-        """Return another stream of the same batches, at their start."""
+        """Return another stream of the same batches, at the start of its first epoch."""
         return Stream(self._epochs, self.name, self._seed)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -51,35 +51,35 @@ class Stream:
         """Return the next batch.
 
         Raises:
-            ValueError: an epoch is empty.
+            DataError: an epoch is empty.
         """
         batch = self._pull()
         if batch is None:
             if not self._consumed:
-                raise ValueError(f"the search's {self.name} data is empty")
+                raise DataError(f"the search's {self.name} data is empty")
             self._start(self._epoch + 1)
             return next(self)
         return batch
 
     def epoch(self) -> Iterator[Batch]:
-        """Yield what is left of this epoch."""
+        """Yield the rest of this epoch."""
         while (batch := self._pull()) is not None:
             yield batch
 
     def length(self) -> int:
-        """Return how many batches an epoch has, by going through one."""
+        """Return how many batches an epoch has, by going through the first one."""
         return sum(1 for _ in self.fresh().epoch())
 
     @property
     def position(self) -> list[int]:
-        """Where the stream stands: the epoch, and how many of its batches were handed out."""
+        """The number of the epoch, and how many of its batches were consumed."""
         return [self._epoch, self._consumed]
 
     def go_to(self, position: Sequence[int]) -> None:
-        """Go to a place that :attr:`position` told, by going through the batches of that epoch in front of it.
+        """Go to a saved :attr:`position`, by going through the batches of that epoch before it.
 
         Raises:
-            CheckpointError: the epoch has fewer batches than it had then.
+            CheckpointError: the epoch has fewer batches than when the position was saved.
         """
         epoch, consumed = position
         self._start(epoch)
@@ -104,27 +104,27 @@ class Stream:
 
     @contextmanager
     def _own_random(self) -> Iterator[None]:
-        """Put the stream's random states in the place of the global ones; afterwards, back."""
-        outside = self._random()
+        """Run the body with the stream's own random states in place of the global ones."""
+        outside = self._random_states()
         if self._states:
-            self._set_random(self._states)
+            self._restore_random(self._states)
         try:
             yield
         finally:
-            self._states = self._random()
-            self._set_random(outside)
+            self._states = self._random_states()
+            self._restore_random(outside)
 
-    def _random(self) -> list[Any]:
+    def _random_states(self) -> list[Any]:
         return [random_states([]), *(g.get_state() for g in self._generators)]
 
-    def _set_random(self, states: Sequence[Any]) -> None:
+    def _restore_random(self, states: Sequence[Any]) -> None:
         restore_random(states[0])
         for generator, state in zip(self._generators, states[1:], strict=True):
             generator.set_state(state)
 
-    def _reseed(self, number: int) -> None:
-        torch.default_generator.manual_seed(number)  # not torch.manual_seed, which seeds accelerators too
-        random.seed(number)
-        np.random.seed(number % 2**32)
+    def _reseed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators too
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         for generator in self._generators:
-            generator.manual_seed(number)
+            generator.manual_seed(seed)

@@ -1,1 +1,1 @@
-"""Judging plans by training them, or by comparing their gradients with backpropagation's."""
+"""Judging plans: by training them, or by comparing their gradients with those of backpropagation."""

@@ -1,4 +1,4 @@
-"""Settings of the SGD that trains the plans of a trial."""
+"""Settings of the SGD that trains the plans under trial."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Descent:
-    """How blocks train: SGD."""
+    """SGD for every block."""
 
     lr: float
     momentum: float
     weight_decay: float
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of some parameters."""
+        """Return an optimizer of these parameters."""
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)

@@ -1,7 +1,7 @@
 """The first part of the guided search: train one set of weights along random plans, and compare gradients on the way.
 
-Each step is a step of ``Greedy`` along another plan, drawn at random: so gradients are compared at weights such as
-local losses lead to, and heads keep up with the activations that they read. Comparing them in a net that is trained by
+Each step is a step of ``Greedy`` along another plan, drawn at random. So gradients are compared at weights of the kind
+that local losses lead to, and heads keep up with the activations that they read. Comparing them in a net trained by
 backpropagation, with all heads beside it, ranked plans worse and cost more (docs/search.md).
 """
 
@@ -26,21 +26,26 @@ from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.supernet import Supernet
 
 _FIRST_COMPARED = 0.5
-"""Gradients are compared in the last part of the training, behind this share of it: early ones say little."""
+"""Gradients are compared after this share of the training: earlier ones say little."""
 
 
 @dataclass
 class Comparison:
-    """Where it stands can be saved and restored.
+    """Training along random plans with comparisons of gradients, which can be saved and restored between two batches.
 
     Args:
-        net: to train.
+        net: what is trained.
         steps: training steps.
         states: how often gradients are compared, evenly spread over the last half of the steps.
-        batch_size: samples in a step; a comparison has twice as many. Larger batches are split. None: whole ones.
-        descent: how the net trains, at a constant rate.
-        cuts: of the random plans.
+        batch_size: samples per step; a comparison takes twice as many. Larger batches are split. None: whole batches.
+        descent: how the net trains; its learning rate is constant.
+        cuts: number of cuts of the random plans, K - 1.
         seed: of the random plans.
+
+    Attributes:
+        step: steps so far.
+        spent: cost so far, in plain training steps.
+        met: the comparisons so far.
     """
 
     net: Supernet
@@ -56,18 +61,18 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self._optimizer = self.descent.optimizer(self.net.parameters())
-        self._kinds = [len(built) for built in self.net.heads]
+        self._head_counts = [len(heads) for heads in self.net.heads]
         rest = 1 - _FIRST_COMPARED
         shares = [_FIRST_COMPARED + rest * (k + 1) / self.states for k in range(self.states)]
-        self._marks = {math.ceil(self.steps * share) for share in shares}
+        self._compared_after = {math.ceil(self.steps * share) for share in shares}
 
     def run(self, train: Stream, effort: Effort, after_batch: Callable[[], None]) -> list[Alignment]:
-        """Train to the end; return what was compared. States whose gradients are not finite are left out.
+        """Train to the end; return the comparisons. States whose gradients are not finite are left out.
 
         Args:
             train: batches.
-            effort: what things cost.
-            after_batch: is called on the way, where it can be saved.
+            effort: what a step and a comparison cost.
+            after_batch: called after every batch, where the state can be saved.
         """
         size = self.batch_size
         while self.step < self.steps:
@@ -77,23 +82,24 @@ class Comparison:
                     break
                 self._train(part)
                 self.spent += effort.warmup_step
-                if self.step in self._marks:
+                if self.step in self._compared_after:
                     whole = next(train)
-                    found = measure(self.net, whole if size is None else split(whole, 2 * size)[0])
+                    alignment = measure(self.net, whole if size is None else split(whole, 2 * size)[0])
                     self.spent += effort.comparison
-                    if all(np.isfinite(table).all() for table in (found.products, found.squares, found.truth)):
-                        self.met.append(found)
+                    tables = alignment.products, alignment.squares, alignment.truth
+                    if all(np.isfinite(table).all() for table in tables):
+                        self.met.append(alignment)
             after_batch()
         return self.met
 
     def _train(self, batch: Batch) -> None:
         draws = random.Random(block_seed(self.seed, "plans", self.step))
-        (plan,) = additive.sample(self._kinds, self.cuts, 1, draws, every=False)
+        (plan,) = additive.sample(self._head_counts, self.cuts, 1, draws, every=False)
         self.net.train(batch, self._optimizer, plan)
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands; plain values and tensors, these not copied."""
+        """Return the state as plain values and tensors; the tensors are not copied."""
         met = [[torch.from_numpy(t) for t in (m.products, m.squares, m.truth)] for m in self.met]
         return {
             "step": self.step, "spent": self.spent, "met": met, "net": self.net.state_dict(),
@@ -101,7 +107,7 @@ class Comparison:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken."""
+        """Restore what :meth:`state_dict` returned."""
         self.step, self.spent = state["step"], state["spent"]
         self.met = [Alignment(*(t.numpy() for t in tables)) for tables in state["met"]]
         self.net.load_state_dict(state["net"])

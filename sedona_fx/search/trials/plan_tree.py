@@ -1,7 +1,7 @@
-"""Many plans of one net, trained greedily at once; blocks that they have in common are trained once.
+"""Many plans of one net, trained greedily at the same time; blocks that plans have in common are trained once.
 
-With local losses, a block does not depend on what lies behind it: all plans that begin with the same cuts and heads
-have the same first blocks. So plans form a tree, a node a block, and one batch goes through the tree from the root.
+With local losses a block does not depend on later blocks, so all plans that begin with the same cuts and heads have the
+same first blocks. Plans therefore form a tree with one node per block, and a batch runs through it from the roots.
 """
 
 from __future__ import annotations
@@ -14,24 +14,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from sedona_fx import passes
-from sedona_fx.errors import CutError
+from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.rng import block_random
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
+from sedona_fx.search.problem.stretches import cut_into_stretches
 from sedona_fx.search.session.batches import Batch
-from sedona_fx.search.trials.supernet import Start, load
+from sedona_fx.search.trials.supernet import Start, floating_parameter, load
 
 
 @dataclass
 class Node:
     """One block as some plans have it: its own weights, its head, and the blocks that follow.
 
-    ``choice`` are the cuts and heads up to and with the end of this block; of a last block, those of the whole plan.
+    Attributes:
+        choice: the cuts and heads up to the end of this block, its own included; of a last block, the whole plan.
+        depth: number of blocks before this one.
+        last: whether the plan ends here.
+        train: the block in train mode.
+        evaluation: the block in eval mode.
+        end: name of the activation that the head reads; None for a last block.
+        head: None for a last block.
+        optimizer: of the block and its head; None: nothing is trainable.
+        children: the blocks that follow in some plan.
+        failed: whether its loss was not finite once.
     """
 
     choice: Choice
@@ -46,7 +56,7 @@ class Node:
     failed: bool = False
 
     def modules(self) -> nn.ModuleList:
-        """Return everything this node trains."""
+        """Return all modules of this node."""
         return nn.ModuleList([m for m in (self.train.module, self.evaluation.module, self.head) if m is not None])
 
     def load(self, start: Start) -> None:
@@ -57,7 +67,7 @@ class Node:
             load(self.head, start.heads[self.choice[-1]])
 
     def local_output(self, graph: BlockGraph, values: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Run the block, and its head; return its exports, undetached, and the local output."""
+        """Run the block in one of its modes, and its head; return its exports, undetached, and the local output."""
         exports, local = run_graph(graph, values)
         if self.head is not None and self.end is not None:
             local = self.head(exports[self.end])
@@ -65,17 +75,20 @@ class Node:
 
 
 class PlanTree:
-    """The blocks of several plans, each distinct one once, from the same first weights.
+    """The distinct blocks of several plans, all with the same initial weights.
 
     Args:
         problem: the net.
         plans: all of the same number of blocks.
-        optimizer: makes the optimizer of a block.
+        optimizer: makes the optimizer of a block from its parameters.
         local_loss: ``local_loss(is last, local output, target)``.
         device: of the net.
 
+    Attributes:
+        roots: the first blocks.
+
     Raises:
-        CutError: blocks share a parameter; then they are not independent of what follows.
+        CutError: blocks share a parameter, so that a block depends on later ones.
     """
 
     def __init__(
@@ -89,13 +102,15 @@ class PlanTree:
         self._problem, self._local_loss, self._device = problem, local_loss, device
         self._optimizer = optimizer
         self.roots: list[Node] = []
-        self._parts: dict[tuple[str, ...], tuple[list[BlockGraph], list[BlockGraph]]] = {}
+        graphs_by_cuts: dict[tuple[str, ...], tuple[list[BlockGraph], list[BlockGraph]]] = {}  # train and eval
         for plan in plans:
-            self._add(plan)
-        self._parts.clear()
+            cuts = tuple(place for place, _ in plan)
+            if cuts not in graphs_by_cuts:
+                graphs_by_cuts[cuts] = self._blocks(problem.train, cuts), self._blocks(problem.eval, cuts)
+            self._add(plan, *graphs_by_cuts[cuts])
 
     def nodes(self) -> Iterator[Node]:
-        """Yield all nodes, a block before those that follow it."""
+        """Yield all nodes, every block before those that follow it."""
         todo = list(reversed(self.roots))
         while todo:
             node = todo.pop()
@@ -107,14 +122,14 @@ class PlanTree:
         return [node.choice for node in self.nodes() if node.last]
 
     def keep(self, plans: Iterable[Choice]) -> None:
-        """Drop all other plans, and the blocks that only these have."""
+        """Drop all other plans, and the blocks that no plan has any more."""
         self.roots = _with_plans(self.roots, set(plans))
 
     def train(self, batch: Batch, step: int) -> None:
-        """Train every block on a batch, each on what the block in front of it gave before its own update.
+        """Train every block on a batch; each reads what the block before it exported before that block's own update.
 
-        Draws are those of a net that trains by this plan alone. A block whose loss is not finite stops there, and with
-        it the plans that it is a part of.
+        Random draws are those of a net that is trained by the plan alone. A block whose loss is not finite fails: it
+        and all blocks after it are trained no further.
         """
         inputs, target = batch
         for root in self.roots:
@@ -122,8 +137,7 @@ class PlanTree:
                 self._train_from(root, dict(inputs), target, step)
 
     def outputs(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Choice, Any]]:
-        """Yield every plan and its final output in eval mode; those that failed have none."""
-
+        """Yield every plan that has not failed, with its final output in eval mode."""
         flags = [(m, m.training) for node in self.nodes() for m in node.modules().modules()]
         for module, _ in flags:
             module.training = False
@@ -131,14 +145,18 @@ class PlanTree:
             for root in self.roots:
                 if not root.failed:
                     with torch.no_grad():
-                        found = list(_outputs_from(root, dict(inputs)))
-                    yield from found
+                        outputs = list(_outputs_from(root, dict(inputs)))
+                    yield from outputs
         finally:
             for module, flag in flags:
                 module.training = flag
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[Choice, float]:
-        """Return each plan's mean loss of the final output in eval mode; infinite for one that failed."""
+        """Return each plan's mean loss of the final output in eval mode; infinite for a plan that failed.
+
+        Raises:
+            DataError: there are no batches.
+        """
         sums, plans, count = dict[Choice, float](), self.plans(), 0
         for count, (inputs, target) in enumerate(batches, start=1):  # noqa: B007
             for plan, output in self.outputs(inputs):
@@ -146,7 +164,7 @@ class PlanTree:
                     loss = self._local_loss(True, output, target).item()
                 sums[plan] = sums.get(plan, 0.0) + (loss if math.isfinite(loss) else math.inf)
         if not count:
-            raise ValueError("the search's validation data is empty")
+            raise DataError("the search's validation data is empty")
         return {plan: sums.get(plan, math.inf) / count for plan in plans}
 
     def _train_from(self, node: Node, values: dict[str, Any], target: Any, step: int) -> None:
@@ -160,17 +178,14 @@ class PlanTree:
             loss.backward()
             node.optimizer.step()
             node.optimizer.zero_grad(set_to_none=True)
-        handed = {**values, **detached(exports)}
+        handed_on = {**values, **detached(exports)}
         del exports, local, loss
         for child in node.children:
             if not child.failed:
-                self._train_from(child, handed, target, step)
+                self._train_from(child, handed_on, target, step)
 
-    def _add(self, plan: Choice) -> None:
-        cuts = tuple(place for place, _ in plan)
-        if cuts not in self._parts:
-            self._parts[cuts] = self._partition(self._problem.train, cuts), self._partition(self._problem.eval, cuts)
-        train, evaluation = self._parts[cuts]
+    def _add(self, plan: Choice, train: Sequence[BlockGraph], evaluation: Sequence[BlockGraph]) -> None:
+        """Add the blocks of a plan that the tree does not have yet."""
         siblings = self.roots
         for depth in range(len(plan) + 1):
             last = depth == len(plan)
@@ -181,22 +196,22 @@ class PlanTree:
                 siblings.append(node)
             siblings = node.children
 
-    def _partition(self, gm: Any, cuts: Sequence[str]) -> list[BlockGraph]:
-        chosen: dict[str, list[nn.Module]] = {str(info(self._problem.node(cut)).cut): [] for cut in cuts}
-        parts = passes.partition(passes.lower_at(gm, chosen))
+    def _blocks(self, gm: fx.GraphModule, cuts: Sequence[str]) -> list[BlockGraph]:
+        """Cut a graph; refuse blocks that share a parameter."""
+        blocks = cut_into_stretches(gm, [self._problem.node(cut) for cut in cuts])
         seen: set[int] = set()
-        for part in parts:
-            mine = {id(parameter) for parameter in part.module.parameters()}
-            if mine & seen:
+        for block in blocks:
+            parameters = {id(parameter) for parameter in block.module.parameters()}
+            if parameters & seen:
                 raise CutError(
                     "rollouts train blocks that plans have in common once, and blocks of this model share a parameter: "
                     "choose cuts by search='sedona', by search=Guided(finalists=0), by rule, or by name."
                 )
-            seen |= mine
-        return parts
+            seen |= parameters
+        return blocks
 
     def _node(self, choice: Choice, depth: int, last: bool, train: BlockGraph, evaluation: BlockGraph) -> Node:
-        copied = copy.deepcopy((train.module, evaluation.module))
+        train_module, eval_module = copy.deepcopy((train.module, evaluation.module))
         head, end = None, None
         if not last:
             place, index = choice[-1]
@@ -204,24 +219,24 @@ class PlanTree:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self._problem.seed)
                 head = build_head(self._problem.candidates[place][index], self._problem.contexts[place])
-            like = next(p for p in self._problem.train.parameters() if p.is_floating_point())
+            like = floating_parameter(self._problem)
             head.to(like.device, like.dtype)
         node = Node(
-            choice,
-            depth,
-            last,
-            dataclasses.replace(train, module=copied[0]),
-            dataclasses.replace(evaluation, module=copied[1]),
-            end,
-            head,
+            choice=choice,
+            depth=depth,
+            last=last,
+            train=dataclasses.replace(train, module=train_module),
+            evaluation=dataclasses.replace(evaluation, module=eval_module),
+            end=end,
+            head=head,
         )
-        trained = [p for p in node.modules().parameters() if p.requires_grad]
-        node.optimizer = self._optimizer(trained) if trained else None
+        trainable = [p for p in node.modules().parameters() if p.requires_grad]
+        node.optimizer = self._optimizer(trainable) if trainable else None
         return node
 
 
 def _with_plans(nodes: Sequence[Node], wanted: Collection[Choice]) -> list[Node]:
-    """Return the nodes that some of these plans have; what follows on them is pruned in place."""
+    """Return the nodes that some of these plans have; their children are pruned in place."""
     for node in nodes:
         node.children = _with_plans(node.children, wanted)
     return [node for node in nodes if node.children or (node.last and node.choice in wanted)]

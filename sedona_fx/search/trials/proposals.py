@@ -1,4 +1,4 @@
-"""Plans to try: all there are, or those by rule and a random sample of the others; all within the budget."""
+"""Plans to try: all there are, or those of the rules and a random sample of the others; all within the budget."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sedona_fx.search.rules.balanced import Balanced
 from sedona_fx.search.rules.latest import Latest
 from sedona_fx.search.rules.uniform import Uniform
 
-_MOST_LISTED = 10_000
-_DRAWS_A_PLAN = 20
+_MOST_LISTED = 10_000  # sets of cuts, up to which all plans are gone through
+_DRAWS_PER_PLAN = 20
 
 
 def proposals(problem: Problem, count: int) -> list[Choice]:
     """Return up to `count` different plans within the problem's limits.
 
-    Where there are more, uniform, balanced and latest cuts with the first and with the largest heads are among them;
-    the rest is drawn at random, each plan equally likely. Where hardly any plan keeps within the limits, the rest are
-    the best ones for random scores.
+    If there are no more than `count`, all are returned. Otherwise uniform, balanced and latest cuts, with the first and
+    with the largest heads, are among them, and the rest is drawn at random, every plan with the same probability. Where
+    so few plans keep within the limits that draws rarely hit one, the rest are the best plans for random scores.
 
     Raises:
         BudgetError: no plan keeps within the limits.
@@ -37,26 +37,27 @@ def proposals(problem: Problem, count: int) -> list[Choice]:
         return tuple((places[k], head) for k, head in plan)
 
     if math.comb(len(places), cuts) <= _MOST_LISTED:
-        ways = map(at_places, every_plan(kinds, cuts))
-        every = list(itertools.islice((plan for plan in ways if allowed(problem, plan)), count + 1))
-        if len(every) <= count and every:
-            return every
-    found: dict[Choice, None] = {}
-    for rule in (Uniform, Balanced, Latest):
-        for head in ("first", "largest"):
-            found[problem.choice(rule(head=head).decide(problem))] = None
-    found = dict.fromkeys(list(found)[:count])
+        plans = map(at_places, every_plan(kinds, cuts))
+        within = list(itertools.islice((plan for plan in plans if allowed(problem, plan)), count + 1))
+        if len(within) <= count and within:
+            return within
+    by_rule = [
+        problem.choice(rule(head=head).decide(problem))
+        for rule in (Uniform, Balanced, Latest)
+        for head in ("first", "largest")
+    ]
+    proposed = dict.fromkeys(list(dict.fromkeys(by_rule))[:count])  # an ordered set
     draws = random.Random(problem.seed)
-    for _ in range(_DRAWS_A_PLAN * count):
-        if len(found) == count:
-            return list(found)
+    for _ in range(_DRAWS_PER_PLAN * count):
+        if len(proposed) == count:
+            return list(proposed)
         (drawn,) = sample(kinds, cuts, 1, draws, every=False)
         plan = at_places(drawn)
         if allowed(problem, plan):
-            found[plan] = None
-    for _ in range(_DRAWS_A_PLAN):
-        scores = [[draws.random() for _ in range(kind)] for kind in kinds]
+            proposed[plan] = None
+    for _ in range(_DRAWS_PER_PLAN):
+        scores = [[draws.random() for _ in range(heads)] for heads in kinds]
         for plan in best_plans(problem, scores, count):
-            if len(found) < count:
-                found[plan] = None
-    return list(found)
+            if len(proposed) < count:
+                proposed[plan] = None
+    return list(proposed)

@@ -1,8 +1,8 @@
-"""Successive halving: train several plans at once, and drop the worse half now and then.
+"""Successive halving: train several plans at once, and drop the worse half of them twice on the way.
 
-The scheme is that of Jamieson and Talwalkar (AISTATS 2016). Three rounds, which end after a quarter, a half and all of
-the steps. In each the learning rate falls to nothing by a cosine, so that plans are compared at rest: at a constant
-rate the noise of the last steps is as large as what plans differ by (docs/search.md).
+The scheme of Jamieson and Talwalkar (AISTATS 2016), in three rounds, which end after a quarter, a half and all of the
+steps. In each round a cosine takes the learning rate to zero before plans are compared: at a constant rate the noise of
+the last steps is as large as the differences between plans (docs/search.md).
 """
 
 from __future__ import annotations
@@ -27,18 +27,25 @@ from sedona_fx.search.trials.supernet import Start
 from sedona_fx.search.trials.tree_cost import tree_cost
 
 ROUNDS = (0.25, 0.5, 1.0)
+"""The parts of the steps after which rounds end."""
 
 
 @dataclass
 class Halving:
-    """Plans in training; where it stands can be saved and restored.
+    """Successive halving of some plans, which can be saved and restored between any two steps.
 
     Args:
         problem: the net.
         plans: to choose among.
-        descent: how blocks train.
+        descent: how blocks train; its learning rate is that of the beginning of each round.
         device: of the net.
-        steps: of the plans that stay to the end.
+        steps: training steps of the plans that stay to the end.
+
+    Attributes:
+        step: steps so far.
+        spent: cost so far, in plain training steps.
+        rounds: per round that has ended, as JSON, its step and the plans with their validation losses, best first.
+        ranked: the plans that the last ended round has kept, best first; the final round keeps all of its plans.
     """
 
     problem: Problem
@@ -56,22 +63,23 @@ class Halving:
         self._cost = tree_cost(self.problem, self.tree)
 
     def begin(self, start: Start) -> None:
-        """Take other first weights than the net's own and fresh heads."""
+        """Take these initial weights instead of the net's own and those of freshly built heads."""
         for node in self.tree.nodes():
             node.load(start)
 
     def run(
         self, train: Stream, validation: Callable[[], Iterable[Batch]], after_step: Callable[[], None]
     ) -> list[Choice]:
-        """Train to the end; return the plans of the last round, the best first.
+        """Train to the end; return the plans of the last round, best first.
 
         Args:
             train: batches.
-            validation: the same batches at every call.
-            after_step: is called on the way, where it can be saved.
+            validation: returns the same batches at every call.
+            after_step: called after every step, where the state can be saved.
 
         Raises:
-            SearchDivergedError: every plan's loss turned infinite.
+            DataError: there are no validation batches.
+            SearchDivergedError: no plan has a finite loss.
         """
         stops = stops_of(self.steps)
         while self.step < self.steps:
@@ -84,26 +92,27 @@ class Halving:
             self.tree.train(next(train), self.step)
             self.step, self.spent = self.step + 1, self.spent + self._cost
             if self.step == end:
-                self._judge(self.tree.evaluate(validation()))
+                self._end_round(self.tree.evaluate(validation()))
             after_step()
         return list(self.ranked)
 
-    def _judge(self, losses: Mapping[Choice, float]) -> None:
+    def _end_round(self, losses: Mapping[Choice, float]) -> None:
         ranked = sorted(losses, key=lambda plan: losses[plan])
         if not math.isfinite(losses[ranked[0]]):
             raise SearchDivergedError(f"in every plan, at step {self.step}", None)
-        self.rounds.append({"step": self.step, "scores": [[self._described(p), losses[p]] for p in ranked]})
+        self.rounds.append({"step": self.step, "scores": [[self._named(plan), losses[plan]] for plan in ranked]})
         self.ranked = ranked
         if self.step < self.steps:
             self.ranked = ranked[: math.ceil(len(ranked) / 2)]
             self.tree.keep(self.ranked)
             self._cost = tree_cost(self.problem, self.tree)
 
-    def _described(self, plan: Choice) -> list[list[str]]:
+    def _named(self, plan: Choice) -> list[list[str]]:
+        """Return the plan as JSON, with the names of its heads."""
         return [[place, str(head_name(self.problem.candidates[place][k]))] for place, k in plan]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands; plain values and tensors, these not copied."""
+        """Return the state as plain values and tensors; the tensors are not copied."""
         kept = [[list(pair) for pair in plan] for plan in self.tree.plans()]
         nodes = [
             {
@@ -120,7 +129,7 @@ class Halving:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken."""
+        """Restore what :meth:`state_dict` returned."""
         self.step, self.spent, self.rounds = state["step"], state["spent"], list(state["rounds"])
         self.tree.keep(_plan(plan) for plan in state["kept"])
         self.ranked = [_plan(plan) for plan in state["ranked"]]
@@ -133,7 +142,7 @@ class Halving:
 
 
 def stops_of(steps: int) -> list[int]:
-    """Return the steps after which plans are scored; but for the last, half of them go."""
+    """Return the steps after which plans are scored; after each but the last, half of the plans are dropped."""
     return sorted({math.ceil(steps * part) for part in ROUNDS})
 
 
@@ -141,18 +150,18 @@ def affordable(budget: float, count: int, one: float, whole: float = math.inf) -
     """Return how many steps of successive halving a budget pays for, 0 or more, and what they cost.
 
     Args:
-        budget: in any unit.
-        count: plans at first.
+        budget: in any unit, as all costs.
+        count: plans at the start.
         one: cost of a step of one plan alone.
-        whole: cost of a step of all plans, where that is known to be less: for what they share.
+        whole: cost of a step of all plans, if known; less than `count` times `one`, since plans share blocks.
     """
-    each = [min(whole, math.ceil(count * part) * one) for part in (1.0, 0.5, 0.25)]  # at most, in each round
+    step_costs = [min(whole, math.ceil(count * part) * one) for part in (1.0, 0.5, 0.25)]  # upper bounds, by round
 
     def cost(steps: int) -> float:
         stops = [0, *stops_of(steps)]
-        return sum(s * (b - a) for s, (a, b) in zip(each, itertools.pairwise(stops), strict=False))
+        return sum(c * (end - begin) for c, (begin, end) in zip(step_costs, itertools.pairwise(stops), strict=False))
 
-    most = math.floor(budget / each[-1]) if each[-1] else 0
+    most = math.floor(budget / step_costs[-1]) if step_costs[-1] else 0
     steps = bisect.bisect_right(range(1, most + 1), budget, key=cost)
     return steps, cost(steps) if steps else 0.0
 

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedona_fx import passes
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import info
 from sedona_fx.rng import block_random
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
+from sedona_fx.search.problem.stretches import cut_into_stretches
 from sedona_fx.search.session.batches import Batch
 
 
 @dataclass(frozen=True)
 class Start:
-    """Weights to begin with.
+    """Initial weights for plans.
 
     Attributes:
         net: parameters and buffers of the net, by the user's names.
-        heads: parameters and buffers of candidate heads, by place and number.
+        heads: parameters and buffers of candidate heads, by place and index among the place's candidates.
     """
 
     net: dict[str, Tensor]
@@ -35,30 +35,41 @@ class Start:
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward with its graph: the activation at every place, and the loss of the final output."""
+    """A forward pass with its autograd graph.
+
+    Attributes:
+        ends: the activation at every place, B - 1 of them.
+        loss: of the final output, 0-d.
+    """
 
     ends: list[Tensor]
     loss: Tensor
 
 
 class Supernet:
-    """Copies of the net's stretches between places, and of all candidate heads.
+    """Copies of the net's stretches between places, and all candidate heads.
 
     Args:
-        problem: the net; its own weights are left as they are.
+        problem: the net; its own weights stay unchanged.
         places: the cut points between the stretches, B - 1 of them.
         device: of the net.
+
+    Attributes:
+        places: as above.
+        heads: for every place its candidate heads.
+        local_loss: ``local_loss(is last, local output, target)``.
     """
 
     def __init__(self, problem: Problem, places: Sequence[str], device: torch.device) -> None:
         self.places = list(places)
         self._problem, self._device = problem, device
         self.local_loss = local_loss_of(problem)
-        graphs = passes.partition(passes.lower_at(problem.train, {str(info(problem.node(p)).cut): [] for p in places}))
-        modules = copy.deepcopy([graph.module for graph in graphs])  # at once: what is shared stays so
+        nodes = [problem.node(place) for place in places]
+        graphs = cut_into_stretches(problem.train, nodes)
+        modules = copy.deepcopy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
         self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
-        self._ends = [info(problem.node(place)).site for place in places]
-        like = next(p for p in problem.train.parameters() if p.is_floating_point())
+        self._ends = [info(node).site for node in nodes]
+        like = floating_parameter(problem)
         self.heads: list[list[nn.Module]] = []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(problem.seed)
@@ -70,18 +81,18 @@ class Supernet:
 
     @property
     def shares_parameters(self) -> bool:
-        """Whether a parameter is used in two stretches."""
+        """Whether two stretches use the same parameter."""
         used = [id(p) for graph in self._graphs for p in graph.module.parameters()]
         return len(set(used)) < len(used)
 
     def stretches(self) -> list[list[nn.Parameter]]:
-        """Return the trainable parameters of every stretch, B lists; one that is used twice is the last user's."""
+        """Return the trainable parameters of every stretch, B lists; a shared one is in the list of its last user."""
         seen: set[int] = set()
-        found: list[list[nn.Parameter]] = []
+        from_the_last: list[list[nn.Parameter]] = []
         for graph in reversed(self._graphs):
-            found.append([p for p in graph.module.parameters() if p.requires_grad and id(p) not in seen])
-            seen |= {id(p) for p in found[-1]}
-        return found[::-1]
+            from_the_last.append([p for p in graph.module.parameters() if p.requires_grad and id(p) not in seen])
+            seen |= {id(p) for p in from_the_last[-1]}
+        return from_the_last[::-1]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return all trainable parameters, those of the heads included, each once."""
@@ -89,7 +100,7 @@ class Supernet:
         return [*(p for stretch in self.stretches() for p in stretch), *heads]
 
     def forward(self, batch: Batch) -> Forward:
-        """Run the net in train mode, nothing detached."""
+        """Run the net in train mode, with nothing detached."""
         inputs, target = batch
         values: dict[str, Any] = dict(inputs)
         ends: list[Tensor] = []
@@ -104,14 +115,14 @@ class Supernet:
         return Forward(ends, self.local_loss(True, output, target))
 
     def train(self, batch: Batch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
-        """Train along a plan, as ``Greedy`` does: each block and its head by their own loss, one block at a time.
+        """Take one training step along a plan, as ``Greedy`` does: each block and its head by their own local loss.
 
-        Where a loss is not finite, nothing is trained.
+        If a loss is not finite, no weight changes.
 
         Args:
             batch: inputs by name, and the target.
             optimizer: of :meth:`parameters`.
-            plan: (place, head) of every cut, by their numbers.
+            plan: for every cut the indices of its place and its head.
         """
         inputs, target = batch
         values: dict[str, Any] = dict(inputs)
@@ -135,12 +146,12 @@ class Supernet:
         self._step += 1
 
     def local(self, run: Forward, place: int, head: int, target: Any) -> Tensor:
-        """Return the local loss of a head on the activation at its place."""
+        """Return the local loss of a head on the activation at its place, in the graph of that forward pass."""
         with block_random(self._problem.seed, 1 + place, self._step, self._device):
             return self.local_loss(False, self.heads[place][head](run.ends[place]), target)
 
     def start(self) -> Start:
-        """Return the weights as they are now; the tensors are this net's own."""
+        """Return the present weights; the tensors are this net's own."""
         net: dict[str, Tensor] = {}
         for graph in self._graphs:
             net |= graph.module.state_dict()
@@ -152,17 +163,22 @@ class Supernet:
         return Start(net, heads)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights, and how many forwards there were; the tensors are this net's own."""
+        """Return the weights, and the number of forward passes so far; the tensors are this net's own."""
         return {"modules": self._modules.state_dict(), "step": self._step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where a state was taken."""
+        """Restore what :meth:`state_dict` returned."""
         self._modules.load_state_dict(state["modules"])
         self._step = state["step"]
 
 
+def floating_parameter(problem: Problem) -> nn.Parameter:
+    """Return a parameter of the net whose device and dtype new heads get."""
+    return next(p for p in problem.train.parameters() if p.is_floating_point())
+
+
 def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into a module, by name; what has no weights keeps its own."""
+    """Copy weights into a module, by name; tensors that are not among them keep their values."""
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             if name in weights:

@@ -1,4 +1,4 @@
-"""What a step of many plans at once costs, in plain training steps of the net."""
+"""Cost of a training step of many plans at once, in plain training steps of the net."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from sedona_fx.search.trials.plan_tree import PlanTree
 
 
 def tree_cost(problem: Problem, tree: PlanTree) -> float:
-    """Return the cost of one step of all blocks of a tree, in training steps of the net, by FLOPs; heads count more."""
+    """Return the cost of one step of all blocks of a tree, in plain training steps of the net.
+
+    Counted in FLOPs; those of heads are multiplied by ``HEAD_OVERHEAD``.
+    """
     return sum(_node_costs(problem, tree).values())
 
 
 def tree_cost_of_one(problem: Problem, tree: PlanTree) -> float:
-    """Return the cost of one step of the dearest plan alone."""
+    """Return the cost of one step of the most expensive plan alone, in the same unit."""
     costs = _node_costs(problem, tree)
     return max(
         sum(
@@ -28,17 +31,18 @@ def tree_cost_of_one(problem: Problem, tree: PlanTree) -> float:
 
 
 def _node_costs(problem: Problem, tree: PlanTree) -> dict[tuple[Choice, bool], float]:
-    """Return the cost of every block of a tree, as a share of a training step of the net."""
-    total = max(1, sum(info(node).flops for node in problem.train.graph.nodes))
-    flops: dict[tuple[str, ...], list[int]] = {}
+    """Return the cost of every block of a tree in plain training steps, by its choice and whether it is a last one."""
+    net_flops = max(1, sum(info(node).flops for node in problem.train.graph.nodes))
+    stretch_flops: dict[tuple[str, ...], list[int]] = {}  # by cuts: of the stretches between them
     costs = {}
     for node in tree.nodes():
         cuts = tuple(place for place, _ in node.choice)
-        if cuts not in flops:
-            flops[cuts] = [c.flops for c in stretch_costs(problem.train, [problem.node(cut) for cut in cuts])[0]]
-        own = flops[cuts][node.depth]
+        if cuts not in stretch_flops:
+            stretches, _ = stretch_costs(problem.train, [problem.node(cut) for cut in cuts])
+            stretch_flops[cuts] = [cost.flops for cost in stretches]
+        flops = stretch_flops[cuts][node.depth]
         if not node.last:
             place, head = node.choice[-1]
-            own += int(HEAD_OVERHEAD * candidate_cost(problem, place, problem.node(place), head).flops)
-        costs[node.choice, node.last] = own / total
+            flops += int(HEAD_OVERHEAD * candidate_cost(problem, place, problem.node(place), head).flops)
+        costs[node.choice, node.last] = flops / net_flops
     return costs

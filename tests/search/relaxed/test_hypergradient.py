@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedona_fx.measure import peak_bytes
+from sedona_fx.search.relaxed import hypergradient as hypergradient_module
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, batch_statistics, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import State, sgd_momentum_step
-from sedona_fx.search.relaxed.training_step import relaxed_gradients
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
+from sedona_fx.search.relaxed.training_step import RelaxedGradients, relaxed_gradients
+from sedona_fx.search.relaxed.unrolled_step import UnrolledStep
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 
 WIDTHS, CLASSES = (2, 4, 5, 4, 3), 3
@@ -89,10 +91,14 @@ class Problem:
     act: str
 
     def hypergradient(self, *, one_step: bool = False) -> HyperGradient:
-        args = (self.blocks, self.state, self.alpha, self.beta)
+        at = RelaxedNet(self.blocks, loss), self.state, Logits(self.alpha, self.beta)
         if one_step:
-            return one_step_hypergradient(*args, *self.train, self.val, loss, **SGD)
-        return hypergradient(*args, self.train, self.val, loss, **SGD)
+            return one_step_hypergradient(*at, *self.train, self.val, **SGD)
+        return hypergradient(*at, self.train, self.val, **SGD)
+
+    def relaxed_gradients(self, state: State, create_graph: bool) -> RelaxedGradients:
+        net, logits = RelaxedNet(self.blocks, loss), Logits(self.alpha, self.beta)
+        return relaxed_gradients(net, state, logits, self.train[0], create_graph=create_graph)
 
 
 def make_problem(act: str, steps: int) -> Problem:
@@ -221,6 +227,10 @@ def loss(block: int, output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target)
 
 
+def square(block: int, output: Tensor, target: Any) -> Tensor:
+    return output.square().sum()
+
+
 @pytest.mark.parametrize(("steps", "one_step"), [(1, False), (3, False), (1, True)])
 @pytest.mark.parametrize(("act", "eps"), [("relu", 1e-5), ("softplus", 1e-3)])  # a kink wants a small eps
 def test_agrees_with_central_differences(act: str, eps: float, steps: int, one_step: bool) -> None:
@@ -233,7 +243,7 @@ def test_agrees_with_central_differences(act: str, eps: float, steps: int, one_s
 
 
 @pytest.mark.parametrize("act", ["relu", "softplus", "gelu"])
-def test_one_step_in_forward_mode_equals_reverse_mode(act: str) -> None:
+def test_one_step_equals_reverse_mode(act: str) -> None:
     p = make_problem(act, 1)
     tensors, before = everything(p), [t.clone() for t in everything(p)]
     wanted, got = p.hypergradient(), p.hypergradient(one_step=True)
@@ -242,9 +252,6 @@ def test_one_step_in_forward_mode_equals_reverse_mode(act: str) -> None:
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
     assert torch.equal(got.val_loss, wanted.val_loss)
-    alone = one_step_hypergradient(p.blocks, p.state, p.alpha, p.beta, *p.train, p.val, loss, **SGD, with_beta=False)
-    assert torch.equal(alone.alpha_grad, got.alpha_grad)
-    assert not any(g.any() for g in alone.beta_grads)
 
 
 def unrolled(p: Problem) -> list[Tensor]:
@@ -265,17 +272,31 @@ def unrolled(p: Problem) -> list[Tensor]:
     return list(torch.autograd.grad(final, [alpha, *beta]))
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+class GraphKept(UnrolledStep):
+    """A step that is never recomputed: all second-order graphs are alive at once. The reference for recomputing."""
+
+    def gradients(self, buffers: list[Weights], *, keep_graph: bool) -> list[Weights]:
+        return super().gradients(buffers, keep_graph=True)
+
+
+STEPS = {"recomputed": UnrolledStep, "kept": GraphKept}
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-def test_step_by_step_equals_one_backward_through_all_steps(act: str, recompute: bool) -> None:
+def test_step_by_step_equals_one_backward_through_all_steps(
+    act: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = make_problem(act, 4)
-    args = (p.blocks, p.state, p.alpha, p.beta, p.train, p.val, loss)
-    got, wanted = hypergradient(*args, **SGD, recompute=recompute), unrolled(p)
+    monkeypatch.setattr(hypergradient_module, "UnrolledStep", STEPS[step])
+    got, wanted = p.hypergradient(), unrolled(p)
     for ours, theirs in zip([got.alpha_grad, *got.beta_grads], wanted, strict=True):
         assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
 
 
-def test_doing_steps_again_repeats_what_was_drawn_and_what_is_read_of_the_buffers() -> None:
+def test_doing_steps_again_repeats_what_was_drawn_and_what_is_read_of_the_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Dropout in the base layers, and a norm that reads its running statistics, which the steps change."""
     p = make_problem("softplus", 4)
 
@@ -288,25 +309,25 @@ def test_doing_steps_again_repeats_what_was_drawn_and_what_is_read_of_the_buffer
     block.register_buffer("mean", torch.randn(3, dtype=torch.float64))
     last = Plain(lambda m, h: ((), h.mean((2, 3)) @ m.v), v=torch.randn(3, CLASSES)).double()
     blocks = [Block(block, block, ("x",), ("h",), "h", "mix"), Block(last, last, ("h",), (), None, None)]
-    args = (blocks, State.of(blocks), torch.randn(1, 2, dtype=torch.float64), [torch.zeros(1, dtype=torch.float64)])
+    logits = Logits(torch.randn(1, 2, dtype=torch.float64), [torch.zeros(1, dtype=torch.float64)])
     found, streams = [], []
-    for recompute in (True, False):
+    for step in STEPS.values():
+        monkeypatch.setattr(hypergradient_module, "UnrolledStep", step)
         torch.manual_seed(3)
-        found.append(hypergradient(*args, p.train, p.val, loss, **SGD, recompute=recompute))
+        found.append(hypergradient(RelaxedNet(blocks, loss), State.of(blocks), logits, p.train, p.val, **SGD))
         streams.append(torch.get_rng_state())
     assert found[0].alpha_grad.abs().max() > 1e-6
     assert torch.equal(found[0].alpha_grad, found[1].alpha_grad)
     assert torch.equal(*streams)
 
 
-def test_with_recomputation_memory_does_not_grow_with_the_steps() -> None:
-    def peak(steps: int, recompute: bool) -> int:
-        p = make_problem("relu", steps)
-        args = (p.blocks, p.state, p.alpha, p.beta, p.train, p.val, loss)
-        return peak_bytes(lambda: hypergradient(*args, **SGD, recompute=recompute))
+def test_with_recomputation_memory_does_not_grow_with_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(steps: int) -> int:
+        return peak_bytes(make_problem("relu", steps).hypergradient)
 
-    assert peak(6, True) < 1.2 * peak(2, True)
-    assert peak(6, False) > 2 * peak(2, False)
+    assert peak(6) < 1.2 * peak(2)
+    monkeypatch.setattr(hypergradient_module, "UnrolledStep", GraphKept)
+    assert peak(6) > 2 * peak(2)
 
 
 def test_running_statistics_in_validation_would_be_caught() -> None:
@@ -341,7 +362,7 @@ def test_relaxed_gradients_equal_those_of_the_formula(act: str) -> None:
     wanted = oracle_gradients(flat(p.state.params), p.alpha, p.beta, inputs["x"], y, act)
     found = {}
     for create_graph in (True, False):
-        r = relaxed_gradients(p.blocks, p.state.clone(), p.alpha, p.beta, inputs, y, loss, create_graph)
+        r = p.relaxed_gradients(p.state.clone(), create_graph)
         found[create_graph] = flat(r.grads)
         assert found[create_graph].keys() == wanted.keys()
         assert all(not t.requires_grad for t in r.losses)
@@ -407,9 +428,9 @@ def test_an_evaluation_graph_of_its_own_needs_no_heads() -> None:
 
 def test_a_relaxed_step_counts_once_in_batch_norm_and_the_modules_keep_theirs() -> None:
     p = make_problem("relu", 1)
-    (inputs, y) = p.train[0]
-    r = relaxed_gradients(p.blocks, p.state, p.alpha, p.beta, inputs, y, loss, create_graph=False)
-    state = sgd_momentum_step(p.state, r.grads, **SGD, differentiable=False)
+    inputs, _ = p.train[0]
+    r = p.relaxed_gradients(p.state, create_graph=False)
+    state = sgd_momentum_step(p.state, r.grads, **SGD, in_place=True)
     assert state is p.state
     counts = [t for n, t in flat(state.buffers).items() if "num_batches" in n]
     assert [int(t) for t in counts] == [1] * (2 * LAYERS - 1)
@@ -421,8 +442,8 @@ def test_a_relaxed_step_counts_once_in_batch_norm_and_the_modules_keep_theirs() 
     assert int(own.num_batches_tracked) == 0
 
 
-@pytest.mark.parametrize("differentiable", [True, False])
-def test_the_step_is_torch_sgd(differentiable: bool) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_step_is_torch_sgd(in_place: bool) -> None:
     p = make_problem("relu", 1)
     state = State(
         [d.copy() for d in p.state.params],
@@ -438,7 +459,7 @@ def test_the_step_is_torch_sgd(differentiable: bool) -> None:
         for n, t in reference.items():
             t.grad = flat(grads).get(n)
         optimizer.step()
-        state = sgd_momentum_step(state, grads, **SGD, differentiable=differentiable)
+        state = sgd_momentum_step(state, grads, **SGD, in_place=in_place)
     for n, t in flat(state.params).items():
         torch.testing.assert_close(t, reference[n].data, rtol=1e-14, atol=1e-14)
 
@@ -487,8 +508,8 @@ def test_a_boundary_that_skips_a_block_follows_the_formula() -> None:
     x, alpha = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
     found = []
     for create_graph in (True, False):
-        args = (blocks, State.of(blocks), alpha, [one, one], {"x": x}, None)
-        found.append(relaxed_gradients(*args, lambda i, out, y: out.square().sum(), create_graph).grads[0]["w0"])
+        args = RelaxedNet(blocks, square), State.of(blocks), Logits(alpha, [one, one]), ({"x": x}, None)
+        found.append(relaxed_gradients(*args, create_graph=create_graph).grads[0]["w0"])
     w = [t.requires_grad_() for t in w]
     h0 = torch.tanh(x @ w[0])
     h1 = torch.tanh(h0 @ w[1])
@@ -519,7 +540,8 @@ def test_attention_and_frozen_weights() -> None:
     state = State.of(blocks)
     assert list(state.params[0]) == ["w", "u"]
     batch = {"x": torch.randn(5, 6, 4)}, torch.tensor([0, 1, 2, 0, 1])
-    got = hypergradient(blocks, state, torch.zeros(1, 2), [torch.zeros(1)], [batch] * 2, batch, loss, **SGD)
+    logits = Logits(torch.zeros(1, 2), [torch.zeros(1)])
+    got = hypergradient(RelaxedNet(blocks, loss), state, logits, [batch] * 2, batch, **SGD)
     assert got.alpha_grad.abs().max() > 0
     assert got.beta_grads[0].abs().max() == 0  # one head: nothing to choose
 
@@ -536,7 +558,7 @@ def test_a_gradient_past_the_boundary_is_let_through_as_the_boundary_is() -> Non
     two = Plain(lambda m, h, past: ((), (h * past) @ m.v), v=v)
     blocks = [Block(one, one, ("x",), ("h", "past"), "h", "mix"), Block(two, two, ("h", "past"), (), None, None)]
     alpha, x = torch.randn(1, 2, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    args = (blocks, State.of(blocks), alpha, [one.mix.detach()], {"x": x}, None, lambda i, out, y: out.square().sum())
+    args = RelaxedNet(blocks, square), State.of(blocks), Logits(alpha, [one.mix.detach()]), ({"x": x}, None)
     found = relaxed_gradients(*args, create_graph=False).grads
     w, p = w.requires_grad_(), alpha.softmax(1)[0]
     total = p[0] * (x * w @ u).square().sum() + p[1] * ((x * w * (x + w)) @ v).square().sum()

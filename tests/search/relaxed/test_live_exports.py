@@ -13,9 +13,10 @@ import torch
 from shared_net import SGD, Block, central_difference
 from torch import Tensor, nn
 
+from sedona_fx.errors import HeadError
 from sedona_fx.search.relaxed.hypergradient import hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import State
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 
 
@@ -45,8 +46,8 @@ def square(block: int, output: Tensor, target: Any) -> Tensor:
 
 def relaxed(blocks: list[Block], alpha: Tensor, x: Tensor) -> list[dict[str, Tensor]]:
     one = torch.zeros(1, dtype=torch.float64)
-    args = (blocks, State.of(blocks), alpha, [one] * (len(blocks) - 1), {"x": x}, None, square)
-    first, second = (relaxed_gradients(*args, create_graph).grads for create_graph in (True, False))
+    args = RelaxedNet(blocks, square), State.of(blocks), Logits(alpha, [one] * (len(blocks) - 1)), ({"x": x}, None)
+    first, second = (relaxed_gradients(*args, create_graph=create_graph).grads for create_graph in (True, False))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     return first
 
@@ -114,7 +115,7 @@ def test_a_head_that_uses_a_weight_of_its_base_layer_is_refused() -> None:
         plain(lambda m, x: ((x * m.w,), (x * m.w) @ m.u), "x", "h", w=draw(3), u=draw(3)),
         plain(lambda m, h: ((), h @ m.v), "h", v=draw(3)),
     ]
-    with pytest.raises(ValueError, match="block 0: its heads depend on w other than through the boundary 'h'"):
+    with pytest.raises(HeadError, match="block 0: its heads depend on w other than through the boundary 'h'"):
         relaxed(blocks, draw(1, 2), draw(4, 3))
 
 
@@ -136,7 +137,8 @@ def test_names_tied_inside_a_block_and_weights_used_elsewhere_in_evaluation() ->
     assert [list(d) for d in state.params] == [["w"], ["v"]]
     assert state.borrowed == [{"again": (0, "w")}, {"other": (0, "w")}]
     alpha, given = draw(1, 2), ({"x": x}, None)
-    got = hypergradient(blocks, state, alpha, [torch.zeros(1).double()], [given] * 2, given, square, **SGD)
+    logits = Logits(alpha, [torch.zeros(1).double()])
+    got = hypergradient(RelaxedNet(blocks, square), state, logits, [given] * 2, given, **SGD)
 
     def value() -> float:
         weights = [state.params[0]["w"], state.params[1]["v"]]
@@ -275,10 +277,11 @@ def test_the_hypergradient_of_any_net(seed: int) -> None:
     net = draw_net(random.Random(seed), layers=5)
     blocks, alpha, val = as_blocks(net), draw(4, 2), draw(5, 3)
     train, state, sgd = [draw(5, 3) for _ in range(3)], State.of(blocks), SGD | {"lr": 0.02}
-    beta, batches = [torch.zeros(1, dtype=torch.float64)] * 4, [({"x": x}, None) for x in train]
-    got = hypergradient(blocks, state, alpha, beta, batches, ({"x": val}, None), square, **sgd)
+    logits, batches = Logits(alpha, [torch.zeros(1, dtype=torch.float64)] * 4), [({"x": x}, None) for x in train]
+    at = RelaxedNet(blocks, square), state, logits
+    got = hypergradient(*at, batches, ({"x": val}, None), **sgd)
     of_one = [
-        function(blocks, state, alpha, beta, first, ({"x": val}, None), square, **sgd).alpha_grad
+        function(*at, first, ({"x": val}, None), **sgd).alpha_grad
         for function, first in ((hypergradient, batches[:1]), (one_step_hypergradient, batches[0]))
     ]
     torch.testing.assert_close(of_one[1], of_one[0], rtol=1e-10, atol=1e-15)

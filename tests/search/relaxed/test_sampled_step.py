@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sedona_fx
+from sedona_fx.errors import SettingsError
 from sedona_fx.search import Decision, Problem, Search
-from sedona_fx.search.relaxed import one_step
+from sedona_fx.search.relaxed.hypergradient import hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import State
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
 from sedona_fx.search.relaxed.training_step import RelaxedGradients, relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona.relaxed_net import relaxed_blocks
@@ -83,14 +84,16 @@ def formula(blocks: list[Block], alpha: Tensor, x: Tensor, y: Tensor) -> tuple[l
     return base, [torch.autograd.grad(loss, t, retain_graph=True)[0] for loss, t in zip(losses, heads, strict=True)]
 
 
+def loss(index: int, output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target)
+
+
 def step(
     blocks: list[Block], state: State, alpha: Tensor, x: Tensor, y: Tensor, sampled: dict[int, float]
 ) -> RelaxedGradients:
-    def loss(index: int, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target)
-
-    beta = [torch.zeros(1, dtype=torch.float64)] * CUTS
-    return relaxed_gradients(blocks, state, alpha, beta, {"x": x}, y, loss, create_graph=False, sampled=sampled)
+    logits = Logits(alpha, [torch.zeros(1, dtype=torch.float64)] * CUTS)
+    batch = {"x": x}, y
+    return relaxed_gradients(RelaxedNet(blocks, loss), state, logits, batch, create_graph=False, sampled=sampled)
 
 
 @pytest.mark.parametrize("trunks", [True, False])
@@ -129,8 +132,8 @@ class Kept(Exception):
     pass
 
 
-def test_the_trunk_of_a_compiled_net_is_its_net_without_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a net with dropout: what a block hands on is the same, and nothing of a head is run or updated."""
+def compiled() -> tuple[list[Block], str, Tensor, Tensor]:
+    """The relaxed blocks of a net with dropout, the name of its input, and a batch."""
     torch.manual_seed(0)
 
     def layer(a: int, b: int) -> nn.Module:
@@ -149,44 +152,43 @@ def test_the_trunk_of_a_compiled_net_is_its_net_without_heads(monkeypatch: pytes
 
     with pytest.raises(Kept):
         sedona_fx.decouple(model, [(x, y), (x, y)], search=Keep(), heads=["sedona-1", "sedona-3"])
-    blocks = relaxed_blocks(kept[0], kept[0].places())
+    (name,) = (str(n.target) for n in kept[0].train.graph.nodes if n.op == "placeholder")
+    return relaxed_blocks(kept[0], kept[0].places()), name, x, y
+
+
+def test_the_trunk_of_a_compiled_net_is_its_net_without_heads() -> None:
+    """On a net with dropout: what a block hands on is the same, and nothing of a head is run or updated."""
+    blocks, name, x, y = compiled()
     assert all(b.trunk is not None for b in blocks[:-1])
     cuts, state = len(blocks) - 1, State.of(blocks)
-    alpha, beta = torch.randn(cuts, 2, dtype=torch.float64), [torch.zeros(2, dtype=torch.float64)] * cuts
-    (name,) = (str(n.target) for n in kept[0].train.graph.nodes if n.op == "placeholder")
-
-    def loss(index: int, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target)
-
+    logits = Logits(torch.randn(cuts, 2, dtype=torch.float64), [torch.zeros(2, dtype=torch.float64)] * cuts)
+    net, batch = RelaxedNet(blocks, loss), ({name: x}, y)
     # No head draws: the streams of the base layers are the same with and without them.
     found = []
     for sampled in (dict.fromkeys(range(cuts), 0.0), {}):
         torch.manual_seed(1)
-        args = (blocks, state.clone(), alpha, beta, {name: x}, y, loss)
-        found.append(relaxed_gradients(*args, create_graph=False, sampled=sampled).grads)
+        found.append(relaxed_gradients(net, state.clone(), logits, batch, create_graph=False, sampled=sampled).grads)
     for i, (every, none) in enumerate(zip(*found, strict=True)):
         base = {n for n in every if "mixture" not in n}
         assert none.keys() == base
         assert (base < every.keys()) == (i < cuts)
         for n in base:
             torch.testing.assert_close(none[n], every[n], rtol=1e-12, atol=1e-15)
-    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-    grads = []
-    forward_mode = one_step._forward_mode
-    for with_beta, refused in ((True, set()), (False, set()), (False, {1, 2}), (False, set(range(cuts)))):
 
-        def some(*args: Any, refused: set[int] = refused) -> Any:
-            """Some blocks have operators without a forward mode."""
-            return None if args[3] in refused else forward_mode(*args)
 
-        monkeypatch.setattr(one_step, "_forward_mode", some)
-        torch.manual_seed(1)
-        batch = {name: x}, y
-        args = (blocks, state, alpha, beta, batch, batch, loss)
-        grads.append(one_step_hypergradient(*args, **sgd, with_beta=with_beta).alpha_grad)
-    for grad in grads[1:]:
-        torch.testing.assert_close(grad, grads[0], rtol=1e-11, atol=1e-14)
-    assert grads[0].abs().max() > 1e-6
+def test_on_a_compiled_net_with_dropout_one_step_equals_reverse_mode() -> None:
+    blocks, name, x, y = compiled()
+    cuts, state = len(blocks) - 1, State.of(blocks)
+    logits = Logits(torch.randn(cuts, 2, dtype=torch.float64), [torch.zeros(2, dtype=torch.float64)] * cuts)
+    net, batch, sgd = RelaxedNet(blocks, loss), ({name: x}, y), {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    torch.manual_seed(1)
+    wanted = hypergradient(net, state, logits, [batch], batch, **sgd)
+    torch.manual_seed(1)
+    got = one_step_hypergradient(net, state, logits, batch, batch, **sgd)
+    torch.testing.assert_close(got.alpha_grad, wanted.alpha_grad, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(got.beta_grads, wanted.beta_grads, rtol=1e-11, atol=1e-14)
+    assert got.alpha_grad.abs().max() > 1e-6
+    assert max(grad.abs().max() for grad in got.beta_grads) > 1e-6
 
 
 def test_every_set_of_cuts_is_as_likely() -> None:
@@ -197,5 +199,5 @@ def test_every_set_of_cuts_is_as_likely() -> None:
     assert all(abs(n - 400) < 5 * 19 for n in counts.values())  # five standard deviations
     assert sample_cuts(3, 3) == {0: 1.0, 1: 1.0, 2: 1.0}
     for count in (0, 6):
-        with pytest.raises(ValueError, match="of 5 cuts"):
+        with pytest.raises(SettingsError, match="of 5 cuts"):
             sample_cuts(5, count)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import State, sgd_momentum_step
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 
 
@@ -52,11 +52,11 @@ def distance(got: Weights, wanted: Weights) -> float:
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_equal_those_of_the_formula(tied: bool) -> None:
     blocks, given, (alpha, beta) = make_blocks(tied), batch(), logits()
-    state = State.of(blocks)
+    net, state = RelaxedNet(blocks, loss), State.of(blocks)
     wanted, losses = oracle_gradients(flat(state.params), alpha, beta, given, tied)
     found = {}
     for create_graph in (True, False):
-        r = relaxed_gradients(blocks, state.clone(), alpha, beta, *given, loss, create_graph)
+        r = relaxed_gradients(net, state.clone(), Logits(alpha, beta), given, create_graph=create_graph)
         found[create_graph] = flat(r.grads)
         assert distance(found[create_graph], wanted) < 1e-14
         torch.testing.assert_close(r.losses, [t.detach() for t in losses], rtol=1e-13, atol=0)
@@ -67,9 +67,9 @@ def test_gradients_equal_those_of_the_formula(tied: bool) -> None:
 def solve(blocks: list[Block], state: State, steps: int, tied: bool) -> tuple[HyperGradient, Tensor, Tensor, float]:
     """Return what the engine finds, and d/d(alpha), d/d(beta) and the loss of the oracle."""
     (alpha, beta), train, val = logits(), [batch() for _ in range(steps)], batch()
-    got = hypergradient(blocks, state, alpha, beta, train, val, loss, **SGD)
+    got = hypergradient(RelaxedNet(blocks, loss), state, Logits(alpha, beta), train, val, **SGD)
     if steps == 1:
-        other = one_step_hypergradient(blocks, state, alpha, beta, *train, val, loss, **SGD)
+        other = one_step_hypergradient(RelaxedNet(blocks, loss), state, Logits(alpha, beta), *train, val, **SGD)
         torch.testing.assert_close(other.alpha_grad, got.alpha_grad, rtol=1e-11, atol=1e-16)
         torch.testing.assert_close(other.beta_grads, got.beta_grads, rtol=1e-11, atol=1e-16)
 
@@ -132,12 +132,12 @@ def test_a_shared_tensor_is_held_once() -> None:
 def test_shared_running_statistics_count_every_use_and_the_modules_keep_theirs() -> None:
     blocks, (alpha, beta) = make_blocks(), logits()
     state = State.of(blocks)
-    relaxed_gradients(blocks, state, alpha, beta, *batch(), loss, create_graph=False)
+    relaxed_gradients(RelaxedNet(blocks, loss), state, Logits(alpha, beta), batch(), create_graph=False)
     counts = {key: int(t) for key, t in flat(state.buffers).items() if "num_batches" in key[1]}
     assert counts == {(2, "norm.num_batches_tracked"): 2}
     assert int(blocks[0].module.get_buffer("norm.num_batches_tracked")) == 0
     before = {k: t.clone() for k, t in flat(state.buffers).items()}
-    hypergradient(blocks, state, alpha, beta, [batch(), batch()], batch(), loss, **SGD)
+    hypergradient(RelaxedNet(blocks, loss), state, Logits(alpha, beta), [batch(), batch()], batch(), **SGD)
     assert all(torch.equal(t, before[k]) for k, t in flat(state.buffers).items())
 
 
@@ -154,8 +154,8 @@ def test_everything_let_through_is_backprop_with_torch_sgd() -> None:
         copies = [{n: b.module.get_parameter(n) for n in names_of(i)} for i, b in enumerate(blocks)]
         local_losses(copies, beta, given)[-1].backward()
         optimizer.step()
-        found = relaxed_gradients(blocks, state, alpha, beta, *given, loss, create_graph=False)
-        state = sgd_momentum_step(state, found.grads, **SGD, differentiable=False)
+        found = relaxed_gradients(RelaxedNet(blocks, loss), state, Logits(alpha, beta), given, create_graph=False)
+        state = sgd_momentum_step(state, found.grads, **SGD, in_place=True)
     held = flat(state.params)
     assert distance({k: held[k] for k in base}, {k: t.detach() for k, t in base.items()}) < 1e-14
 
@@ -164,7 +164,7 @@ def test_a_cut_that_lets_nothing_through_isolates_every_tensor_that_crosses_it()
     blocks, (_, beta), given = make_blocks(tied=False), logits(), batch()
     alpha = torch.tensor([[0.0, 0.0], [400.0, -400.0], [0.0, 0.0]], dtype=torch.float64)
     state = State.of(blocks)
-    found = relaxed_gradients(blocks, state, alpha, beta, *given, loss, create_graph=False).grads
+    found = relaxed_gradients(RelaxedNet(blocks, loss), state, Logits(alpha, beta), given, create_graph=False).grads
     assert found[0]["side"].abs().max() == 0  # read by layers 2 and 3 alone
     assert found[1]["twist"].abs().max() == 0
     assert found[0]["embed"].abs().max() > 0  # the local losses of layers 0 and 1

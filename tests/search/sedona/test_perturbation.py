@@ -35,7 +35,7 @@ from sedona_fx.search.sedona.result import SedonaResult
 from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.steps import InnerSteps
 from sedona_fx.search.session.stream import Stream
-from sedona_fx.search.session.timing import Pace
+from sedona_fx.search.session.timing import StepSeconds
 
 LAYERS, WIDTH, CLASSES, STEPS = 4, 4, 3, 2
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.05}
@@ -514,7 +514,7 @@ def test_search_and_decoding_keep_within_the_training_steps(
 
 
 def test_of_seconds_a_quarter_is_for_decoding() -> None:
-    pace = Pace(relaxed_seconds=0.5, meta_seconds=2.0)
+    pace = StepSeconds(relaxed_seconds=0.5, meta_seconds=2.0)
     budget = share_seconds(400.0, pace, RelaxedWork(1.0, 3.0), 1, None, decoding=0.25)
     assert (budget.warmup_steps, budget.meta_steps) == (300, 75)
     assert budget.decoding_cost == pytest.approx(100.0 / 0.5 * 4.0)  # a relaxed step costs four plain ones
@@ -540,7 +540,7 @@ def test_the_cost_is_stated_before_the_start_and_kept(caplog: pytest.LogCaptureF
 
 
 def test_seconds_pay_for_decoding_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(learning, "measure", lambda *args: Pace(relaxed_seconds=1.0, meta_seconds=1.2))
+    monkeypatch.setattr(learning, "measure", lambda *args: StepSeconds(relaxed_seconds=1.0, meta_seconds=1.2))
     settings = Sedona(seconds=100.0, unroll=1, decode="perturbation", perturbation_steps=2)
     with caplog.at_level(logging.INFO):
         found = run(settings)

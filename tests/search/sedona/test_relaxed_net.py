@@ -15,7 +15,7 @@ from sedona_fx.errors import DataError, SearchDivergedError
 from sedona_fx.ir.split_point import SplitPoint
 from sedona_fx.passes import relax
 from sedona_fx.search import Decision, Problem, Search, Sedona
-from sedona_fx.search.relaxed.state import State
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.sedona.relaxed_net import relaxed_blocks
 
@@ -121,7 +121,8 @@ def test_relaxed_blocks_follow_the_relaxed_objective(name):
 
     inputs = {blocks[0].inputs[0]: x}
     state = State.of(blocks)
-    found = relaxed_gradients(blocks, state, alpha, beta, inputs, y, local_loss, create_graph=False)
+    net = RelaxedNet(blocks, local_loss)
+    found = relaxed_gradients(net, state, Logits(alpha, beta), (inputs, y), create_graph=False)
 
     heads = [[b.module.get_submodule(f"sedona_split_points.{k}.mixture").heads[m] for m in range(2)]
              for k, b in enumerate(blocks[:-1])]  # fmt: skip

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tiny_search import SMALL, WORK, Layer, batches, make_blocks, same, search
 from torch import Tensor
 
+from sedona_fx.errors import DataError
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.sedona import bilevel as learning
 from sedona_fx.search.sedona import sedona
@@ -225,7 +226,7 @@ def test_a_budget_too_small_says_what_would_do() -> None:
 def test_what_cannot_be_searched_is_refused() -> None:
     with pytest.raises(ValueError, match="single base layer"):
         search(blocks=make_blocks()[3:])
-    with pytest.raises(ValueError, match="training data is empty"):
+    with pytest.raises(DataError, match="training data is empty"):
         search(train=lambda: iter(()))
     with pytest.raises(ValueError, match="unroll=0"):
         Sedona(unroll=0)

@@ -34,7 +34,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, float] | None]:
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs["sampled"])
         found = step(*args, **kwargs)
-        assert len(found.losses) == (len(kwargs["sampled"]) if kwargs["sampled"] else len(args[0]) - 1) + 1
+        assert len(found.losses) == (len(kwargs["sampled"]) if kwargs["sampled"] else len(args[0].blocks) - 1) + 1
         return found
 
     monkeypatch.setattr(inner, "relaxed_gradients", spy)

@@ -17,18 +17,18 @@ from sedona_fx.search.sedona import bilevel as learning
 from sedona_fx.search.sedona.bilevel import Learning
 from sedona_fx.search.sedona.budget import share_seconds
 from sedona_fx.search.sedona.sedona import Sedona
-from sedona_fx.search.session.timing import Pace
+from sedona_fx.search.session.timing import StepSeconds
 
 TIMED = Sedona(seconds=100.0, snapshots=3, unroll=2)
 
 
 @pytest.fixture
-def paces(monkeypatch: pytest.MonkeyPatch) -> list[Pace]:
+def paces(monkeypatch: pytest.MonkeyPatch) -> list[StepSeconds]:
     """Measurements run as they would, but what they tell is given: the last entry."""
-    given = [Pace(relaxed_seconds=10.0, meta_seconds=12.0)]
+    given = [StepSeconds(relaxed_seconds=10.0, meta_seconds=12.0)]
     measure = learning.measure
 
-    def measured(*args: Any) -> Pace:
+    def measured(*args: Any) -> StepSeconds:
         found = measure(*args)
         assert min(found.relaxed_seconds, found.meta_seconds) > 0
         return given[-1]
@@ -37,7 +37,9 @@ def paces(monkeypatch: pytest.MonkeyPatch) -> list[Pace]:
     return given
 
 
-def test_seconds_become_the_counts_that_they_pay_for(paces: list[Pace], caplog: pytest.LogCaptureFixture) -> None:
+def test_seconds_become_the_counts_that_they_pay_for(
+    paces: list[StepSeconds], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         found = search(TIMED)  # nearly 100 s: 4 steps of 10 s, as a fifth one would not fit into half; then 4 of 12 s
     assert found.cost["meta_iterations"] == 4
@@ -49,7 +51,7 @@ def test_seconds_become_the_counts_that_they_pay_for(paces: list[Pace], caplog: 
     assert same(found, search(replace(TIMED, seconds=None, **counts)))  # measuring has left no trace
 
 
-def test_measuring_gives_everything_back(paces: list[Pace]) -> None:
+def test_measuring_gives_everything_back(paces: list[StepSeconds]) -> None:
     generator = torch.Generator().manual_seed(7)
 
     class Epochs:
@@ -74,7 +76,7 @@ def test_measuring_gives_everything_back(paces: list[Pace]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
 
 
-def test_a_resumed_search_keeps_the_counts_of_the_first_measurement(paces: list[Pace], tmp_path: Path) -> None:
+def test_a_resumed_search_keeps_the_counts_of_the_first_measurement(paces: list[StepSeconds], tmp_path: Path) -> None:
     settings = replace(TIMED, folder=tmp_path, save_seconds=0.0)
 
     def event(n: int) -> None:
@@ -83,7 +85,7 @@ def test_a_resumed_search_keeps_the_counts_of_the_first_measurement(paces: list[
 
     assert search(settings, train=batches(event=event)).interrupted
     whole = search(TIMED)
-    paces.append(Pace(relaxed_seconds=1.0, meta_seconds=1.0))  # a faster machine: it is not asked again
+    paces.append(StepSeconds(relaxed_seconds=1.0, meta_seconds=1.0))  # a faster machine: it is not asked again
     again = search(settings)
     assert same(whole, again)
     assert whole.cost == again.cost
@@ -105,8 +107,8 @@ def test_a_long_search_is_measured_to_say_how_long_it_takes(
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1.0, 7.7, 1e5])
-@pytest.mark.parametrize("pace", [Pace(0.01, 0.03), Pace(0.002, 0.7)])
-def test_the_counts_fit_into_the_seconds(seconds: float, pace: Pace) -> None:
+@pytest.mark.parametrize("pace", [StepSeconds(0.01, 0.03), StepSeconds(0.002, 0.7)])
+def test_the_counts_fit_into_the_seconds(seconds: float, pace: StepSeconds) -> None:
     def spent(b: Any) -> float:
         return float(b.warmup_steps * pace.relaxed_seconds + b.meta_steps * pace.meta_seconds)
 

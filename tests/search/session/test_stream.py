@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sedona_fx.errors import CheckpointError
+from sedona_fx.errors import CheckpointError, DataError
 from sedona_fx.rng import loader_streams, random_states
 from sedona_fx.search.session.stream import Stream
 
@@ -109,7 +109,7 @@ def test_an_epoch_ends_and_its_length_is_counted_beside_it() -> None:
 
 
 def test_data_that_is_empty_or_has_shrunk_is_refused() -> None:
-    with pytest.raises(ValueError, match="the search's training data is empty"):
+    with pytest.raises(DataError, match="the search's training data is empty"):
         next(Stream(lambda: iter(()), "training", 0))
     with pytest.raises(CheckpointError, match=r"behind batch 4 .* now ends after 3 batches"):
         Stream(Epochs(None), "training", 0).go_to([0, 4])

@@ -23,8 +23,8 @@ def problem() -> Problem:
 
 def with_overhead(monkeypatch: pytest.MonkeyPatch, problem: Problem, wanted: float) -> None:
     """Let operators take `wanted` times what the batch makes."""
-    now = overhead(problem) / costs._FLOPS_AN_OPERATOR["cpu"]
-    monkeypatch.setitem(costs._FLOPS_AN_OPERATOR, "cpu", wanted / now)
+    now = overhead(problem) / costs._FLOPS_PER_OPERATOR["cpu"]
+    monkeypatch.setitem(costs._FLOPS_PER_OPERATOR, "cpu", wanted / now)
 
 
 def test_the_overhead_is_that_of_every_operator_against_the_nets_flops(problem: Problem) -> None:
