@@ -1,13 +1,15 @@
-"""The README: its code runs, and its map of the code names every file."""
+"""The README: its code runs, and its map of the code names every package; packages name their files."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sedona_fx"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -19,11 +21,21 @@ def test_the_code_runs(capsys):
     assert "blocks, cut by balanced" in capsys.readouterr().out
 
 
-def test_code_organisation_names_every_file():
+def test_code_organisation_names_every_package():
     section = README.split("## Code organisation")[1].split("\n## ")[0]
-    named = set(re.findall(r"^\| `([\w/]+\.py)` \|", section, flags=re.MULTILINE))
-    files = {str(p.relative_to(ROOT / "sedona_fx")) for p in (ROOT / "sedona_fx").rglob("*.py")}
-    assert named == {name for name in files if not name.endswith("__init__.py")}
+    rows = re.findall(r"^\| (.*?) \|", section, flags=re.MULTILINE)[2:]
+    named = {name.rstrip("/") for row in rows for name in re.findall(r"`(\w+/?)`", row)} - {"train"}
+    there = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert named == there - {"__init__", "train"}
+    assert "`train/`" in section
+
+
+@pytest.mark.parametrize("folder", [p.parent for p in PACKAGE.rglob("__init__.py") if p.parent != PACKAGE], ids=str)
+def test_a_package_names_its_files(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"^(\w+/?) {2,}\S", text, flags=re.MULTILINE))
+    there = {p.stem if p.is_file() else f"{p.name}/" for p in folder.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert named == there - {"__init__", "__pycache__/"}
 
 
 def test_every_picture_and_page_exists():
