@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.host import HostCall, as_recorded
+from sedona_fx.capture.host_calls import HostCall, as_recorded
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
