@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sedona_fx.capture.inplace import WRITES
-from sedona_fx.ir.graph import INFO, NodeInfo, operation
+from sedona_fx.ir.graph import INFO, NodeInfo, TensorSpec, operation
 
 _PURE_PACKAGES = ("", "torch", "_operator", "operator", "builtins", "math", "collections")
 
@@ -23,6 +23,11 @@ def with_record(node: fx.Node, path: str = "", returned_by: tuple[str, ...] = ()
     """
     node.meta[INFO] = NodeInfo(path=path, returned_by=returned_by)
     return node
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Return shape, dtype and device of a tensor."""
+    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
 def build_graph_module(model: nn.Module, graph: fx.Graph, attributes: nn.Module | Mapping[str, Any]) -> fx.GraphModule:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.state_watch import random_states, set_random_states
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args
@@ -51,19 +52,19 @@ class HostCall:
         name: function name that fx prints.
         host: the whole model.
         root: module path of the sub-module in it.
-        given: argument name of the host's forward -> value. Arguments that hold no tensor are fixed to their values.
+        arguments: name -> value, as the host's forward takes them. Those without a tensor are fixed to their values.
         training: the mode of the graph that makes the call.
 
     Attributes:
         recorded: what the call returned for the example batch, tensors replaced by :class:`Recorded`.
     """
 
-    def __init__(self, name: str, host: nn.Module, root: str, given: Mapping[str, Any], *, training: bool) -> None:
+    def __init__(self, name: str, host: nn.Module, root: str, arguments: Mapping[str, Any], *, training: bool) -> None:
         self.__name__ = self.__qualname__ = name
         self.__module__ = __name__
         self.host, self.root, self.training = host, root, training
-        self.names = [argument for argument, value in given.items() if holds_tensor(value)]
-        self.fixed = {argument: value for argument, value in given.items() if argument not in self.names}
+        self.names = [argument for argument, value in arguments.items() if holds_tensor(value)]
+        self.fixed = {argument: value for argument, value in arguments.items() if argument not in self.names}
         self.recorded: Any = None
 
     def run(self, inputs: Sequence[Any], stub: Callable[..., Any]) -> Any:
@@ -140,7 +141,7 @@ class Leave(HostCall):
 
 def recorded(value: Any) -> Any:
     """Return a copy of a nested value with every tensor replaced by its :class:`Recorded`."""
-    return map_tensors(lambda t: Recorded(TensorSpec(tuple(t.shape), t.dtype, t.device), t.requires_grad), value)
+    return map_tensors(lambda t: Recorded(spec_of(t), t.requires_grad), value)
 
 
 def as_recorded(call: HostCall) -> Any:
