@@ -34,12 +34,12 @@ _OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
-def record_by_export(model: nn.Module, given: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
+def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
-        given: argument name -> value. All sizes are fixed to those of the values, except the batch where possible.
+        arguments: name -> value. All sizes are fixed to those of the values, except the batch where possible.
 
     Returns:
         The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
@@ -47,16 +47,16 @@ def record_by_export(model: nn.Module, given: Mapping[str, Any]) -> tuple[fx.Gra
     Raises:
         TraceError: the program cannot be captured, or the forward changed state or drew numbers outside of the graph.
     """
-    free_batch = Args(**given).batch_size() is not None
-    capture = _capture(model, given, free_batch=free_batch)
-    if free_batch and not _serves_every_batch(capture, given):
+    free_batch = Args(**arguments).batch_size() is not None
+    capture = _capture(model, arguments, free_batch=free_batch)
+    if free_batch and not _serves_every_batch(capture, arguments):
         free_batch = False
-        capture = _capture(model, given, free_batch=False)
+        capture = _capture(model, arguments, free_batch=False)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
         program=capture.program,
-        arguments=given,
+        arguments=arguments,
         model_output=capture.model_output,
     ).convert()
     return build_graph_module(model, graph, attributes), capture.mode_reads, free_batch
@@ -72,13 +72,13 @@ class _Capture:
     mode_reads: list[nn.Module]
 
 
-def _capture(model: nn.Module, given: Mapping[str, Any], *, free_batch: bool) -> _Capture:
+def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool) -> _Capture:
     """Export the model, with a symbolic batch size if `free_batch`, else with the example's.
 
     The program returns the flat list of the tensors in the model's output, so torch.export need not know the types
     around them.
     """
-    example = _repeat_to_unusual_batch(given) if free_batch else dict(given)
+    example = _repeat_to_unusual_batch(arguments) if free_batch else dict(arguments)
     watch = StateWatch(model)
     mode_reads: dict[nn.Module, None] = {}
     changes: list[str] = []
@@ -105,7 +105,7 @@ def _capture(model: nn.Module, given: Mapping[str, Any], *, free_batch: bool) ->
     finally:
         handle.remove()
         change_after = watch.restore()
-    if not change_after and changes and replaced and _are_scratch(model, given, replaced):
+    if not change_after and changes and replaced and _are_scratch(model, arguments, replaced):
         changes = []  # every forward writes these attributes before it reads them: earlier values have no effect
     if change := next(filter(None, [*changes, change_after]), ""):
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
@@ -113,7 +113,7 @@ def _capture(model: nn.Module, given: Mapping[str, Any], *, free_batch: bool) ->
     return _Capture(program, source, model_output, list(mode_reads))
 
 
-def _serves_every_batch(capture: _Capture, given: Mapping[str, Any]) -> bool:
+def _serves_every_batch(capture: _Capture, arguments: Mapping[str, Any]) -> bool:
     """Whether a program is right for other batch sizes too.
 
     The program of a forward that branches on the batch size is right for some sizes only. The program's own guards
@@ -125,10 +125,10 @@ def _serves_every_batch(capture: _Capture, given: Mapping[str, Any]) -> bool:
     guards = getattr(capture.source, "_guards_fn", None)
     if guards is None:  # older versions of PyTorch keep them elsewhere
         return True
-    # The guards take the inputs in the order of the forward's signature, which may differ from that of `given`.
+    # The guards take the inputs in the order of the forward's signature, which may differ from that of `arguments`.
     spec = capture.program.call_spec.in_spec
     ordered_names = pytree.tree_unflatten(list(range(len(inputs))), spec)[1]
-    values = pytree.tree_leaves({name: given[name] for name in ordered_names})
+    values = pytree.tree_leaves({name: arguments[name] for name in ordered_names})
 
     def resized(value: Any, size: int) -> Any:
         has_batch = isinstance(value, Tensor) and value.dim()
@@ -142,14 +142,14 @@ def _serves_every_batch(capture: _Capture, given: Mapping[str, Any]) -> bool:
     return True
 
 
-def _are_scratch(model: nn.Module, given: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:
+def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:
     """Whether the forward never reads what stood in these attributes before it.
 
     This is tested: with a value in each that no code can use, the model must return the same bits.
 
     Args:
         model: its state is the same afterwards.
-        given: argument name -> value.
+        arguments: name -> value.
         replaced: the attributes, as (``vars(module)``, name).
     """
 
@@ -158,7 +158,7 @@ def _are_scratch(model: nn.Module, given: Mapping[str, Any], replaced: list[tupl
             for attributes, name in replaced if poisoned else ():
                 attributes[name] = object()
             seed_everything(0)
-            return model(**map_tensors(torch.clone, Args(**given).first(2).kwargs))
+            return model(**map_tensors(torch.clone, Args(**arguments).first(2).kwargs))
 
     with keep_parameters(model) as overwritten:
         try:
@@ -180,9 +180,9 @@ def _quietly() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _repeat_to_unusual_batch(given: Mapping[str, Any]) -> dict[str, Any]:
+def _repeat_to_unusual_batch(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Repeat examples until the batch size differs from every other size, which torch.export might take for it."""
-    args = Args(**given)
+    args = Args(**arguments)
     size = args.batch_size() or 1
     other_sizes = {extent for tensor in args.tensors() for extent in tensor.shape}
     unusual = next(n for n in itertools.chain(_PRIMES, itertools.count(43, 2)) if n not in other_sizes)

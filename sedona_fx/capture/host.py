@@ -96,7 +96,7 @@ def graph_around(
     model: nn.Module,
     root: str,
     sub: fx.GraphModule,
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     seen: Seen,
     reads: Reads,
     *,
@@ -108,7 +108,7 @@ def graph_around(
         model: the host.
         root: module path of the sub-module in it.
         sub: TRACED graph of the sub-module; it is not changed. Its nodes get paths and targets below `root`.
-        given: argument name of the host's forward -> value.
+        arguments: name -> value, as the host's forward takes them.
         seen: the run of the host in the mode of the graph.
         reads: the tensors that the two calls take as arguments.
         training: the mode of the graph.
@@ -121,8 +121,8 @@ def graph_around(
         attributes.update({name: tensors[name] for name in names})
         return tuple(with_record(graph.get_attr(name)) for name in names)
 
-    enter = Enter("enter", model, root, given, training=training)
-    leave = Leave("leave", model, root, given, training=training)
+    enter = Enter("enter", model, root, arguments, training=training)
+    leave = Leave("leave", model, root, arguments, training=training)
     inputs = tuple(with_record(graph.placeholder(name)) for name in enter.names)
     enter.wanted = [str(node.target) for node in sub.graph.nodes if node.op == "placeholder"]
     enter.recorded = (None, *(recorded(seen.given[name]) for name in enter.wanted))

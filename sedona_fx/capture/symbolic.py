@@ -40,13 +40,13 @@ def find_leaves(model: nn.Module, paths: Collection[str]) -> frozenset[nn.Module
 
 
 def record_symbolically(
-    model: nn.Module, given: Mapping[str, Any], leaves: frozenset[nn.Module]
+    model: nn.Module, arguments: Mapping[str, Any], leaves: frozenset[nn.Module]
 ) -> tuple[fx.GraphModule, list[nn.Module]]:
     """Record the model's forward in its present mode by symbolic tracing.
 
     Args:
         model: its state is the same afterwards.
-        given: argument name -> value. Arguments that hold no tensor become part of the graph.
+        arguments: name -> value. Values without a tensor become part of the graph.
         leaves: modules that become one node each, besides PyTorch's own layers.
 
     Returns:
@@ -55,7 +55,7 @@ def record_symbolically(
     Raises:
         TraceError: the forward cannot be traced, or it changed state or drew random numbers meanwhile.
     """
-    tracer = Tracer(leaves, given)
+    tracer = Tracer(leaves, arguments)
     watch = StateWatch(model)
     try:
         graph = tracer.trace(model)
@@ -67,7 +67,7 @@ def record_symbolically(
     finally:
         watch.restore()
     if change:
-        line = locate_side_effect(model, lambda: Tracer(leaves, given).trace(model))
+        line = locate_side_effect(model, lambda: Tracer(leaves, arguments).trace(model))
         raise TraceError(
             f"tracing {type(model).__name__} in {'train' if model.training else 'eval'} mode {change}: this would "
             f"happen once, now, and never again in training{line}."
