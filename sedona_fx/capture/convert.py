@@ -1,7 +1,9 @@
-"""From an exported program to the graph dialect: the same operators in the form that the first front end gives them.
+"""Rewrite an exported program in the graph dialect, so that no later pass need know which front end made a graph.
 
-One placeholder an argument, the model's own output type, the user's tensors under the user's names, every node with its
-module path, every parameter read where it is used.
+``torch.export`` gives a flat list of ATen operators: inputs and outputs without their containers, one node for each
+tensor of the model. The rewritten graph has what the first front end's graphs have: one placeholder per argument, the
+model's own output type, the user's tensors under the user's names, a module path at every node, and a node that reads a
+parameter at each place where it is used.
 """
 
 from __future__ import annotations
@@ -16,127 +18,131 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.graph_module import with_record
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.graph import INFO, NodeInfo, operation
+from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.outputs import fields, is_container, is_leaf, is_object
 
-_CHECKS = ("_assert_tensor_metadata", "_guards_fn")  # of dtypes and shapes: net(x) checks its inputs itself
-_RESHAPE = torch.ops.aten.reshape.default  # a view wherever one can be had, and on other backends' layouts, too
+_EXPORT_CHECKS = ("_assert_tensor_metadata", "_guards_fn")  # of dtypes and shapes: net(x) checks its inputs itself
+_RESHAPE = torch.ops.aten.reshape.default  # a view where one is possible; works on other backends' layouts, too
 
 
 class Converter:
-    """Rewrites one exported program, a flat list of tensors, into the graph dialect.
+    """Rewrites one exported program in the graph dialect.
 
     Args:
-        model: what was exported.
+        model: the model that was exported.
         source: the program's graph.
-        program: says which argument a placeholder belongs to.
-        given: argument name -> value.
-        returned: what the model returned while it was exported, without objects; the program gives its leaves.
+        program: says which argument a placeholder of `source` belongs to.
+        arguments: argument name -> value, as the model was exported with.
+        model_output: what the model returned while it was exported, without objects. Its leaves are what the program
+            returns, in the same order.
     """
 
     def __init__(
         self,
+        *,
         model: nn.Module,
         source: fx.GraphModule,
         program: torch.export.ExportedProgram,
-        given: Mapping[str, Any],
-        returned: Any,
+        arguments: Mapping[str, Any],
+        model_output: Any,
     ) -> None:
-        self.source, self.program, self.given, self.returned = source, program, given, returned
+        self.source, self.program, self.arguments, self.model_output = source, program, arguments, model_output
         self.tensors: dict[str, Any] = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         self.graph = fx.Graph()
-        self.env: dict[fx.Node, Any] = {}
+        self.env: dict[fx.Node, Any] = {}  # node of the program -> its value in the new graph
         self.constants: dict[str, str] = {}  # name in the program -> name in the graph
         self.attributes: dict[str, Any] = {}
 
     def convert(self) -> tuple[fx.Graph, dict[str, Any]]:
-        """Return the graph and what its ``get_attr`` nodes read, by target."""
-        self._inputs()
+        """Return the rewritten graph, and the tensors that its ``get_attr`` nodes read, by target."""
+        self._add_placeholders()
         for node in self.source.graph.nodes:
-            if node.op in ("placeholder", "get_attr") or _is_check(node):
+            if node.op in ("placeholder", "get_attr") or _is_export_check(node):
                 continue
             if node.op == "output":
-                computed = iter(fx.map_arg(node.args[0], self._value))
-                self._record(self.graph.output(self._rebuilt(self.returned, computed)), "")
+                leaves = iter(fx.map_arg(node.args[0], self._converted))
+                with_record(self.graph.output(self._build_output(self.model_output, leaves)))
                 continue
-            path = _path(node)
-            read = functools.partial(self._value, path=path)
-            args, kwargs = fx.map_arg(node.args, read), fx.map_arg(node.kwargs, read)
+            path = _module_path(node)
+            convert_argument = functools.partial(self._converted, path=path)
+            args, kwargs = fx.map_arg(node.args, convert_argument), fx.map_arg(node.kwargs, convert_argument)
             target = _RESHAPE if node.target is torch.ops.aten.view.default else node.target
-            made = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
-            self._record(made, path)
-            self.env[node] = made
-        for node, names in _returned(self.source.graph).items():
+            new = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
+            self.env[node] = with_record(new, path)
+        for node, paths in _returning_modules(self.source.graph).items():
             if node in self.env:
-                self.env[node].meta[INFO].returned_by = names
+                info(self.env[node]).returned_by = paths
         return self.graph, self.attributes
 
-    def _record(self, node: fx.Node, path: str) -> None:
-        node.meta[INFO] = NodeInfo(path=path)
-
-    def _inputs(self) -> None:
+    def _add_placeholders(self) -> None:
+        """Add one placeholder per argument, and the calls that take the program's flat inputs out of it."""
         flat = [node for node in self.source.graph.nodes if node.op == "placeholder"]
         spec = self.program.call_spec.in_spec
         assert spec is not None
-        _, places = pytree.tree_unflatten(list(range(len(flat))), spec)
-        holders = {name: self.graph.placeholder(name) for name, value in self.given.items() if holds_tensor(value)}
-        for node in holders.values():
-            self._record(node, "")
-        for name, holder in holders.items():
-            for keys, index in pytree.tree_flatten_with_path(places[name])[0]:
-                value = holder
+        _, flat_indices = pytree.tree_unflatten(list(range(len(flat))), spec)
+        placeholders = {name: self.graph.placeholder(name) for name, v in self.arguments.items() if holds_tensor(v)}
+        for placeholder in placeholders.values():
+            with_record(placeholder)
+        for name, placeholder in placeholders.items():
+            for keys, index in pytree.tree_flatten_with_path(flat_indices[name])[0]:
+                value = placeholder
                 for key in keys:
-                    value = self.graph.call_function(*_step(value, key))
-                    self._record(value, "")
+                    value = with_record(self.graph.call_function(*_access(value, key)))
                 self.env[flat[index]] = value
 
-    def _value(self, node: fx.Node, path: str = "") -> Any:
-        """Return what stands for a node of the program: a tensor of the model is read anew at each of its uses."""
+    def _converted(self, node: fx.Node, path: str = "") -> Any:
+        """Return the value that stands for a node of the program.
+
+        A tensor of the model gets a new ``get_attr`` node, with the module path of its reader, each time it is used.
+        """
         if node.op != "get_attr":
             return self.env[node]
         target = str(node.target)
-        if target not in self.tensors:
-            name = self.constants.setdefault(target, f"_tensor_constant{len(self.constants)}")
-            self.attributes[name] = fx.graph_module._get_attr(self.source, target)
-        else:
+        if target in self.tensors:
             name = target
             self.attributes[name] = self.tensors[target]
-        made = self.graph.get_attr(name)
-        self._record(made, path)
-        return made
+        else:
+            name = self.constants.setdefault(target, f"_tensor_constant{len(self.constants)}")
+            self.attributes[name] = fx.graph_module._get_attr(self.source, target)
+        return with_record(self.graph.get_attr(name), path)
 
-    def _rebuilt(self, value: Any, computed: Iterator[Any]) -> Any:
-        """Return nodes that build the model's own output type; tuples, lists and dictionaries need none."""
+    def _build_output(self, value: Any, leaves: Iterator[Any]) -> Any:
+        """Return nodes that build a value of the model's own output type from the program's outputs.
+
+        Tuples, lists and plain dictionaries need no node: they may be arguments of the output node.
+        """
         if is_leaf(value):
-            return next(computed)
+            return next(leaves)
         if is_object(value):
             raise TraceError(f"the model returns a {type(value).__name__}, which is no known container of tensors.")
-        inner = {key: self._rebuilt(item, computed) for key, item in fields(value)} if is_container(value) else {}
+        items = fields(value) if is_container(value) else []
+        content = {key: self._build_output(item, leaves) for key, item in items}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._call(type(value), tuple(inner.values()), {})
+            return self._call(type(value), *content.values())
         if isinstance(value, (tuple, list)):
-            return (tuple if isinstance(value, tuple) else list)(inner.values())
+            return (tuple if isinstance(value, tuple) else list)(content.values())
         if type(value) is dict:
-            return inner
+            return content
         if type(value) is OrderedDict:
-            return self._call(OrderedDict, (list(inner.items()),), {})
-        if is_container(value):  # a dataclass, or Hugging Face's outputs: both that and mappings, without what is None
-            return self._call(type(value), (), {str(key): item for key, item in inner.items()})
+            return self._call(OrderedDict, list(content.items()))
+        if is_container(
+            value
+        ):  # a dataclass; Hugging Face's outputs are mappings as well, without fields that are None
+            return self._call(type(value), **{str(key): item for key, item in content.items()})
         return value
 
-    def _call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        made = self.graph.call_function(function, args, kwargs)
-        self._record(made, "")
-        return made
+    def _call(self, constructor: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return with_record(self.graph.call_function(constructor, args, kwargs))
 
 
-def _step(value: fx.Node, key: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return the call that takes one inner value out of an argument."""
+def _access(value: fx.Node, key: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return function and arguments of the call that takes the item with a pytree key out of a value."""
     if isinstance(key, pytree.SequenceKey):
         return operator.getitem, (value, key.idx)
     if isinstance(key, pytree.MappingKey):
@@ -144,31 +150,36 @@ def _step(value: fx.Node, key: Any) -> tuple[Any, tuple[Any, ...]]:
     return getattr, (value, key.name)
 
 
-def _is_check(node: fx.Node) -> bool:
-    return getattr(node.target, "_opname", node.target) in _CHECKS
+def _is_export_check(node: fx.Node) -> bool:
+    return getattr(node.target, "_opname", node.target) in _EXPORT_CHECKS
 
 
-def _path(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
+def _module_stack(node: fx.Node) -> dict[str, Any]:
+    """Return the module calls around a node, outermost first: key of the call -> (module path, class)."""
+    return node.meta.get("nn_module_stack") or {}
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = list(_module_stack(node).values())
     return str(stack[-1][0]) if stack else ""
 
 
-def _returned(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
-    """Return which calls of modules end at a node: it alone, of the tensors made in the call, is read outside of it."""
-    calls: dict[str, tuple[str, list[fx.Node]]] = {}
-    inside: dict[fx.Node, set[str]] = {}
+def _returning_modules(graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """Return node -> paths of the modules whose output it is, innermost first.
+
+    A node is the output of a call if it is the only tensor computed during that call that is read outside of it.
+    """
+    calls: dict[str, tuple[str, list[fx.Node]]] = {}  # key of the call -> (module path, nodes recorded during it)
     for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        inside[node] = set(stack)
-        for key, (path, _) in stack.items():
+        for key, (path, _) in _module_stack(node).items():
             if path and node.op == "call_function":
                 calls.setdefault(key, (path, []))[1].append(node)
-    found: dict[fx.Node, list[str]] = {}
+    returning: dict[fx.Node, list[str]] = {}
     for key, (path, nodes) in reversed(calls.items()):
-        leaving = [n for n in nodes if _is_result(n) and any(key not in inside[user] for user in n.users)]
+        leaving = [n for n in nodes if _is_result(n) and any(key not in _module_stack(user) for user in n.users)]
         if len(leaving) == 1:
-            found.setdefault(leaving[0], []).append(path)
-    return {node: tuple(sorted(paths, key=_depth, reverse=True)) for node, paths in found.items()}
+            returning.setdefault(leaving[0], []).append(path)
+    return {node: tuple(sorted(paths, key=_depth, reverse=True)) for node, paths in returning.items()}
 
 
 def _depth(path: str) -> int:
@@ -176,7 +187,7 @@ def _depth(path: str) -> int:
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, and not just a buffer again that it has written to."""
+    """Whether a node gives a new tensor, and not only the buffer that it has written to."""
     return isinstance(node.meta.get("val"), Tensor) and not _writes_attribute(node)
 
 

@@ -1,9 +1,8 @@
 """The second front end: ``torch.export``, for models that symbolic tracing cannot record.
 
-It runs the forward on fake tensors, so Python code on shapes, types and settings is no obstacle. What it gives is one
-flat program of ATen operators with the mode baked in; here it becomes a graph as the first front end makes them: one
-placeholder an argument, the model's own output type, the user's tensors under the user's names, every node with its
-module path, every parameter read where it is used.
+It runs the forward on fake tensors, so Python code that depends on shapes, types and settings is no obstacle. Its
+result is a flat program of ATen operators for one mode; :mod:`sedona_fx.capture.convert` rewrites that as a graph like
+those of the first front end.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,119 +22,144 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.convert import Converter
+from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.proof import same_bits
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
-from sedona_fx.capture.symbolic import is_impure
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.rng import seed_all
 
-_BATCHES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
+_OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
-def record_by_export(model: nn.Module, given: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
-    """Return the graph of the model in its present mode, the modules that looked at their mode, and if the batch is
-    free.
+def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
+    """Record the model's forward in its present mode by ``torch.export``.
+
+    Args:
+        model: its state is the same afterwards.
+        arguments: name -> value. All sizes are fixed to those of the values, except the batch where possible.
+
+    Returns:
+        The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
 
     Raises:
         TraceError: the program cannot be captured, or the forward changed state or drew numbers outside of the graph.
     """
-    size = Args(**given).batch_size()
-    program, source, returned, reads = _capture(model, given, free=size is not None)
-    if size is not None and not _serves_every_batch(source, program, given):
-        program, source, returned, reads = _capture(model, given, free=False)
-        size = None
-    graph, attributes = Converter(model, source, program, given, returned).convert()
-    graph.eliminate_dead_code(is_impure)
-    gm = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
-    gm.meta["base_layers"] = tuple(getattr(model, "base_layers", ()))
-    return gm, reads, size is not None
+    free_batch = Args(**arguments).batch_size() is not None
+    capture = _capture(model, arguments, free_batch=free_batch)
+    if free_batch and not _serves_every_batch(capture, arguments):
+        free_batch = False
+        capture = _capture(model, arguments, free_batch=False)
+    graph, attributes = Converter(
+        model=model,
+        source=capture.source,
+        program=capture.program,
+        arguments=arguments,
+        model_output=capture.model_output,
+    ).convert()
+    return build_graph_module(model, graph, attributes), capture.mode_reads, free_batch
 
 
-def _capture(
-    model: nn.Module, given: Mapping[str, Any], *, free: bool
-) -> tuple[torch.export.ExportedProgram, fx.GraphModule, Any, list[nn.Module]]:
-    """Return the program, its graph, what the model returned, and the modules that looked at their mode.
+@dataclass(frozen=True)
+class _Capture:
+    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile."""
 
-    The program gives the tensors in what the model returned, one behind the other: so torch.export need not know the
-    types around them. With `free` its batch is free, else the example's.
+    program: torch.export.ExportedProgram
+    source: fx.GraphModule
+    model_output: Any
+    mode_reads: list[nn.Module]
+
+
+def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool) -> _Capture:
+    """Export the model, with a symbolic batch size if `free_batch`, else with the example's.
+
+    The program returns the flat list of the tensors in the model's output, so torch.export need not know the types
+    around them.
     """
-    example = _unusual_batch(given) if free else dict(given)
+    example = _repeat_to_unusual_batch(arguments) if free_batch else dict(arguments)
     watch = StateWatch(model)
-    reads: dict[nn.Module, None] = {}
+    mode_reads: dict[nn.Module, None] = {}
     changes: list[str] = []
-    # torch.export takes back what a forward does to attributes: look before it does.
-    notes: list[tuple[Any, str]] | None = []
-    returned: Any = None
+    replaced: list[tuple[Any, str]] | None = []
+    model_output: Any = None
 
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> list[Any]:
-        nonlocal notes, returned
+    # torch.export undoes what a forward does to attributes. This hook looks at them before that.
+    def observe(_module: nn.Module, _inputs: Any, output: Any) -> list[Any]:
+        nonlocal replaced, model_output
         if change := watch.changed(tensors=False):
             changes.append(change)
-            notes = watch.replaced_attributes()
-        returned, _ = without_objects(output)
-        return list(leaves(returned))
+            replaced = watch.replaced_attributes()
+        model_output, _ = without_objects(output)
+        return list(leaves(model_output))
 
-    handle = model.register_forward_hook(look)
+    handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(reads):
-            shapes = _free_batch(example) if free else None
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads):
+            shapes = _dynamic_shapes(example) if free_batch else None
             program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             source = program.module()
     except Exception as error:
         raise TraceError(_reason(error)) from error
     finally:
         handle.remove()
-        after = watch.restore()
-    if not after and changes and notes and _are_scratch(model, given, notes):
-        changes = []  # written before they are read in every forward: nobody sees what an earlier one left there
-    if changed := next(filter(None, [*changes, after]), ""):
-        raise TraceError(f"its forward {changed}, which would happen once, now, and never again in training.")
+        change_after = watch.restore()
+    if not change_after and changes and replaced and _are_scratch(model, arguments, replaced):
+        changes = []  # every forward writes these attributes before it reads them: earlier values have no effect
+    if change := next(filter(None, [*changes, change_after]), ""):
+        raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
-    return program, source, returned, list(reads)
+    return _Capture(program, source, model_output, list(mode_reads))
 
 
-def _serves_every_batch(
-    source: fx.GraphModule, program: torch.export.ExportedProgram, given: Mapping[str, Any]
-) -> bool:
-    """Whether a program is right for other batches: a forward that branches on their number gives one for some of them.
+def _serves_every_batch(capture: _Capture, arguments: Mapping[str, Any]) -> bool:
+    """Whether a program is right for other batch sizes too.
 
-    The program says itself for which sizes it was made (its guards); they are asked, on tensors without numbers.
+    The program of a forward that branches on the batch size is right for some sizes only. The program's own guards
+    tell for which; they are run on meta tensors of several sizes.
     """
-    inputs = [node.meta.get("val") for node in source.graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta.get("val") for node in capture.source.graph.nodes if node.op == "placeholder"]
     if any(isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int) for value in inputs):
         return False
-    guards = getattr(source, "_guards_fn", None)
+    guards = getattr(capture.source, "_guards_fn", None)
     if guards is None:  # older versions of PyTorch keep them elsewhere
         return True
-    # As export orders them: by the signature, not as they were given.
-    order = pytree.tree_unflatten(list(range(len(inputs))), program.call_spec.in_spec)[1]
-    values = pytree.tree_leaves({name: given[name] for name in order})
+    # The guards take the inputs in the order of the forward's signature, which may differ from that of `arguments`.
+    spec = capture.program.call_spec.in_spec
+    ordered_names = pytree.tree_unflatten(list(range(len(inputs))), spec)[1]
+    values = pytree.tree_leaves({name: arguments[name] for name in ordered_names})
 
-    def resized(value: Any, count: int) -> Any:
-        sized = isinstance(value, Tensor) and value.dim()
-        return value[:1].expand(count, *value.shape[1:]).to("meta") if sized else value
+    def resized(value: Any, size: int) -> Any:
+        has_batch = isinstance(value, Tensor) and value.dim()
+        return value[:1].expand(size, *value.shape[1:]).to("meta") if has_batch else value
 
-    for count in _BATCHES:
+    for size in _OTHER_BATCH_SIZES:
         try:
-            guards(*(resized(value, count) for value in values))
+            guards(*(resized(value, size) for value in values))
         except AssertionError:
             return False
     return True
 
 
-def _are_scratch(model: nn.Module, given: Mapping[str, Any], notes: list[tuple[Any, str]]) -> bool:
-    """Whether the model computes the same whatever stood in these attributes before: it only writes notes there."""
+def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:
+    """Whether the forward never reads what stood in these attributes before it.
+
+    This is tested: with a value in each that no code can use, the model must return the same bits.
+
+    Args:
+        model: its state is the same afterwards.
+        arguments: name -> value.
+        replaced: the attributes, as (``vars(module)``, name).
+    """
 
     def run(poisoned: bool) -> Any:
         with keep_state(model), torch.no_grad():
-            for attributes, name in notes if poisoned else ():
-                attributes[name] = object()  # whoever reads this fails
+            for attributes, name in replaced if poisoned else ():
+                attributes[name] = object()
             seed_all(0)
-            return model(**map_tensors(torch.clone, Args(**given).first(2).kwargs))
+            return model(**map_tensors(torch.clone, Args(**arguments).first(2).kwargs))
 
     with keep_parameters(model) as overwritten:
         try:
@@ -145,33 +170,33 @@ def _are_scratch(model: nn.Module, given: Mapping[str, Any], notes: list[tuple[A
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep torch.export from printing a whole program and its warnings: what went wrong is in the error."""
-    before = logging.root.manager.disable
+    """Keep torch.export from printing the whole program and its warnings: the error says what went wrong."""
+    previous = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)
 
 
-def _unusual_batch(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat examples until their number is unlike every other size: else the program would take one for the other."""
-    args = Args(**given)
+def _repeat_to_unusual_batch(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeat examples until the batch size differs from every other size, which torch.export might take for it."""
+    args = Args(**arguments)
     size = args.batch_size() or 1
-    taken = {extent for tensor in args.tensors() for extent in tensor.shape}
-    wanted = next(prime for prime in itertools.chain(_PRIMES, itertools.count(43, 2)) if prime not in taken)
-    return args.map(lambda t: t[torch.arange(wanted, device=t.device) % size] if t.dim() else t).kwargs
+    other_sizes = {extent for tensor in args.tensors() for extent in tensor.shape}
+    unusual = next(n for n in itertools.chain(_PRIMES, itertools.count(43, 2)) if n not in other_sizes)
+    return args.map(lambda t: t[torch.arange(unusual, device=t.device) % size] if t.dim() else t).kwargs
 
 
-def _free_batch(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Say which dimension of every input is the batch."""
+def _dynamic_shapes(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Tell torch.export that the first dimension of every input tensor is the batch, of any size."""
 
-    def free(value: Any) -> Any:
+    def batch_first(value: Any) -> Any:
         return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
 
-    return {name: pytree.tree_map(free, value) for name, value in example.items()}
+    return {name: pytree.tree_map(batch_first, value) for name, value in example.items()}
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""In-place operators of Python, recorded as what they are: functions that write and return what they wrote to.
+"""In-place operators of Python, recorded as functions that write to their first argument and return it.
 
-fx records ``x += y`` as ``x + y`` and refuses ``x[k] = v``. The first hides a write from whoever reads ``x`` under
-another name, and takes more memory than the model does. ``operator.iadd`` would not do either: fx prints it as a
-statement that rebinds the old name, which is wrong for numbers.
+fx records ``x += y`` as ``x + y`` and refuses ``x[k] = v``. The first hides a write from readers of ``x`` under another
+name, and takes more memory than the model does. Recording ``operator.iadd`` would not help: fx prints it as a statement
+that rebinds the old name, which is wrong for numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function be one node wherever it meets a stand-in: in our traces, and when fx traces a module again."""
+    """Make a function become one graph node when it is called on a proxy, in our traces and in later traces by fx."""
 
     @functools.wraps(function)
     def call(target: Any, *args: Any) -> Any:
@@ -80,7 +80,7 @@ WRITES = (setitem, iadd, isub, imul, itruediv, iand, ior)
 
 
 class InplaceProxy(fx.Proxy):
-    """fx's stand-in for a value while tracing, with Python's in-place operators."""
+    """An fx proxy that records Python's in-place operators as the functions above."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         setitem(self, key, value)

@@ -1,8 +1,9 @@
-"""The last proof behind a trace: one forward gives the same numbers as the model's, buffers included."""
+"""The last check of a trace: model and graph compute the same numbers from the same seed, buffers included."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,98 +25,122 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
 
     Objects in the output, which a graph cannot give (:func:`~sedona_fx.ir.outputs.without_objects`), are not compared.
-    Where the model has a backward of its own (``torch.autograd.Function``), which a graph may have lost, the gradients
-    of all parameters are compared as well.
+    If the model has a ``torch.autograd.Function`` of the user's, whose backward a graph may have lost, the gradients of
+    all parameters are compared as well.
+
+    Args:
+        model: its state and its modes are the same afterwards.
+        gm: its graph for one mode; reads the same parameters and buffers.
+        example: the inputs.
+        training: the mode of the graph.
 
     Returns:
-        What the model returned.
+        What the model returned, tensors detached.
 
     Raises:
-        TraceError: they are not; with the first module whose output differs.
+        TraceError: they differ; names the first module whose output does.
         DataError: the model itself cannot run the example.
     """
     mode = "train" if training else "eval"
-    given = example.bind(model.forward)
-
-    def run_model() -> Any:
-        return model(**map_tensors(torch.clone, given))
-
-    def run_graph(call: Callable[..., Any] = gm) -> Any:
-        inputs = map_tensors(torch.clone, given)
-        return call(*[inputs[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"])
-
-    custom: set[str] = set()
-
-    def run(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        with keep_state(model), torch.enable_grad():
-            seed_all(0)
-            result = call()
-            custom.update(_custom_functions(result))
-            return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in model.buffers()]
-
+    runs = _Runs(model, gm, example.bind(model.forward))
     with keep_modes(model):
         model.train(training)
         try:
-            expected, buffers = run(run_model)
+            expected, buffers = runs.outcome(runs.run_model)
         except Exception as error:
             raise DataError(
                 f"{type(model).__name__} in {mode} mode cannot run the first batch {example!r}: "
                 f"{type(error).__name__}: {error}{user_line(error)}. Check the shapes and dtypes of the data."
             ) from error
         try:
-            actual, graph_buffers = run(run_graph)
+            actual, graph_buffers = runs.outcome(runs.run_graph)
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
-        (wanted, _), (found, _) = without_objects(expected), without_objects(actual)
-        if same_bits(wanted, found) and same_bits(buffers, graph_buffers):
-            if custom:
-                _check_equal_gradients(model, run_model, run_graph, custom)
+        same_output = same_bits(without_objects(expected)[0], without_objects(actual)[0])
+        if same_output and same_bits(buffers, graph_buffers):
+            if runs.custom_functions:
+                _check_equal_gradients(runs)
             return expected
-        place = _first_difference(model, gm, lambda: run(run_model), lambda call: run(lambda: run_graph(call)))
+        place = _first_difference(runs)
     raise TraceError(
         f"the {mode} graph of {type(model).__name__} does not compute what the model computes{place}: its forward "
         f"does something that tracing cannot see (a branch on Python state, a value kept between calls). {_ADVICE}"
     )
 
 
-def _custom_functions(result: Any) -> set[str]:
-    """Return the names of the user's own autograd functions behind the tensors of a nested value."""
-    own = torch.autograd.function.BackwardCFunction
-    return {type(node).__name__.removesuffix("Backward") for node in nodes_behind(result) if isinstance(node, own)}
+class _Runs:
+    """Runs of a model and of its graph, each on a copy of the same arguments.
+
+    Attributes:
+        custom_functions: names of the user's own ``torch.autograd.Function`` classes seen in runs so far.
+    """
+
+    def __init__(self, model: nn.Module, gm: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
+        self.model, self.gm, self.arguments = model, gm, arguments
+        self.custom_functions: set[str] = set()
+
+    def run_model(self) -> Any:
+        return self.model(**map_tensors(torch.clone, self.arguments))
+
+    def run_graph(self, call: Callable[..., Any] | None = None) -> Any:
+        """Run the graph, or `call` on the values of its placeholders."""
+        values = map_tensors(torch.clone, self.arguments)
+        inputs = [values[str(node.target)] for node in self.gm.graph.nodes if node.op == "placeholder"]
+        return (call if call is not None else self.gm)(*inputs)
+
+    @contextmanager
+    def same_start(self) -> Iterator[None]:
+        """Seed the global generators, and undo what the body does to them and to the model's state."""
+        with keep_state(self.model), torch.enable_grad():
+            seed_all(0)
+            yield
+
+    def outcome(self, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+        """Return the detached output of a run, and copies of the buffers after it."""
+        with self.same_start():
+            result = run()
+            self.custom_functions |= _custom_functions(result)
+            return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in self.model.buffers()]
+
+    def gradients(self, run: Callable[[], Any]) -> list[Tensor]:
+        """Return a vector-Jacobian product of a run for every trainable parameter; the cotangents are noise.
+
+        The noise is the same for runs that leave the generators in the same states.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        with self.same_start():
+            outputs: list[Tensor] = []
+            map_tensors(outputs.append, run())
+            roots = [output for output in outputs if output.requires_grad]
+            cotangents = [torch.randn_like(root) for root in roots]
+            gradients = torch.autograd.grad(roots, parameters, cotangents, allow_unused=True)
+            return [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
 
 
-def nodes_behind(value: Any) -> Iterator[Any]:
-    """Yield the nodes of autograd's graph behind the tensors of a nested value, each once."""
-    seen, todo = set[Any](), list[Any]()
-    map_tensors(lambda t: todo.append(t.grad_fn), value)
-    while todo:
-        node = todo.pop()
+def _custom_functions(output: Any) -> set[str]:
+    """Return the names of the user's own autograd functions that the tensors of a nested value were computed with."""
+    custom = torch.autograd.function.BackwardCFunction
+    return {type(node).__name__.removesuffix("Backward") for node in autograd_nodes(output) if isinstance(node, custom)}
+
+
+def autograd_nodes(value: Any) -> Iterator[Any]:
+    """Yield the nodes of the autograd graphs of all tensors in a nested value, each once."""
+    seen, stack = set[Any](), list[Any]()
+    map_tensors(lambda t: stack.append(t.grad_fn), value)
+    while stack:
+        node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             yield node
-            todo.extend(below for below, _ in node.next_functions)
+            stack.extend(source for source, _ in node.next_functions)
 
 
-def _check_equal_gradients(
-    model: nn.Module, run_model: Callable[[], Any], run_graph: Callable[[], Any], custom: set[str]
-) -> None:
-    """Raise unless the graph has the model's gradients, to rounding: a backward of one's own may round differently."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(call: Callable[[], Any]) -> list[Tensor]:
-        with keep_state(model), torch.enable_grad():
-            seed_all(0)
-            outputs: list[Tensor] = []
-            map_tensors(outputs.append, call())
-            roots = [output for output in outputs if output.requires_grad]
-            noise = [torch.randn_like(root) for root in roots]
-            found = torch.autograd.grad(roots, parameters, noise, allow_unused=True)
-            return [torch.zeros(()) if g is None else g for g in found]
-
-    for expected, actual in zip(gradients(run_model), gradients(run_graph), strict=True):
+def _check_equal_gradients(runs: _Runs) -> None:
+    """Raise TraceError unless graph and model have equal gradients, to rounding: a custom backward rounds otherwise."""
+    for expected, actual in zip(runs.gradients(runs.run_model), runs.gradients(runs.run_graph), strict=True):
         if not (actual - expected).norm() <= 1e-3 * expected.norm():
             raise TraceError(
-                f"{type(model).__name__} has a backward of its own ({', '.join(sorted(custom))}, a "
+                f"{type(runs.model).__name__} has a backward of its own ({', '.join(sorted(runs.custom_functions))}, a "
                 "torch.autograd.Function) that the graph has lost: its gradients differ. Put the function into a "
                 "module and name that in leaf_modules=[...]."
             )
@@ -132,22 +157,18 @@ def same_bits(first: Any, second: Any) -> bool:
             and first.dtype == second.dtype
             and (torch.equal(first, second) or torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)))
         )
-    a, b = fields(first), fields(second)
-    if a and a[0][0] is None:  # not nested
+    first_items, second_items = fields(first), fields(second)
+    if first_items and first_items[0][0] is None:  # not nested
         return first is second or same_plain(first, second)
-    return [key for key, _ in a] == [key for key, _ in b] and all(
-        same_bits(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
+    return [key for key, _ in first_items] == [key for key, _ in second_items] and all(
+        same_bits(a, b) for (_, a), (_, b) in zip(first_items, second_items, strict=True)
     )
 
 
-def _first_difference(
-    model: nn.Module,
-    gm: fx.GraphModule,
-    run_model: Callable[[], Any],
-    run_graph: Callable[[Callable[..., Any]], Any],
-) -> str:
-    """Return ``" (first in layer1.0)"`` for the first module whose output differs between model and graph."""
+def _first_difference(runs: _Runs) -> str:
+    """Return ``" (first in 'layer1.0')"`` for the first module whose output differs between model and graph."""
     expected: dict[str, Any] = {}
+    differing: list[str] = []
 
     def remember(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -155,24 +176,22 @@ def _first_difference(
 
         return hook
 
-    handles = [m.register_forward_hook(remember(path)) for path, m in model.named_modules() if path]
-    differing: list[str] = []
-
     class Compare(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            own = (str(n.target),) if n.op == "call_module" else ()
-            for path in (*own, *info(n).returned_by):
+            called = (str(n.target),) if n.op == "call_module" else ()
+            for path in (*called, *info(n).returned_by):
                 if "#" not in path and path in expected and not same_bits(expected.pop(path), result):
                     differing.append(path)
             return result
 
+    handles = [m.register_forward_hook(remember(path)) for path, m in runs.model.named_modules() if path]
     try:
-        run_model()
+        runs.outcome(runs.run_model)
         for handle in handles:
             handle.remove()
-        run_graph(Compare(gm).run)
-    except Exception:  # which module comes first is a help, not the error itself
+        runs.outcome(lambda: runs.run_graph(Compare(runs.gm).run))
+    except Exception:  # the name of the module only helps; the error itself is raised anyway
         return ""
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""fx's tracer, taught what fx forgets: buffers by name, in-place operators, the module path of every node."""
+"""An fx tracer that records what fx leaves out: buffers by name, in-place operators, the module path of every node."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Tracer(fx.Tracer):
     """Records one forward of a model.
 
     Args:
-        leaves: modules that stay whole, besides PyTorch's own.
-        values: argument name -> value; what holds no tensor is taken as it is, everything else becomes a placeholder.
-            What is not named here keeps its default.
+        leaves: modules that become one node each, besides PyTorch's own layers.
+        values: argument name -> value. Values with a tensor in them become placeholders, others are used as they are.
+            Arguments without a value keep their default.
 
     Attributes:
-        mode_reads: the modules that looked at their own ``training`` flag.
+        mode_reads: the modules that read their own ``training`` flag, as keys in the order of the first read.
     """
 
     proxy_buffer_attributes = True  # otherwise buffers read in forward become nameless constants
@@ -34,9 +34,9 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.leaves, self.values = leaves, values
         self.mode_reads: dict[nn.Module, None] = {}
-        self._stack: list[str] = [""]
-        self._failed_in: str | None = None
-        self._asked: fx.Node | None = None
+        self._path_stack: list[str] = [""]  # paths of the modules whose forward runs now, innermost last
+        self._failed_in: str | None = None  # path of the innermost module that raised
+        self._asked_for: fx.Node | None = None  # the node whose value Python code needed
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
@@ -44,71 +44,71 @@ class Tracer(fx.Tracer):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Make the placeholders. An argument left out has no node at all, and neither has one without a tensor."""
-        given = {
+        """Make a placeholder for each argument with a tensor in it; no other argument gets a node."""
+        arguments = {
             name: self.create_proxy("placeholder", name, (), {}) if holds_tensor(value) else value
             for name, value in self.values.items()
         }
-        # The instance's own forward, if it has one.
-        return (lambda root: without_objects(root.forward(**given))[0]), [self.root]
+        # `root.forward`, not `root_fn`: the instance may have a forward of its own.
+        return (lambda root: without_objects(root.forward(**arguments))[0]), [self.root]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays whole."""
+        """Whether a module becomes one node."""
         return m in self.leaves or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a stand-in that knows in-place operators."""
+        """Return a proxy that records in-place operators."""
         return InplaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module, remembering where we are."""
+        """Call a module; its path goes into the records of the nodes made meanwhile, and of its result."""
         path = self.path_of_module(m)
-        self._stack.append(path)
+        self._path_stack.append(path)
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception:
             self._failed_in = path if self._failed_in is None else self._failed_in
             raise
         finally:
-            self._stack.pop()
+            self._path_stack.pop()
         if isinstance(result, fx.Proxy) and path:
             record = info(result.node)
             record.returned_by = (*record.returned_by, path)
         return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node with a record."""
+        """Make a node with a record of where it was made."""
         node = super().create_node(*args, **kwargs)
         without_grad = "" if torch.is_grad_enabled() else current_line() or " "
-        node.meta[INFO] = NodeInfo(path=self._stack[-1], without_grad=without_grad)
+        node.meta[INFO] = NodeInfo(path=self._path_stack[-1], without_grad=without_grad)
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Refuse, and remember whose value was asked for."""
+        """Raise, as fx does, and remember for the error text which node's value was needed."""
         try:
             return super().to_bool(obj)
         except Exception:
-            self._asked = obj.node
+            self._asked_for = obj.node
             raise
 
     def iter(self, obj: fx.Proxy) -> Any:
-        """Refuse (unless it is an unpacking), and remember whose values were asked for."""
+        """Raise (unless it is an unpacking), as fx does, and remember which node's values were needed."""
         try:
             return super().iter(obj)
         except Exception:
-            self._asked = obj.node
+            self._asked_for = obj.node
             raise
 
     def explain(self, error: Exception) -> str:
-        """Say what stood in the way: module, file, line, source text, and which value was asked for."""
+        """Describe why tracing failed: module, file, line, source text, and which node's value was needed."""
         where = self._failed_in or "the model's own forward"
-        value = ""
-        if self._asked is not None:
-            value = f" It asks for the value of {self._asked.name!r}, made in {describe(self._asked)}."
+        needed_value = ""
+        if self._asked_for is not None:
+            needed_value = f" It asks for the value of {self._asked_for.name!r}, made in {describe(self._asked_for)}."
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        if "__cuda_array_interface__" in reason:  # PyTorch looked for numbers in a stand-in, as it would in an array
+        if "__cuda_array_interface__" in reason:  # PyTorch tried to read the proxy as an array of numbers
             reason = "it needs the numbers in a tensor, and there are none while a forward is recorded"
-        return f"{where}{user_line(error)}: {reason}.{value}"
+        return f"{where}{user_line(error)}: {reason}.{needed_value}"
 
 
 def holds_tensor(value: Any) -> bool:
@@ -118,22 +118,23 @@ def holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def watch_training_flags(reads: dict[nn.Module, None]) -> Iterator[None]:
-    """Write down which modules are asked for their ``training`` flag.
+    """Add each module whose ``training`` flag is read in the body to `reads`.
 
-    A property of the class comes before what the instances hold; for the time of a trace, as fx itself replaces
-    ``__call__`` and ``__getattr__``. Leaf modules do not run in a trace.
+    ``training`` becomes a property of ``nn.Module`` meanwhile: a property of the class takes precedence over the
+    attributes of instances. fx replaces ``__call__`` and ``__getattr__`` in the same way during a trace. The forward of
+    a leaf module does not run in a trace, so its reads are not seen.
     """
 
-    def get(module: nn.Module) -> bool:
+    def get_flag(module: nn.Module) -> bool:
         if "training" not in vars(module):
             raise AttributeError("training")
         reads[module] = None
         return bool(vars(module)["training"])
 
-    def put(module: nn.Module, value: bool) -> None:
+    def set_flag(module: nn.Module, value: bool) -> None:
         vars(module)["training"] = value
 
-    nn.Module.training = property(get, put)  # type: ignore[assignment]
+    nn.Module.training = property(get_flag, set_flag)  # type: ignore[assignment]
     try:
         yield
     finally:

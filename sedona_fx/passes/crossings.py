@@ -1,10 +1,13 @@
-"""annotated -> annotated: how many activations cross behind every place where a block could end.
+"""TRACED -> TRACED, annotated: where a block can end, and how many activations cross there.
 
-A block that ends at a value holds what that value needs; everything else sinks behind it. What crosses is every float
-activation that depends on parameters, was made in front of that place and is read behind it: one tensor in a plain net,
-two inside a residual block, five at the bottom of a U-Net of depth four. Integers, shapes, masks and floats without
-parameters in them cross for free. Branches that feed only training outputs (GoogLeNet's classifiers) move to the last
-block and do not count.
+Blocks are trained apart, so every activation that a later block reads must be handed on, detached. This pass counts
+them, so that the next one (:mod:`sedona_fx.passes.cuts`) can offer the places where few cross.
+
+A block that ends at a node holds what that node needs; everything else belongs to later blocks. What crosses there is
+every float activation that depends on parameters, is computed by the block, and is read outside of it: one tensor in a
+plain net, two inside a residual block, five at the bottom of a U-Net of depth four. Integers, shapes, masks and floats
+that depend on no parameter cross for free. Branches that feed only training outputs (GoogLeNet's classifiers) move to
+the last block and do not count.
 """
 
 from __future__ import annotations
@@ -31,71 +34,83 @@ Needs = Mapping[fx.Node, Sequence[fx.Node]]
 
 @graph_pass(Phase.TRACED)
 def crossings(gm: fx.GraphModule, *, output: Key = None, whole: bool = False) -> fx.GraphModule:
-    """Write into every node's record whether it serves training outputs only, and what crosses if a block ends there.
+    """Fill in every node's `training_only` and `crossing`.
+
+    Before: TRACED, annotated, with explicit writes. After: the same graph; every record says whether the node serves
+    training outputs only, and how many activations cross if a block ends there (0: none can).
 
     Args:
-        gm: an annotated graph with explicit writes. Only records change.
+        gm: only the records of its nodes change.
         output: the user's name for the primary output.
-        whole: one node gives all that the graph returns, and the loss may be about any of it.
+        whole: one node computes all that the graph returns, and the loss may be about any of it.
     """
     (result,) = output_node(gm.graph).args
     primary = result if whole and isinstance(result, fx.Node) else primary_node(gm.graph, output)
     needs = dependencies(gm.graph)
-    behind = ancestors([primary], needs)
-    needed = ancestors([output_node(gm.graph)], needs)
+    needed_by_primary = ancestors([primary], needs)
+    needed_by_output = ancestors([output_node(gm.graph)], needs)
     for node in gm.graph.nodes:
-        info(node).training_only = node in needed - behind and node.op not in ("placeholder", "output")
+        for_training = node in needed_by_output - needed_by_primary
+        info(node).training_only = for_training and node.op not in ("placeholder", "output")
         info(node).crossing = 0
-    for node, count in _count(gm.graph, behind, primary, needs).items():
+    for node, count in _count(gm.graph, needed_by_primary, primary, needs).items():
         info(node).crossing = count
     return gm
 
 
 def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
-    """Return the node of the primary output."""
+    """Return the node of the primary output.
+
+    Args:
+        graph: annotated.
+        output: the user's name for the primary output; None: ``logits``, else the only or first float tensor.
+
+    Raises:
+        OutputError: there is no float tensor of that name, or none at all.
+    """
     (result,) = output_node(graph).args
     if not isinstance(result, fx.Node):
         specs = pytree.tree_map(lambda n: info(n).value if isinstance(n, fx.Node) else n, result)
         return dict(fields(result))[find_primary(specs, output)]
     key = find_primary(info(result).value, output)
-    made = _constructor_arguments(result)
-    return made.get(key, result) if key is not None else result
+    return _constructor_arguments(result).get(key, result) if key is not None else result
 
 
 def read_token(graph: fx.Graph, output: Key = None) -> tuple[int | None, int]:
-    """Return which one of the tokens (N, T, D) the primary output is made of, and T; (None, 0) if there is no such one.
+    """Return the index of the token that the primary output is computed from, and how many tokens there are.
 
-    A class token is the first, a model that reads the last one has -1; a model that takes the mean reads them all.
+    The index is 0 for a model with a class token first, and -1 for one that reads the last of its tokens (N, T, D). A
+    model that reads all of them (their mean, say), or has no tokens, gives ``(None, 0)``.
     """
     try:
-        todo = [primary_node(graph, output)]
+        stack = [primary_node(graph, output)]
     except OutputError:
         return None, 0
-    seen, chosen = set[fx.Node](), set[tuple[int | None, int]]()
-    while todo:
-        node = todo.pop()
+    seen, tokens = set[fx.Node](), set[tuple[int | None, int]]()
+    while stack:
+        node = stack.pop()
         if node in seen or not info(node).is_live or not info(node).from_input:
             continue
         seen.add(node)
         for source in node.all_input_nodes:
             value = info(source).value
             if isinstance(value, TensorSpec) and len(value.shape) == 3 and info(source).is_live:
-                chosen.add((_selected(node, source), value.shape[1]))
+                tokens.add((_selected_token(node, source), value.shape[1]))
             else:
-                todo.append(source)
-    found = chosen.pop() if len(chosen) == 1 else (None, 0)
-    return found if found[0] is not None else (None, 0)
+                stack.append(source)
+    token, count = tokens.pop() if len(tokens) == 1 else (None, 0)
+    return (token, count) if token is not None else (None, 0)
 
 
-def _selected(node: fx.Node, source: fx.Node) -> int | None:
+def _selected_token(node: fx.Node, source: fx.Node) -> int | None:
     """Return the token that a node takes out of (N, T, D): ``x[:, 0]``, or ``select(x, 1, 0)``."""
     if node.args[:1] != (source,):
         return None
     if node.target is operator.getitem:
         key = node.args[1]
-        whole = slice(None)
-        key = key[:-1] if isinstance(key, tuple) and len(key) == 3 and key[2] == whole else key
-        if isinstance(key, tuple) and len(key) == 2 and key[0] == whole and isinstance(key[1], int):
+        everything = slice(None)
+        key = key[:-1] if isinstance(key, tuple) and len(key) == 3 and key[2] == everything else key
+        if isinstance(key, tuple) and len(key) == 2 and key[0] == everything and isinstance(key[1], int):
             return key[1]
     if operation(node) == "select" and len(node.args) == 3 and node.args[1] == 1 and isinstance(node.args[2], int):
         return node.args[2]
@@ -116,80 +131,89 @@ def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
     return {name: value for name, value in bound.arguments.items() if isinstance(value, fx.Node)}
 
 
-def _count(graph: fx.Graph, behind: set[fx.Node], primary: fx.Node, needs: Needs) -> dict[fx.Node, int]:
-    """Return the nodes behind which a block can end, with the number of activations that cross there.
+def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: Needs) -> dict[fx.Node, int]:
+    """Return the nodes at which a block can end, with the number of activations that cross there.
 
-    A node can end a block if it is one live tensor, the batch first, that is not just another view of the output, if
-    what lies in front of it can be told from what lies behind it, and if no weight is left without a gradient: behind a
-    ``detach`` the block's gradient does not reach the weights in front, and another output that trains them belongs to
-    another block. Such weights have to be used again behind the node.
+    A block can end at a node if
 
-    Sets of nodes are bit sets: a net has thousands of nodes.
+    - it is one live tensor, one row per example, and not just another view of the output;
+    - no write that the edges do not show connects what the block holds with the rest;
+    - no weight is left without a gradient. After a ``detach`` the gradient of the block's loss does not reach the
+      weights before it, and the other output that trains them belongs to another block. So such weights must be used
+      again outside of the block.
+
+    Sets of nodes are bit sets (integers), because a net has thousands of nodes.
+
+    Args:
+        graph: annotated.
+        needed: the nodes that the primary output needs.
+        primary: the primary output.
+        needs: node -> what must run before it.
     """
-    order = [node for node in graph.nodes if node in behind]
+    order = [node for node in graph.nodes if node in needed]
     bit = {node: 1 << k for k, node in enumerate(order)}
     readers = dict.fromkeys(order, 0)
     for node in order:
         for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
-    inseparable, trained = _inseparable(graph, bit), _trained(graph, bit, needs)
-    weights = functools.reduce(operator.or_, trained, 0)
-    written = {write.storage for write in opaque_writes(graph)}
-    before: dict[fx.Node, int] = {}  # what a node needs, itself included
-    reached: dict[fx.Node, int] = {}  # those of these that its gradient reaches
-    crossing: dict[fx.Node, tuple[fx.Node, ...]] = {}  # the live values among these that others read
-    found: dict[fx.Node, int] = {}
+    inseparable, weight_uses = _inseparable(graph, bit), _weight_uses(graph, bit, needs)
+    weighty = functools.reduce(operator.or_, weight_uses, 0)
+    written_opaquely = {write.storage for write in opaque_writes(graph)}
+    block: dict[fx.Node, int] = {}  # node -> what it needs, itself included: the block that would end at it
+    reached: dict[fx.Node, int] = {}  # node -> those nodes of the block that its gradient reaches
+    crossing: dict[fx.Node, tuple[fx.Node, ...]] = {}  # node -> live values of the block that others read
+    counts: dict[fx.Node, int] = {}
     for node in order:
         inside = bit[node]
         reached[node] = bit[node] if info(node).is_live else 0
-        candidates: dict[fx.Node, None] = dict.fromkeys(part for part in _parts(node) if part in bit)
+        candidates: dict[fx.Node, None] = dict.fromkeys(part for part in _live_parts(node) if part in bit)
         for source in needs[node]:
-            inside |= before[source]
+            inside |= block[source]
             reached[node] |= reached[source] if info(node).is_live else 0
             candidates.update(dict.fromkeys(crossing[source]))
-        before[node] = inside
-        # What nobody outside of `inside` reads any more is read by nobody outside of a larger set either.
+        block[node] = inside
+        # A value that nobody outside of a block reads is read by nobody outside of a larger block.
         crossing[node] = tuple(value for value in candidates if readers[value] & ~inside)
         record = info(node)
-        # Nothing but views between a node and the output: a block behind it would have nothing to do.
-        last = node is primary or bool(record.storages & info(primary).storages)
-        if last or not (record.is_live and record.from_input and _is_batch(record.value, info(primary).value)):
+        # If only views lie between the node and the output, the next block would have nothing to do.
+        is_output = node is primary or bool(record.storages & info(primary).storages)
+        if is_output or not (record.is_live and record.from_input and _is_batch(record.value, info(primary).value)):
             continue
         leaving = [node, *(value for value in crossing[node] if value is not node)]
-        if any(not info(value).is_tensor or info(value).storages & written for value in leaving):
+        if any(not info(value).is_tensor or info(value).storages & written_opaquely for value in leaving):
             continue
-        missed = weights & inside & ~reached[node]
-        if missed and any(uses & missed and not uses & ~inside for uses in trained):
+        missed = weighty & inside & ~reached[node]
+        if missed and any(uses & missed and not uses & ~inside for uses in weight_uses):
             continue
         if all(group & inside in (0, group) for group in inseparable):
-            found[node] = len({info(value).storages or value for value in leaving if info(value).from_input})
-    return found
+            counts[node] = len({info(value).storages or value for value in leaving if info(value).from_input})
+    return counts
 
 
-def _trained(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
+def _weight_uses(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
     """Return for every parameter the set of nodes that use it and that the gradient of some output reaches."""
-    found, seen, todo = dict[str, int](), set[fx.Node](), list(output_node(graph).all_input_nodes)
-    while todo:
-        node = todo.pop()
+    uses, seen, stack = dict[str, int](), set[fx.Node](), list(output_node(graph).all_input_nodes)
+    while stack:
+        node = stack.pop()
         if node not in seen and info(node).is_live:
             seen.add(node)
             for name in info(node).parameters:
-                found[name] = found.get(name, 0) | bit.get(node, 0)
-            todo.extend(needs[node])
-    return list(found.values())
+                uses[name] = uses.get(name, 0) | bit.get(node, 0)
+            stack.extend(needs[node])
+    return list(uses.values())
 
 
 def _is_batch(value: object, primary: object) -> bool:
-    """Whether a value is a tensor with one row of features an example, and not, say, all windows of all images."""
+    """Whether a value is a tensor with one row of features per example, and not, say, all windows of all images."""
     if not isinstance(value, TensorSpec) or len(value.shape) < 2:
         return False
     return not isinstance(primary, TensorSpec) or not primary.shape or value.shape[0] == primary.shape[0]
 
 
-def _parts(node: fx.Node) -> Iterable[fx.Node]:
-    """Yield the live values that come into being with a node: itself, or the tensors that a tuple is taken apart into.
+def _live_parts(node: fx.Node) -> Iterable[fx.Node]:
+    """Yield the live values that a node computes: itself, or the tensors that its tuple is unpacked into.
 
-    A tuple is taken apart where it is made (see :func:`~sedona_fx.ir.flow.block_of`), so that only tensors cross.
+    A tuple is unpacked by the block that computes it (see :func:`~sedona_fx.ir.flow.block_of`), so only tensors cross.
     """
     if not info(node).is_live or node.op in ("placeholder", "get_attr"):
         return
@@ -198,23 +222,24 @@ def _parts(node: fx.Node) -> Iterable[fx.Node]:
         yield node
     else:
         for user in unpacking:
-            yield from _parts(user)
+            yield from _live_parts(user)
 
 
 def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int]) -> list[int]:
-    """Return sets of nodes that must stay in one block: users of what is written opaquely, and of a written buffer."""
+    """Return sets of nodes that must stay in one block: the users of an opaquely written value or a written buffer."""
     groups: dict[object, int] = {}
     nodes = list(graph.nodes)
     for write in opaque_writes(graph):
         for node in nodes[write.first : write.last + 1]:
-            storages = set(info(node).storages).union(*(info(a).storages for a in node.all_input_nodes))
+            storages = set(info(node).storages).union(*(info(source).storages for source in node.all_input_nodes))
             if write.storage in storages:
                 groups[write] = groups.get(write, 0) | bit.get(node, 0)
     written = {storage for node in nodes for storage in info(node).mutates}
     for attribute in nodes:
         if attribute.op == "get_attr" and info(attribute).storages & written:
+            name = str(attribute.target)
             for node in nodes:
-                if info(attribute).storages & (info(node).storages | info(node).mutates) or attribute in node.args:
-                    key = str(attribute.target)
-                    groups[key] = groups.get(key, 0) | bit.get(node, 0)
-    return [group for group in groups.values() if group & (group - 1)]
+                touched = info(node).storages | info(node).mutates
+                if info(attribute).storages & touched or attribute in node.args:
+                    groups[name] = groups.get(name, 0) | bit.get(node, 0)
+    return [group for group in groups.values() if group & (group - 1)]  # of two nodes or more

@@ -1,8 +1,13 @@
-"""annotated -> ANALYSED: the legal cut points, by name, and those of them that end a base layer.
+"""TRACED, annotated -> ANALYSED: choose the legal cut points, name them, and mark those that end a base layer.
 
-Of all places where a block could end (:mod:`sedona_fx.passes.crossings`), those are offered where at most ``max_live``
-activations cross, which lie inside ``root`` and outside of what the user keeps whole, and which follow one another: of
-two towers side by side, only one is cut. A cut that the user names is legal wherever a block can end.
+A block can end at many places (:mod:`sedona_fx.passes.crossings`), and not all are worth offering to a search. Legal
+are those where at most ``max_live`` activations cross, which lie inside ``root`` and outside of modules that the user
+keeps whole, and each of which needs all earlier ones: of two towers side by side, only one is cut. A cut that the user
+names is legal wherever a block can end.
+
+A plan holds cuts by name, so names come from the user's module paths and are the same in the train and the eval graph.
+Base layers are the unit of search: a convolution, its norm and its activation make one base layer, although a block may
+end after each of the three.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ _FOLLOWERS = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.dropout._DropoutNd,
-    nn.Identity,  # where one of the others was taken out
+    nn.Identity,  # stands where one of the others was removed
 )
 _FOLLOWER_WORDS = ("norm", "relu", "gelu", "silu", "swish", "sigmoid", "tanh", "mish", "elu", "pool", "dropout", "drop")
 
@@ -44,37 +49,38 @@ def cuts(
 ) -> fx.GraphModule:
     """Name every legal cut point in its node's record, and mark those that end a base layer.
 
+    Before: TRACED, annotated, with crossings counted. After: ANALYSED; `cut` and `base_layer` of the records are set.
+
     Args:
-        gm: a graph with crossings counted. Only records change.
+        gm: only the records of its nodes change.
         max_live: how many activations may cross at a cut point.
-        keep: names of cut points that are legal in the other mode's graph too; others are dropped.
+        keep: names of cut points that are legal in the other mode's graph too; others are dropped. None: drop none.
         also: names of cut points that are legal however many activations cross there, whatever lies around them.
-        root: module path outside of which there is no cut; its own end counts as inside.
-        no_cut: module paths inside of which there is none.
+        root: module path; there are no cuts outside of it. Its own end counts as inside.
+        no_cut: module paths; there are no cuts inside of these.
     """
-    wanted = set(also)
-    offered: dict[str, fx.Node] = {}
+    named_by_user = set(also)
+    candidates: dict[str, fx.Node] = {}
     for name, node in possible(gm.graph).items():
-        named = not wanted.isdisjoint(aliases(info(node)))
         fits = (
             info(node).crossing <= max_live
             and is_inside(node, root)
-            and not any(_strictly_inside(node, p) for p in no_cut)
+            and not any(_is_strictly_inside(node, path) for path in no_cut)
         )
-        if (fits or named) and (keep is None or name in keep):
-            offered[name] = node
-    chain = set(_longest_chain(gm.graph, [n for n in offered.values() if info(n).crossing <= max_live]))
+        if (fits or not named_by_user.isdisjoint(aliases(info(node)))) and (keep is None or name in keep):
+            candidates[name] = node
+    chain = set(_longest_chain(gm.graph, [n for n in candidates.values() if info(n).crossing <= max_live]))
     for node in gm.graph.nodes:
         info(node).cut, info(node).base_layer = None, False
-    for name, node in offered.items():
-        if node in chain or not wanted.isdisjoint(aliases(info(node))):
+    for name, node in candidates.items():
+        if node in chain or not named_by_user.isdisjoint(aliases(info(node))):
             info(node).cut = name
     mark_base_layers(gm)
     return gm
 
 
 def possible(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return the places where a block could end, by name, in the order of the program."""
+    """Return name -> node of the places where a block can end, in the order of the graph."""
     places: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if info(node).crossing:
@@ -83,100 +89,108 @@ def possible(graph: fx.Graph) -> dict[str, fx.Node]:
 
 
 def cut_name(record: NodeInfo) -> str:
-    """Name a cut in the user's module paths: the innermost module that ends there, else the operation's site."""
+    """Return the name of a cut: the path of the innermost module whose output the node is, else the node's site."""
     return record.returned_by[0] if record.returned_by else record.site
 
 
 def aliases(record: NodeInfo) -> Iterator[str]:
-    """Yield every name by which a user may call a cut point."""
+    """Yield every name by which a user may refer to a cut point."""
     yield from record.returned_by
     yield record.site
 
 
 def resolve(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return every name of every legal cut point of an ANALYSED graph."""
+    """Return the legal cut points of an ANALYSED graph under every name that a user may give them."""
     return {name: node for node in graph.nodes if info(node).cut is not None for name in aliases(info(node))}
 
 
 def base_layers(gm: fx.GraphModule) -> list[str]:
-    """Return the names of the cut points that end base layers, in order."""
+    """Return the names of the cut points that end base layers, in the order of the graph."""
     return [str(info(node).cut) for node in gm.graph.nodes if info(node).base_layer]
 
 
 def follow_one_another(graph: fx.Graph, nodes: Sequence[fx.Node]) -> bool:
-    """Whether each of the nodes needs the one before: blocks that end there follow one another."""
+    """Whether each of the nodes needs the one before it, so that blocks which end there form a chain."""
     needs = dependencies(graph)
     return all(first in ancestors([second], needs) for first, second in itertools.pairwise(nodes))
 
 
 def start_of(graph: fx.Graph, path: str) -> fx.Node | None:
-    """Return the place where a cut stands *before* a module: the latest activation that it reads and did not make."""
-    inside = {node for node in graph.nodes if _within(info(node).path, path)}
+    """Return the node to cut at for a cut *before* a module: the latest activation that it reads from outside."""
+    inside = {node for node in graph.nodes if _is_below(info(node).path, path)}
     read = {source for node in inside for source in node.all_input_nodes} - inside
     return next((node for node in reversed(graph.nodes) if node in read and info(node).is_live), None)
 
 
-def _within(path: str, module: str) -> bool:
+def is_inside(node: fx.Node, module: str) -> bool:
+    """Whether a node is computed inside a module, or is the module's output."""
+    return _is_below(info(node).path, module) or _is_output_of(node, module)
+
+
+def _is_strictly_inside(node: fx.Node, module: str) -> bool:
+    return _is_below(info(node).path, module) and not _is_output_of(node, module)
+
+
+def _is_below(path: str, module: str) -> bool:
     return not module or path == module or path.startswith(f"{module}.")
 
 
-def _ends(node: fx.Node, module: str) -> bool:
-    """Whether a node is what a module returns."""
+def _is_output_of(node: fx.Node, module: str) -> bool:
     return module in (name.partition("#")[0] for name in info(node).returned_by) or str(node.target) == module
 
 
-def is_inside(node: fx.Node, module: str) -> bool:
-    """Whether a node is made inside a module, or is what the module returns."""
-    return _within(info(node).path, module) or _ends(node, module)
-
-
-def _strictly_inside(node: fx.Node, module: str) -> bool:
-    return _within(info(node).path, module) and not _ends(node, module)
-
-
 def _longest_chain(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
-    """Return the longest series of nodes each of which needs all earlier ones: two towers are not cut both."""
+    """Return the longest sequence of nodes in which each needs all earlier ones.
+
+    Args:
+        graph: holds the nodes.
+        nodes: candidates, in the order of the graph.
+    """
     needs = dependencies(graph)
     bit = {node: 1 << k for k, node in enumerate(nodes)}
-    before: dict[fx.Node, int] = {}
+    needed: dict[fx.Node, int] = {}  # node -> bit set of the candidates that it needs, itself included
     for node in graph.nodes:
-        before[node] = bit.get(node, 0)
+        needed[node] = bit.get(node, 0)
         for source in needs[node]:
-            before[node] |= before[source]
-    best: dict[fx.Node, tuple[int, fx.Node | None]] = {}
-    longest: list[int] = []  # of all chains that end at one of the first k + 1 nodes
+            needed[node] |= needed[source]
+    best: dict[fx.Node, tuple[int, fx.Node | None]] = {}  # node -> length of the longest chain to it, node before it
+    longest_so_far: list[int] = []  # the longest chain that ends at one of the first k + 1 candidates
     for k, node in enumerate(nodes):
         best[node] = (1, None)
-        for other, bound in zip(reversed(nodes[:k]), reversed(longest), strict=True):
-            if bound < best[node][0]:
+        for other, bound in zip(reversed(nodes[:k]), reversed(longest_so_far), strict=True):
+            if bound < best[node][0]:  # no earlier candidate ends a longer chain
                 break
-            if before[node] & bit[other] and best[other][0] + 1 > best[node][0]:
+            if needed[node] & bit[other] and best[other][0] + 1 > best[node][0]:
                 best[node] = (best[other][0] + 1, other)
-        longest.append(max(best[node][0], longest[-1] if longest else 0))
+        longest_so_far.append(max(best[node][0], longest_so_far[-1] if longest_so_far else 0))
     chain: list[fx.Node] = []
-    at = max(nodes, key=lambda n: best[n][0], default=None)
-    while at is not None:
-        chain.append(at)
-        at = best[at][1]
+    last = max(nodes, key=lambda n: best[n][0], default=None)
+    while last is not None:
+        chain.append(last)
+        last = best[last][1]
     return chain[::-1]
 
 
 def mark_base_layers(gm: fx.GraphModule) -> None:
-    """Mark the cut points that end base layers: those the model declares, else those a rule keeps.
+    """Mark the cut points that end base layers: those that the model declares, else those that a rule selects.
 
-    The rule: the stretch since the last kept one holds a weight of two or more dimensions; the only reader is no norm,
-    activation, pool or dropout (one reader among several, as in a pre-norm residual block, begins something new); and
-    more than one weight is left behind it (a head there would only repeat the classifier that follows).
+    The rule marks a cut point if
+
+    - a weight of two or more dimensions was used since the last marked one;
+    - its only reader is no norm, activation, pool or dropout. One such reader among several, as in a pre-norm residual
+      block, begins something new;
+    - more than one weight is left after it: a head there would only repeat the classifier that follows.
     """
     declared = gm.meta.get("base_layers")
     if declared:
-        names = resolve(gm.graph)
+        named_cuts = resolve(gm.graph)
         for path in declared[:-1]:  # the last base layer ends where the model does
-            if path in names:
-                info(names[path]).base_layer = True
+            if path in named_cuts:
+                info(named_cuts[path]).base_layer = True
         return
     weighty = [node for node in gm.graph.nodes if info(node).weighty and not info(node).training_only]
-    left, since = len({n for w in weighty for n in info(w).parameters[:1]}), 0
+    weights_left = len({name for node in weighty for name in info(node).parameters[:1]})
+    weights_since_mark = 0
     counted: set[str] = set()
     for node in gm.graph.nodes:
         record = info(node)
@@ -184,21 +198,20 @@ def mark_base_layers(gm: fx.GraphModule) -> None:
             continue
         if record.weighty and record.parameters[0] not in counted:
             counted.add(record.parameters[0])
-            since, left = since + 1, left - 1
+            weights_since_mark, weights_left = weights_since_mark + 1, weights_left - 1
         if record.cut is None:
             continue
         readers = [user for user in node.users if not info(user).training_only]
-        if since and left > 1 and not (len(readers) == 1 and _follows(gm, readers[0])):
-            record.base_layer, since = True, 0
+        followed = len(readers) == 1 and _is_follower(gm, readers[0])
+        if weights_since_mark and weights_left > 1 and not followed:
+            record.base_layer, weights_since_mark = True, 0
 
 
-def _follows(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node belongs to what stands before it: a norm, an activation, a pool or a dropout."""
+def _is_follower(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node belongs to the layer before it: a norm, an activation, a pool or a dropout."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return (
-            isinstance(module, _FOLLOWERS)
-            or (type(module).__module__ == "torch.nn.modules.activation" and not any(True for _ in module.parameters()))
-            or any(word in type(module).__name__.lower() for word in ("norm", "pool", "drop"))
-        )
+        is_activation = type(module).__module__ == "torch.nn.modules.activation" and not list(module.parameters())
+        named_like_one = any(word in type(module).__name__.lower() for word in ("norm", "pool", "drop"))
+        return isinstance(module, _FOLLOWERS) or is_activation or named_like_one
     return any(word in operation(node).lower() for word in _FOLLOWER_WORDS)

@@ -1,8 +1,13 @@
-"""PRUNED -> LOWERED: real boundaries. Every split point becomes a detach, a head, and a move to the next device."""
+"""PRUNED -> LOWERED: every split point becomes a real boundary: a detach, a head, and a move to the next device.
+
+In a PRUNED graph it is decided where blocks end, but gradients still flow through. Here every node gets its block, and
+every value that crosses from one block to a later one does so through nodes that can be seen: nothing that happens at
+a boundary is left to whoever runs the blocks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -11,6 +16,7 @@ from torch.fx.node import Argument, Target
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import (
     HEADS,
+    INFO,
     SPLIT_POINTS,
     NodeInfo,
     copy_graph,
@@ -21,39 +27,44 @@ from sedona_fx.ir.graph import (
 )
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.spec import Phase
-from sedona_fx.ir.split_point import SplitPoint, gated_value
+from sedona_fx.ir.split_point import SplitPoint
+from sedona_fx.passes.prune import bypass
+from sedona_fx.passes.relax import LOCAL_OUTPUT, boundary_record
 
 
 @graph_pass(Phase.LOWERED)
 def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> fx.GraphModule:
     """Give every node its block and make every crossing explicit.
 
-    Before: PRUNED. After: LOWERED; nodes stand in the order of their blocks, every live value crosses to later blocks
-    through ``detach``, every tensor through ``.to(device)`` where the devices differ, and through ``clone`` where the
-    reading block overwrites it. Heads read the undetached activation, in its block. The graph returns
-    ``(local output, ..., output)``.
+    Before: PRUNED. After: LOWERED, that is
+
+    - nodes stand in the order of their blocks;
+    - every live value crosses to later blocks through ``detach``, every tensor through ``.to(device)`` where the
+      devices differ, and through ``clone`` where the reading block overwrites it;
+    - heads read the undetached activation, in its block;
+    - the graph returns ``(local output, ..., output)``.
 
     Args:
-        gm: the PRUNED graph; it is not changed. Modules are shared.
-        devices: one device a block, or None to move nothing.
+        gm: it is not changed. Modules are shared.
+        devices: one device per block, or None to move nothing.
     """
     graph, _ = copy_graph(gm.graph)
     lowered = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
     splits = split_point_nodes(graph)
     ends = [split.all_input_nodes[0] for split in splits]
-    locals_ = [_replace_split(lowered, split, index) for index, split in enumerate(splits)]
+    head_calls = [_replace_by_head(lowered, split, index) for index, split in enumerate(splits)]
     assign_blocks(graph, ends)
-    for block, local in enumerate(locals_):
-        if local is not None:
-            info(local).block = block
+    for block, head_call in enumerate(head_calls):
+        if head_call is not None:
+            info(head_call).block = block
     sort_by_block(graph)
     position = {node: k for k, node in enumerate(graph.nodes)}
     for node in [n for n in graph.nodes if n.op != "output" and not info(n).boundary]:
-        _cross(graph, node, position, devices)
+        _cross(node, position, devices)
     result = output_node(graph)
     outputs = result.args[0]
     assert isinstance(outputs, tuple)
-    result.args = ((*locals_, outputs[-1]),)
+    result.args = ((*head_calls, outputs[-1]),)
     graph.eliminate_dead_code(lambda n: not (info(n).boundary and not n.users))
     if hasattr(lowered, SPLIT_POINTS):
         delattr(lowered, SPLIT_POINTS)
@@ -62,54 +73,58 @@ def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> 
 
 
 def assign_blocks(graph: fx.Graph, ends: Sequence[fx.Node]) -> None:
-    """Write the block of every node, as :func:`~sedona_fx.ir.flow.block_of` finds it, into its record."""
+    """Write the block of every node into its record.
+
+    Args:
+        graph: in the order of the program.
+        ends: the nodes at which blocks end, in order, without the last block's. Which node belongs to which block, see
+            :func:`~sedona_fx.ir.flow.block_of`.
+    """
     for node, block in block_of(graph, ends).items():
         info(node).block = block
 
 
 def sort_by_block(graph: fx.Graph) -> None:
-    """Reorder a graph by block, keeping the order of the program within each; placeholders and output stay."""
+    """Reorder a graph by block, keeping the order within each block; placeholders stay first and the output last."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    anchor = output_node(graph)
+    result = output_node(graph)
     for node in sorted(nodes, key=lambda n: info(n).block or 0):
-        anchor.prepend(node)
+        result.prepend(node)
 
 
-def _replace_split(gm: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
-    """Replace a split point by its head; return the head's call, or None without heads."""
+def _replace_by_head(gm: fx.GraphModule, split: fx.Node, index: int) -> fx.Node | None:
+    """Replace a split point by a call of its head; return the call, or None for a split point without heads."""
     source = split.all_input_nodes[0]
     point = gm.get_submodule(str(split.target))
     assert isinstance(point, SplitPoint)
-    head = None
+    head_call = None
     if point.heads:
-        gm.add_submodule(f"{HEADS}.{index}", point.heads[0])
+        name = f"{HEADS}.{index}"
+        gm.add_submodule(name, point.heads[0])
         with gm.graph.inserting_after(split):
-            head = gm.graph.call_module(f"{HEADS}.{index}", (source,))
-        head.meta["sedona"] = NodeInfo(path=info(source).path, site=f"{HEADS}.{index}", boundary=True, depends=True)
+            head_call = gm.graph.call_module(name, (source,))
+        head_call.meta[INFO] = NodeInfo(path=info(source).path, site=name, boundary=True, depends=True)
     for item in list(split.users):
-        if item.args[1] == 1:
-            assert head is not None
-            item.replace_all_uses_with(head)
+        if item.args[1] == LOCAL_OUTPUT:
+            assert head_call is not None
+            item.replace_all_uses_with(head_call)
             gm.graph.erase_node(item)
-            continue
-        value = gated_value(split, item)
-        for clone in [u for u in item.users if u.target is torch.clone and info(u).boundary]:
-            clone.replace_all_uses_with(value)
-            gm.graph.erase_node(clone)
-        item.replace_all_uses_with(value)
-        gm.graph.erase_node(item)
+        else:
+            bypass(split, item)
     gm.graph.erase_node(split)
-    return head
+    return head_call
 
 
-def _cross(
-    graph: fx.Graph, node: fx.Node, position: dict[fx.Node, int], devices: Sequence[torch.device] | None
-) -> None:
-    """Insert what a value needs on its way to later blocks."""
-    record = info(node)
-    # Every block reads the model's own tensors itself: a shared parameter gets the gradients of all its blocks.
-    home = record.block if node.op != "placeholder" else None
-    _undo_detach(graph, node)
+def _cross(node: fx.Node, position: Mapping[fx.Node, int], devices: Sequence[torch.device] | None) -> None:
+    """Insert the nodes through which a value crosses from its block to later ones.
+
+    Args:
+        node: computes the value.
+        position: node -> position in the graph, for all nodes that were there before crossings were inserted.
+        devices: one device per block, or None.
+    """
+    _undo_detach(node)
+    home = _home(node)
     readers: dict[int, list[fx.Node]] = {}
     for user in node.users:
         block = info(user).block
@@ -117,65 +132,72 @@ def _cross(
             readers.setdefault(block, []).append(user)
     if not readers:
         return
-    carried = node
-    if home is not None:
-        # A reader that the program has before a write of the home block sinks behind it: keep the old numbers for it.
-        writes = [n for n in position if info(n).block == home and info(n).mutates & record.storages]
-        soonest = min(info(user).order for users in readers.values() for user in users)
-        if record.is_tensor and any(info(write).order > soonest for write in writes):
-            seen = [write for write in writes if info(write).order < soonest]
-            carried = _insert_after(graph, seen[-1] if seen else node, torch.clone, (node,), home, record)
-        if record.is_live and node.op != "get_attr":
-            carried = _insert_after(graph, carried, torch.detach, (carried,), home, record)
+    carried = _leave(node, home, readers, position) if home is not None else node
     for block, users in readers.items():
-        entered = carried
-        first = min(users, key=position.__getitem__)
-        overwrites = record.storages and any(
-            info(other).block == block and info(other).mutates & record.storages for other in position
-        )
-        moved = devices is not None and record.is_tensor and (home is None or devices[home] != devices[block])
-        if moved and devices is not None:
-            entered = _insert_before(graph, first, "to", (entered, devices[block]), block, record)
-        if overwrites and home is not None and not moved and node.op != "get_attr":
-            entered = _insert_before(graph, first, torch.clone, (entered,), block, record)
+        entered = _enter(node, carried, block, users, position=position, devices=devices)
         if entered is not node:
             for user in users:
                 user.replace_input_with(node, entered)
 
 
-def _undo_detach(graph: fx.Graph, node: fx.Node) -> None:
-    """Drop the detach of a training-only branch: :func:`_cross` puts one where the value really crosses."""
+def _home(node: fx.Node) -> int | None:
+    """Return the block that a value leaves when it crosses; None for an input of the graph: it only enters blocks."""
+    return info(node).block if node.op != "placeholder" else None
+
+
+def _leave(
+    node: fx.Node, home: int, readers: Mapping[int, Sequence[fx.Node]], position: Mapping[fx.Node, int]
+) -> fx.Node:
+    """Insert into a value's own block what it needs to leave it; return what later blocks read."""
+    graph, record, carried = node.graph, info(node), node
+    # Where the program reads the value before its own block overwrites it, the reading block now runs after that write:
+    # a clone keeps the old numbers for it.
+    writes = [n for n in position if info(n).block == home and info(n).mutates & record.storages]
+    first_read = min(info(user).order for users in readers.values() for user in users)
+    if record.is_tensor and any(info(write).order > first_read for write in writes):
+        writes_before = [write for write in writes if info(write).order < first_read]
+        with graph.inserting_after(writes_before[-1] if writes_before else node):
+            carried = _add(graph, torch.clone, (node,), record, home)
+    # Every block reads the model's own tensors itself, so that a shared parameter gets the gradients of all its blocks.
+    if record.is_live and node.op != "get_attr":
+        with graph.inserting_after(carried):
+            carried = _add(graph, torch.detach, (carried,), record, home)
+    return carried
+
+
+def _enter(
+    node: fx.Node,
+    carried: fx.Node,
+    block: int,
+    users: Sequence[fx.Node],
+    *,
+    position: Mapping[fx.Node, int],
+    devices: Sequence[torch.device] | None,
+) -> fx.Node:
+    """Insert into a block what a value needs to enter it; return what the block's readers of the value read."""
+    graph, record, home = node.graph, info(node), _home(node)
+    first_user = min(users, key=position.__getitem__)
+    if devices is not None and record.is_tensor and (home is None or devices[home] != devices[block]):
+        with graph.inserting_before(first_user):
+            return _add(graph, "to", (carried, devices[block]), record, block)
+    overwrites = any(info(n).block == block and info(n).mutates & record.storages for n in position)
+    if overwrites and home is not None and node.op != "get_attr":
+        with graph.inserting_before(first_user):
+            return _add(graph, torch.clone, (carried,), record, block)
+    return carried
+
+
+def _undo_detach(node: fx.Node) -> None:
+    """Remove the detach of a training-only branch: :func:`_cross` inserts one where the value really crosses."""
     for user in list(node.users):
         if info(user).boundary and info(user).training_only and user.target in (torch.detach, torch.clone):
-            _undo_detach(graph, user)
+            _undo_detach(user)
             user.replace_all_uses_with(node)
-            graph.erase_node(user)
+            node.graph.erase_node(user)
 
 
-def _made(node: fx.Node, block: int, record: NodeInfo) -> fx.Node:
-    node.meta["sedona"] = NodeInfo(
-        path=record.path,
-        site=f"{record.site}@{operation(node)}{block}",
-        order=record.order,
-        value=record.value,
-        depends=record.depends,
-        channel_dim=record.channel_dim,
-        block=block,
-        boundary=True,
-    )
+def _add(graph: fx.Graph, target: Target, args: tuple[Argument, ...], record: NodeInfo, block: int) -> fx.Node:
+    """Add a node of a boundary at the graph's insertion point; `record` belongs to the value that it carries on."""
+    node = graph.create_node("call_method" if isinstance(target, str) else "call_function", target, args)
+    node.meta[INFO] = boundary_record(record, site=f"{record.site}@{operation(node)}{block}", block=block)
     return node
-
-
-def _insert_after(
-    graph: fx.Graph, node: fx.Node, target: Target, args: tuple[Argument, ...], block: int, record: NodeInfo
-) -> fx.Node:
-    with graph.inserting_after(node):
-        return _made(graph.create_node("call_function", target, args), block, record)
-
-
-def _insert_before(
-    graph: fx.Graph, node: fx.Node, target: Target, args: tuple[Argument, ...], block: int, record: NodeInfo
-) -> fx.Node:
-    kind = "call_method" if isinstance(target, str) else "call_function"
-    with graph.inserting_before(node):
-        return _made(graph.create_node(kind, target, args), block, record)

@@ -1,7 +1,14 @@
-"""LOWERED or RELAXED -> K blocks: one GraphModule a block, wired by the names of the values that cross."""
+"""LOWERED or RELAXED -> K blocks: one GraphModule per block, wired by the names of the values that cross.
+
+Schedules train blocks one at a time, on different devices, or a step apart, so each block must be a module that can run
+by itself. Blocks of a LOWERED graph are what is trained. Blocks of a RELAXED graph serve a search, which combines the
+gradients of its split points itself.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,107 +28,130 @@ from sedona_fx.ir.modules import direct_children
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.ir.split_point import gated_value
 from sedona_fx.passes.lower import assign_blocks, sort_by_block
+from sedona_fx.passes.prune import boundary_clones
+from sedona_fx.passes.relax import LOCAL_OUTPUT
 
 
 def partition(gm: fx.GraphModule) -> list[BlockGraph]:
     """Split a LOWERED graph at its boundaries, or a RELAXED graph at its split points, into block graphs.
 
-    The modules of the blocks are those of `gm`, under the same names: a block's ``state_dict`` has some of the model's
-    names, never another name. In blocks of a RELAXED graph the local output is the plain mixture of the heads on the
-    unscaled activation; weighting by p_isolate and p_through is left to who combines the gradients.
+    Before: LOWERED or RELAXED. After: K graphs of phase BLOCK, in order; each returns ``(exports, local output)``.
+
+    In blocks of a RELAXED graph the local output is the plain mixture of the heads, computed from the unscaled
+    activation. Weighting by p_isolate and p_through is left to the caller, who combines the gradients.
+
+    Args:
+        gm: it is not changed. The modules of the blocks are its modules, under the same names, so the ``state_dict`` of
+            a block has some of the model's names and never another name.
     """
     graph, _ = copy_graph(gm.graph)
     splits = split_point_nodes(graph)
     if splits:
         assign_blocks(graph, [split.all_input_nodes[0] for split in splits])
-        for node in graph.nodes:  # a training-only branch reads what its source's block has detached (and cloned)
+        for node in graph.nodes:  # the detach (and clone) before a training-only branch runs in its source's block
             if node.target in (torch.detach, torch.clone) and info(node).boundary and info(node).training_only:
                 info(node).block = info(node.all_input_nodes[0]).block
         for index, split in enumerate(splits):
-            _ungate(graph, split, index)
+            _replace_split_point(split, index)
         sort_by_block(graph)
-    result = output_node(graph)
-    outputs = result.args[0]
-    assert isinstance(outputs, tuple)
+    outputs: Any = output_node(graph).args[0]
     count = 1 + max((info(n).block or 0 for n in graph.nodes if n.op not in ("placeholder", "output")), default=0)
-    local_nodes = dict(enumerate(outputs[:-1]))
-    return [_block(gm, graph, index, count, local_nodes.get(index), outputs[-1]) for index in range(count)]
+    whole = _WholeGraph(gm, graph, count, local_outputs=dict(enumerate(outputs[:-1])), output=outputs[-1])
+    return [_block(whole, index) for index in range(count)]
 
 
-def _ungate(graph: fx.Graph, split: fx.Node, index: int) -> None:
-    """Replace a split point by a marked crossing and its heads' mixture."""
+def _replace_split_point(split: fx.Node, index: int) -> None:
+    """Replace a split point by marks of what crosses there, and a call of its heads' mixture."""
+    graph = split.graph
     for item in list(split.users):
         with graph.inserting_after(split):
-            if item.args[1] == 1:
+            if item.args[1] == LOCAL_OUTPUT:
                 new = graph.call_module(f"{split.target}.mixture", split.args[:1])
             else:
-                new = graph.call_function(torch.detach, (gated_value(split, item),))  # a mark; nothing is detached
+                # Only a mark, which :func:`_is_crossing` recognises: no block contains it, and nothing is detached.
+                new = graph.call_function(torch.detach, (gated_value(split, item),))
         copy_info(item, new, block=index, boundary=True)
         item.replace_all_uses_with(new)
-        for clone in [u for u in new.users if u.target is torch.clone and info(u).boundary]:
+        for clone in boundary_clones(new):
             info(clone).block = index + 1
         graph.erase_node(item)
     graph.erase_node(split)
 
 
-def _crossing(node: fx.Node) -> bool:
+@dataclass(frozen=True)
+class _WholeGraph:
+    """A graph whose nodes all have blocks, and what it returns: block -> its local output, and the model's output."""
+
+    gm: fx.GraphModule
+    graph: fx.Graph
+    block_count: int
+    local_outputs: Mapping[int, fx.Node | None]
+    output: Any
+
+
+def _block(whole: _WholeGraph, index: int) -> BlockGraph:
+    """Return one block as a graph of its own."""
+    nodes = [node for node in whole.graph.nodes if node.op not in ("placeholder", "output")]
+    body = [node for node in nodes if info(node).block == index and not _is_crossing(node)]
+    is_last = index == whole.block_count - 1
+    reads = dict.fromkeys(_source(argument) for node in body for argument in node.all_input_nodes)
+    if is_last:
+        fx.map_arg(whole.output, lambda n: reads.setdefault(_source(n)))
+    foreign = [source for source in reads if source.op == "placeholder" or info(source).block != index]
+
+    block_graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}  # node of the whole graph -> node of the block
+    inputs: list[str] = []
+    for source in foreign:
+        if source.op != "get_attr":
+            name = str(source.target) if source.op == "placeholder" else source.name
+            env[source] = block_graph.placeholder(name)
+            copy_info(source, env[source])
+            inputs.append(info(source).site)
+    for source in foreign:
+        if source.op == "get_attr":  # every block reads the model's tensors itself
+            env[source] = block_graph.node_copy(source)
+            copy_info(source, env[source], block=index)
+    for node in body:
+        env[node] = block_graph.node_copy(node, lambda n: env[_source(n)])
+        copy_info(node, env[node])
+
+    local = whole.local_outputs.get(index)
+    exports = [] if is_last else _exports(whole, index, body)
+    if is_last:
+        result = fx.map_arg(whole.output, lambda n: env[_source(n)])
+    else:
+        result = env[local] if local is not None else None
+    info(block_graph.output((tuple(env[node] for node in exports), result))).block = index
+    module = direct_children(fx.GraphModule(whole.gm, block_graph, class_name=f"Block{index}"))
+    return BlockGraph(
+        index=index,
+        module=verify(module, Phase.BLOCK),
+        inputs=tuple(inputs),
+        exports=tuple(info(node).site for node in exports),
+        boundary=info(local.all_input_nodes[0]).site if local is not None else None,
+        live_exports=tuple(info(node).site for node in exports if info(node).is_live),
+    )
+
+
+def _exports(whole: _WholeGraph, index: int, body: list[fx.Node]) -> list[fx.Node]:
+    """Return the values of a block that later blocks, or the graph's outputs, read."""
+    later = [node for node in whole.graph.nodes if node.op == "output" or (info(node).block or 0) > index]
+    read_later = {_source(argument) for node in later for argument in node.all_input_nodes}
+    return [n for n in body if n in read_later and n.op != "get_attr" and not is_head(n) and not _is_mixture(n)]
+
+
+def _is_crossing(node: fx.Node) -> bool:
     """Whether a node only marks that a value leaves its block."""
     record = info(node)
     return record.boundary and record.depends and node.op == "call_function" and node.target is torch.detach
 
 
 def _source(node: fx.Node) -> fx.Node:
-    while _crossing(node):
+    """Return the value that a crossing hands on; other nodes are returned as they are."""
+    while _is_crossing(node):
         node = node.all_input_nodes[0]
     return node
-
-
-def _block(
-    gm: fx.GraphModule, graph: fx.Graph, index: int, count: int, local: fx.Node | None, output: Any
-) -> BlockGraph:
-    new, env, inputs = fx.Graph(), {}, list[str]()
-    body = [
-        n for n in graph.nodes if n.op not in ("placeholder", "output") and info(n).block == index and not _crossing(n)
-    ]
-    last = index == count - 1
-    wanted: dict[fx.Node, None] = {}
-    for node in body:
-        for argument in node.all_input_nodes:
-            wanted[_source(argument)] = None
-    if last:
-        fx.map_arg(output, lambda n: wanted.setdefault(_source(n)))
-    foreign = [source for source in wanted if source.op == "placeholder" or info(source).block != index]
-    for source in foreign:
-        if source.op != "get_attr":
-            env[source] = new.placeholder(str(source.target) if source.op == "placeholder" else source.name)
-            copy_info(source, env[source])
-            inputs.append(info(source).site)
-    for source in foreign:
-        if source.op == "get_attr":  # every block reads the model's tensors itself
-            env[source] = new.node_copy(source)
-            copy_info(source, env[source], block=index)
-    for node in body:
-        env[node] = new.node_copy(node, lambda n: env[_source(n)])
-        copy_info(node, env[node])
-    later = [n for n in graph.nodes if n.op == "output" or (info(n).block or 0) > index]
-    read = {_source(a) for n in later if not _crossing(n) or _source(n) is not n for a in n.all_input_nodes}
-    if not last:
-        read -= {local} if local is not None else set()
-    leaving = [n for n in body if n in read and n.op != "get_attr"] if not last else []
-    exported = [n for n in leaving if not is_head(n) and not _is_mixture(n)]
-    result = fx.map_arg(output, lambda n: env[_source(n)]) if last else (env[local] if local is not None else None)
-    done = new.output((tuple(env[n] for n in exported), result))
-    info(done).block = index
-    module = direct_children(fx.GraphModule(gm, new, class_name=f"Block{index}"))
-    end = local.all_input_nodes[0] if local is not None else None
-    return BlockGraph(
-        index=index,
-        module=verify(module, Phase.BLOCK),
-        inputs=tuple(inputs),
-        exports=tuple(info(n).site for n in exported),
-        boundary=info(end).site if end is not None else None,
-        live_exports=tuple(info(n).site for n in exported if info(n).is_live),
-    )
 
 
 def _is_mixture(node: fx.Node) -> bool:

@@ -1,0 +1,255 @@
+"""Run a graph on fake tensors and write down what each node did: the work of :mod:`sedona_fx.passes.annotate`.
+
+Fake tensors follow the real operators' shape and aliasing rules, so shapes, in-place writes, views, the tensors that
+autograd keeps for backward, and FLOPs come from PyTorch itself and not from tables of ours. They cost a millisecond per
+operator, so what an operator did is remembered where that is possible (:mod:`sedona_fx.fake.memo`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.fx.immutable_collections import immutable_dict
+from torch.utils import _pytree as pytree
+
+from sedona_fx.capture.graph_module import spec_of
+from sedona_fx.capture.host_calls import HostCall, as_recorded
+from sedona_fx.errors import TraceError
+from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
+from sedona_fx.fake.meter import Meter
+from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
+from sedona_fx.ir.flow import ancestors
+from sedona_fx.ir.graph import NodeInfo, describe, info
+
+
+class FakeRun(fx.Interpreter):
+    """Runs a graph on fake tensors, or from memory where a memo has a node's effect, and fills in the records.
+
+    Args:
+        gm: the graph. Only the records of its nodes change.
+        fake_mode: the mode that the fake inputs of :meth:`run` belong to; active during the run.
+        memo: effects of operations seen before; new ones are added. None: every node is run.
+        inputs: placeholder name -> example value, with numbers.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, fake_mode: FakeTensorMode, memo: Memo | None, inputs: Mapping[str, Any]
+    ) -> None:
+        self.fake_mode, self.memo, self.inputs = fake_mode, memo, inputs
+        super().__init__(gm, garbage_collect_values=False)
+        self.parameter_names = {p: name for name, p in gm.named_parameters()}  # tied parameters have one name
+        self.model_tensors = [*gm.parameters(), *gm.buffers()]
+        self.storages = Storages(fake_mode, self.model_tensors)
+        self.meter = Meter()
+        if memo is None:
+            self._locate_fakes(self.model_tensors)
+
+    def run(self, *args: Any) -> None:  # type: ignore[override]
+        """Run the graph on fake inputs, in the order of its placeholders. Nothing is returned."""
+        with self.meter.measuring():
+            super().run(*args, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return a node's value, and fill in its record."""
+        if n.op == "output":
+            return None
+        record = info(n)
+        call = None
+        if self.memo is not None and n.op in ("call_module", "call_function", "call_method"):
+            module = self.submodules[str(n.target)] if n.op == "call_module" else None
+            call = call_of(n, module, self.env, self.storages)
+        effect = self.memo.get(call.key) if self.memo is not None and call is not None else None
+        if effect is not None and call is not None:
+            result, saved, mutates = replay(effect, call, self.storages)
+            record.value, record.flops = effect.value, effect.flops
+        else:
+            result, saved, mutates = self._execute(n, record, call)
+        record.saved = {storage.number: size for storage, size in saved.items()}
+        record.storages = frozenset(self.storages.of(t).number for t in _tensors(result))
+        record.mutates = frozenset(storage.number for storage in mutates)
+        parameters = list(self._parameters(n))
+        record.parameters = tuple(self.parameter_names[parameter] for parameter in parameters)
+        record.weighty = any(parameter.dim() >= 2 for parameter in parameters)
+        return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Return arguments with Python's own lists and dictionaries: a function kept whole may write to them."""
+        args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._without_abstract(self.env[a]))
+        return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+
+    def _without_abstract(self, value: Any) -> Any:
+        """Return a nested value with a fake tensor in place of every abstract one."""
+        if isinstance(value, Abstract):
+            return self.storages.make(value)
+        if not isinstance(value, Tensor) and any(isinstance(leaf, Abstract) for leaf in pytree.tree_leaves(value)):
+            return pytree.tree_map_only(Abstract, self.storages.make, value)
+        return value
+
+    def _execute(
+        self, n: fx.Node, record: NodeInfo, call: Call | None
+    ) -> tuple[Any, dict[Storage, int], list[Storage]]:
+        """Run a node and observe what it does; if `call` is given, remember that as its effect.
+
+        Returns:
+            The node's value, the storages that it keeps for backward with their bytes, and those that it writes to.
+        """
+        inputs = [t for source in n.all_input_nodes for t in _tensors(self._without_abstract(self.env[source]))]
+        before = [_Seen(t, t._version, _visible(t), self.storages.of(t)) for t in inputs]
+        # The user's own code may read any of the model's tensors.
+        reads_anything = call is None and not does_only_its_own(n)
+        self._locate_fakes(self.model_tensors if reads_anything else (*inputs, *(call.tensors if call else ())))
+        last_storage = self.storages.count
+        self.meter.saved, flops_before = {}, self.meter.flops
+        try:
+            result = as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            self.meter.saved, self.meter.flops, call = {}, flops_before, None
+            try:
+                result = self._run_on_numbers(n)
+            except Exception as error:
+                raise TraceError(
+                    f"{describe(n)} computes sizes from numbers, and does not run on made-up ones ({error}): hand it "
+                    "lengths and indices as the model's inputs give them, or take the part behind it for root='...'."
+                ) from error
+        except Exception as error:
+            specs = [_specs(self._without_abstract(self.env[source])) for source in n.all_input_nodes]
+            raise TraceError(
+                f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in specs]}: {error}"
+            ) from error
+        record.value, record.flops = _specs(result), self.meter.flops - flops_before
+        kept = {self.storages.at(address, size): size for address, size in self.meter.saved.items()}
+        saved = {storage: size for storage, size in kept.items() if not storage.own}
+        mutates = list(dict.fromkeys(seen.storage for seen in before if seen.tensor._version != seen.version))
+        for seen in before:
+            if _visible(seen.tensor) != seen.visible or self.storages.of(seen.tensor) is not seen.storage:
+                call = None  # an effect does not hold such changes of an input
+                if not seen.storage.is_known_to_autograd:
+                    raise CannotMake
+        if self.memo is not None and call is not None:
+            run = Run(result, record.value, saved, mutates, flops=record.flops, known=last_storage)
+            effect = effect_of(call, run, self.storages)
+            if effect is not None:
+                self.memo[call.key] = effect
+        return result, saved, mutates
+
+    def _locate_fakes(self, tensors: Iterable[Any]) -> None:
+        """Find out which storages the fakes of real tensors have.
+
+        Operators made of others (linear) keep a view of the parameter's fake, which is the same one every time.
+        """
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor | Abstract):
+                self.storages.convert(tensor)
+
+    def _parameters(self, n: fx.Node) -> Iterator[nn.Parameter]:
+        """Yield the parameters that a node itself reads."""
+        if n.op == "call_module":
+            yield from self.module.get_submodule(str(n.target)).parameters()
+        elif n.op == "get_attr":
+            value = self.fetch_attr(str(n.target))
+            if isinstance(value, nn.Parameter):
+                yield value
+
+    def _run_on_numbers(self, n: fx.Node) -> Any:
+        """Run a node on real tensors, because the shape of its result depends on numbers; return fakes of the result.
+
+        Only a module kept whole can be such a node: tracing refuses all others. A copy of the module is run. Floats are
+        noise. Integers, which may not be arbitrary, are the example's, or zeros where they depend on more than the
+        inputs.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with unset_fake_temporarily():
+            generator = torch.Generator().manual_seed(0)
+            sources = {source: self._without_abstract(self.env[source]) for source in n.all_input_nodes}
+            integers = {s: t for s, t in sources.items() if isinstance(t, Tensor) and not t.dtype.is_floating_point}
+            numbers_of = {id(fake): self._numbers(source) for source, fake in integers.items()}
+
+            def real(fake: Tensor) -> Tensor:
+                numbers = numbers_of.get(id(fake))
+                return numbers if numbers is not None else _made_up(fake, generator)
+
+            args, kwargs = pytree.tree_map_only(FakeTensor, real, (args, kwargs))
+            if n.op == "call_module":
+                module = copy.deepcopy(self.module.get_submodule(str(n.target)))
+                self.meter.ignore([*module.parameters(), *module.buffers()])
+                result = module(*args, **kwargs)
+            else:
+                result = getattr(self, n.op)(n.target, args, kwargs)
+            leaves, spec = pytree.tree_flatten(result)
+            detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        fakes = [
+            self.fake_mode.from_tensor(bare).requires_grad_(leaf.requires_grad) if isinstance(bare, Tensor) else bare
+            for bare, leaf in zip(detached, leaves, strict=True)
+        ]
+        return pytree.tree_unflatten(fakes, spec)
+
+    def _numbers(self, wanted: fx.Node) -> Tensor | None:
+        """Return a node's value for the example, in numbers; None if it depends on more than the inputs."""
+        needed = ancestors([wanted], {node: node.all_input_nodes for node in self.graph.nodes})
+        if any(node.op not in ("placeholder", "call_function", "call_method") for node in needed):
+            return None
+        env: dict[fx.Node, Any] = {}
+        for node in self.graph.nodes:
+            if node in needed and node.op == "placeholder":
+                env[node] = pytree.tree_map_only(Tensor, torch.clone, self.inputs[str(node.target)])
+            elif node in needed:
+                env[node] = getattr(self, node.op)(node.target, *fx.map_arg((node.args, node.kwargs), env.__getitem__))
+        return env[wanted]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An input of a node before the node ran."""
+
+    tensor: Tensor
+    version: int
+    visible: tuple[Any, ...]
+    storage: Storage
+
+
+def _visible(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what a node may change about an input besides its numbers: shape, strides, requires_grad."""
+    return geometry(tensor), tensor.requires_grad
+
+
+def _mutable(value: Any) -> Any:
+    """Return a nested value with Python's own containers in place of fx's immutable ones."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if type(value) is tuple:
+        return tuple(map(_mutable, value))
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return value
+
+
+def _made_up(fake: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a real tensor like a fake one: noise if it holds floats, else zeros."""
+    if fake.dtype.is_floating_point:
+        noise = torch.randn(fake.shape, generator=generator).to(fake.dtype).to(fake.device)
+        return noise.requires_grad_(fake.requires_grad).clone()  # not an autograd leaf: the module may write to it
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def _tensors(value: Any) -> list[Any]:
+    """Return the tensors of a nested value, abstract ones included."""
+    if isinstance(value, Tensor | Abstract):
+        return [value]
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | Abstract)]
+
+
+def _specs(value: Any) -> Any:
+    """Return a nested value with a TensorSpec in place of every tensor."""
+    return pytree.tree_map_only(Tensor, spec_of, value)
