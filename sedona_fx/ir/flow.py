@@ -9,38 +9,56 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 
+import networkx as nx
 from torch import fx
 
 from sedona_fx.ir.graph import info, output_node
 
 
-def dependencies(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Return, for every node, what must run before it: its inputs, and the last earlier writes to what it reads."""
+def dependency_graph(graph: fx.Graph) -> nx.DiGraph:
+    """Return what must run before what: an edge from each node's inputs, and from the last earlier writes to them.
+
+    Predecessors of a node are in the reverse order of the program, so that where several will do, an algorithm that
+    takes the first one takes the latest.
+    """
+    position = {node: k for k, node in enumerate(graph.nodes)}
     last_writes: dict[int, fx.Node] = {}
-    needs: dict[fx.Node, list[fx.Node]] = {}
+    needs = nx.DiGraph()
+    needs.add_nodes_from(graph.nodes)
     for node in graph.nodes:
         read = {storage for source in node.all_input_nodes for storage in info(source).storages}
-        writes = [last_writes[storage] for storage in sorted(read) if storage in last_writes]
-        needs[node] = list(dict.fromkeys((*node.all_input_nodes, *writes)))
+        sources = {*node.all_input_nodes, *(last_writes[storage] for storage in read if storage in last_writes)}
+        needs.add_edges_from((source, node) for source in sorted(sources, key=position.__getitem__, reverse=True))
         last_writes.update(dict.fromkeys(info(node).mutates, node))
     return needs
 
 
-def ancestors(roots: Iterable[fx.Node], needs: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
-    """Return the nodes that the roots need, the roots included.
+def input_graph(graph: fx.Graph) -> nx.DiGraph:
+    """Return the edges of a graph alone, from each node's inputs to the node."""
+    edges = nx.DiGraph()
+    edges.add_nodes_from(graph.nodes)
+    edges.add_edges_from((source, node) for node in graph.nodes for source in node.all_input_nodes)
+    return edges
 
-    Args:
-        roots: nodes to start from.
-        needs: node -> what it needs, as :func:`dependencies` returns it.
+
+def ancestors(root: fx.Node, needs: nx.DiGraph) -> set[fx.Node]:
+    """Return the nodes that a node needs, itself included."""
+    return {root, *nx.ancestors(needs, root)}
+
+
+def longest_chain(graph: fx.Graph, candidates: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the longest sequence of candidates in which each needs all earlier ones, in the order of the program.
+
+    It lies on the path through the dependencies that meets most candidates: an edge to a candidate weighs 1, any other
+    edge 0. Of chains of one length the one that keeps to the latest nodes is taken.
     """
-    seen: set[fx.Node] = set()
-    stack = list(roots)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(needs[node])
-    return seen
+    wanted = set(candidates)
+    needs = dependency_graph(graph)
+    start = object()  # before all nodes, so that a candidate without predecessors counts too
+    needs.add_edges_from([(start, node) for node in graph.nodes if not needs.pred[node]])
+    nx.set_edge_attributes(needs, {edge: int(edge[1] in wanted) for edge in needs.edges}, "weight")
+    path = nx.dag_longest_path(needs, weight="weight", topo_order=[start, *graph.nodes])
+    return [node for node in path if node in wanted]
 
 
 def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
@@ -60,11 +78,11 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         graph: an annotated graph, in the order of the program.
         ends: the nodes that end the blocks, in order, without that of the last block.
     """
-    needs = dependencies(graph)
+    needs = dependency_graph(graph)
     blocks: dict[fx.Node, int] = {}
     for block, end in enumerate(ends):
         _claim([end], block, needs, blocks)
-    needed = ancestors([output_node(graph)], needs)
+    needed = ancestors(output_node(graph), needs)
     readers: dict[int, list[fx.Node]] = {}
     reads_before_writes: list[tuple[fx.Node, fx.Node]] = []
     shown = shown_late(graph)
@@ -77,12 +95,12 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
             blocks[node] = len(ends)
         if node in blocks and _crosses_for_free(node):
             # A mask or a shape crosses in place of the activation that it is computed from.
-            sources = [source for source in needs[node] if not _is_given(source)]
+            sources = [source for source in needs.pred[node] if not _is_given(source)]
             blocks[node] = min(blocks[node], max((blocks[source] for source in sources), default=0))
         elif node in blocks and is_unpacking(node):
             blocks[node] = blocks[node.all_input_nodes[0]]
         elif node not in blocks:
-            sources = [source for source in (*needs[node], *before) if not _is_given(source)]
+            sources = [source for source in (*needs.pred[node], *before) if not _is_given(source)]
             blocks[node] = max((blocks[source] for source in sources), default=_block_of_code_around(node, blocks))
         read = info(node).storages.union(*(info(source).storages for source in node.all_input_nodes))
         for storage in read:
@@ -124,16 +142,14 @@ def is_unpacking(node: fx.Node) -> bool:
     )
 
 
-def _claim(
-    roots: Sequence[fx.Node], block: int, needs: Mapping[fx.Node, Sequence[fx.Node]], blocks: dict[fx.Node, int]
-) -> None:
+def _claim(roots: Sequence[fx.Node], block: int, needs: nx.DiGraph, blocks: dict[fx.Node, int]) -> None:
     """Put the roots and everything that they need into a block, apart from nodes of this or an earlier block."""
     stack = list(roots)
     while stack:
         node = stack.pop()
         if blocks.get(node, block + 1) > block:
             blocks[node] = block
-            stack.extend(needs[node])
+            stack.extend(needs.pred[node])
 
 
 def _crosses_for_free(node: fx.Node) -> bool:

@@ -16,20 +16,19 @@ import functools
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
+import networkx as nx
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
-from sedona_fx.ir.flow import ancestors, dependencies
+from sedona_fx.ir.flow import ancestors, dependency_graph
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.outputs import Key, fields, find_primary
 from sedona_fx.ir.spec import Phase
 from sedona_fx.passes.explicit_writes import opaque_writes
-
-Needs = Mapping[fx.Node, Sequence[fx.Node]]
 
 
 @graph_pass(Phase.TRACED)
@@ -46,9 +45,9 @@ def crossings(gm: fx.GraphModule, *, output: Key = None, whole: bool = False) ->
     """
     (result,) = output_node(gm.graph).args
     primary = result if whole and isinstance(result, fx.Node) else primary_node(gm.graph, output)
-    needs = dependencies(gm.graph)
-    needed_by_primary = ancestors([primary], needs)
-    needed_by_output = ancestors([output_node(gm.graph)], needs)
+    needs = dependency_graph(gm.graph)
+    needed_by_primary = ancestors(primary, needs)
+    needed_by_output = ancestors(output_node(gm.graph), needs)
     for node in gm.graph.nodes:
         for_training = node in needed_by_output - needed_by_primary
         info(node).training_only = for_training and node.op not in ("placeholder", "output")
@@ -131,7 +130,7 @@ def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
     return {name: value for name, value in bound.arguments.items() if isinstance(value, fx.Node)}
 
 
-def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: Needs) -> dict[fx.Node, int]:
+def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.DiGraph) -> dict[fx.Node, int]:
     """Return the nodes at which a block can end, with the number of activations that cross there.
 
     A block can end at a node if
@@ -148,13 +147,13 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: Needs
         graph: annotated.
         needed: the nodes that the primary output needs.
         primary: the primary output.
-        needs: node -> what must run before it.
+        needs: what must run before what.
     """
     order = [node for node in graph.nodes if node in needed]
     bit = {node: 1 << k for k, node in enumerate(order)}
     readers = dict.fromkeys(order, 0)
     for node in order:
-        for source in needs[node] if info(node).is_live else ():  # a mask takes no gradient from its source
+        for source in needs.pred[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
     inseparable, weight_uses = _inseparable(graph, bit), _weight_uses(graph, bit, needs)
     weighty = functools.reduce(operator.or_, weight_uses, 0)
@@ -167,7 +166,7 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: Needs
         inside = bit[node]
         reached[node] = bit[node] if info(node).is_live else 0
         candidates: dict[fx.Node, None] = dict.fromkeys(part for part in _live_parts(node) if part in bit)
-        for source in needs[node]:
+        for source in needs.pred[node]:
             inside |= block[source]
             reached[node] |= reached[source] if info(node).is_live else 0
             candidates.update(dict.fromkeys(crossing[source]))
@@ -190,7 +189,7 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: Needs
     return counts
 
 
-def _weight_uses(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> list[int]:
+def _weight_uses(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: nx.DiGraph) -> list[int]:
     """Return for every parameter the set of nodes that use it and that the gradient of some output reaches."""
     uses, seen, stack = dict[str, int](), set[fx.Node](), list(output_node(graph).all_input_nodes)
     while stack:
@@ -199,7 +198,7 @@ def _weight_uses(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: Needs) -> l
             seen.add(node)
             for name in info(node).parameters:
                 uses[name] = uses.get(name, 0) | bit.get(node, 0)
-            stack.extend(needs[node])
+            stack.extend(needs.pred[node])
     return list(uses.values())
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 
+import networkx as nx
 from torch import fx, nn
 
-from sedona_fx.ir.flow import ancestors, dependencies
+from sedona_fx.ir.flow import dependency_graph, longest_chain
 from sedona_fx.ir.graph import NodeInfo, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.spec import Phase
@@ -69,7 +70,7 @@ def cuts(
         )
         if (fits or not named_by_user.isdisjoint(aliases(info(node)))) and (keep is None or name in keep):
             candidates[name] = node
-    chain = set(_longest_chain(gm.graph, [n for n in candidates.values() if info(n).crossing <= max_live]))
+    chain = set(longest_chain(gm.graph, [n for n in candidates.values() if info(n).crossing <= max_live]))
     for node in gm.graph.nodes:
         info(node).cut, info(node).base_layer = None, False
     for name, node in candidates.items():
@@ -111,8 +112,8 @@ def base_layers(gm: fx.GraphModule) -> list[str]:
 
 def follow_one_another(graph: fx.Graph, nodes: Sequence[fx.Node]) -> bool:
     """Whether each of the nodes needs the one before it, so that blocks which end there form a chain."""
-    needs = dependencies(graph)
-    return all(first in ancestors([second], needs) for first, second in itertools.pairwise(nodes))
+    needs = dependency_graph(graph)
+    return all(nx.has_path(needs, first, second) for first, second in itertools.pairwise(nodes))
 
 
 def start_of(graph: fx.Graph, path: str) -> fx.Node | None:
@@ -137,38 +138,6 @@ def _is_below(path: str, module: str) -> bool:
 
 def _is_output_of(node: fx.Node, module: str) -> bool:
     return module in (name.partition("#")[0] for name in info(node).returned_by) or str(node.target) == module
-
-
-def _longest_chain(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
-    """Return the longest sequence of nodes in which each needs all earlier ones.
-
-    Args:
-        graph: holds the nodes.
-        nodes: candidates, in the order of the graph.
-    """
-    needs = dependencies(graph)
-    bit = {node: 1 << k for k, node in enumerate(nodes)}
-    needed: dict[fx.Node, int] = {}  # node -> bit set of the candidates that it needs, itself included
-    for node in graph.nodes:
-        needed[node] = bit.get(node, 0)
-        for source in needs[node]:
-            needed[node] |= needed[source]
-    best: dict[fx.Node, tuple[int, fx.Node | None]] = {}  # node -> length of the longest chain to it, node before it
-    longest_so_far: list[int] = []  # the longest chain that ends at one of the first k + 1 candidates
-    for k, node in enumerate(nodes):
-        best[node] = (1, None)
-        for other, bound in zip(reversed(nodes[:k]), reversed(longest_so_far), strict=True):
-            if bound < best[node][0]:  # no earlier candidate ends a longer chain
-                break
-            if needed[node] & bit[other] and best[other][0] + 1 > best[node][0]:
-                best[node] = (best[other][0] + 1, other)
-        longest_so_far.append(max(best[node][0], longest_so_far[-1] if longest_so_far else 0))
-    chain: list[fx.Node] = []
-    last = max(nodes, key=lambda n: best[n][0], default=None)
-    while last is not None:
-        chain.append(last)
-        last = best[last][1]
-    return chain[::-1]
 
 
 def mark_base_layers(gm: fx.GraphModule) -> None:

@@ -30,7 +30,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.fake.meter import Meter
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
-from sedona_fx.ir.flow import ancestors
+from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
 
 
@@ -197,7 +197,7 @@ class FakeRun(fx.Interpreter):
 
     def _numbers(self, wanted: fx.Node) -> Tensor | None:
         """Return a node's value for the example, in numbers; None if it depends on more than the inputs."""
-        needed = ancestors([wanted], {node: node.all_input_nodes for node in self.graph.nodes})
+        needed = ancestors(wanted, input_graph(self.graph))
         if any(node.op not in ("placeholder", "call_function", "call_method") for node in needed):
             return None
         env: dict[fx.Node, Any] = {}

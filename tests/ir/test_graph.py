@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.errors import GraphSpecError
-from sedona_fx.ir.flow import ancestors, block_of, dependencies
+from sedona_fx.ir.flow import ancestors, block_of, dependency_graph
 from sedona_fx.ir.graph import HEADS, SPLIT_POINTS, NodeInfo, TensorSpec, copy_graph, describe, info, split_point_nodes
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes import partition, prune
@@ -227,9 +227,9 @@ def test_writes_come_along_with_who_reads_after_them():
             ("o", "b", holds(5)),
         ]
     )
-    needs = dependencies(graph)
-    assert needs[n["b"]] == [n["a"], n["w"]]
-    assert n["v"] in ancestors([n["o"]], needs)
+    needs = dependency_graph(graph)
+    assert list(needs.pred[n["b"]]) == [n["w"], n["a"]]  # the latest first
+    assert n["v"] in ancestors(n["o"], needs)
     blocks = block_of(graph, [n["b"]])
     assert [blocks[n[k]] for k in "avwbo"] == [0, 0, 0, 0, 1]
 
