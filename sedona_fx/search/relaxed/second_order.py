@@ -192,7 +192,18 @@ class _NormGradients(torch.autograd.Function):
 
 def _moments(v: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: BatchNorm's backward computes these."""
-    _, along, total = _aten.native_batch_norm_backward(v, x, gamma, None, None, mean, r, True, eps, [False, True, True])
+    _, along, total = _aten.native_batch_norm_backward(
+        grad_out=v,
+        input=x,
+        weight=gamma,
+        running_mean=None,
+        running_var=None,
+        save_mean=mean,
+        save_invstd=r,
+        train=True,
+        eps=eps,
+        output_mask=[False, True, True],
+    )
     return along, total
 
 
