@@ -1,1 +1,1 @@
-"""What leaves the project: ONNX."""
+"""Export of a net to other formats: ONNX."""

@@ -1,4 +1,4 @@
-"""Attention in plain operators, for an exporter that cannot take PyTorch's fused one apart."""
+"""Attention in plain operators, because the ONNX exporter fails on some uses of PyTorch's fused operator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ _FUSED = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_atte
 
 
 def unfuse_attention(gm: fx.GraphModule) -> bool:
-    """Replace every fused attention of a graph, in place; return whether there was one.
+    """Replace every call of the fused attention in a graph by :func:`attention`, in place.
 
-    ``torch.onnx.export`` (PyTorch 2.15) takes the fused operator apart into operators with other strides than promised
-    and then fails at the view that follows, in Hugging Face's T5 and Swin for instance.
+    ``torch.onnx.export`` (PyTorch 2.15) decomposes the fused operator into operators whose result has other strides
+    than the fused one's, and then fails at the view that follows, in Hugging Face's T5 and Swin for instance.
+
+    Args:
+        gm: calls the fused attention as a function of ``torch.nn.functional`` or ``torch.ops.aten``.
+
+    Returns:
+        Whether there was such a call.
     """
     nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _FUSED]
     for node in nodes:
@@ -33,7 +39,21 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what ``torch.nn.functional.scaled_dot_product_attention`` returns in evaluation, (..., L, E_v)."""
+    """Return what ``torch.nn.functional.scaled_dot_product_attention`` returns without dropout, in plain operators.
+
+    Args:
+        query: (..., L, E).
+        key: (..., S, E).
+        value: (..., S, E_v).
+        attn_mask: broadcastable to (..., L, S): bool, True where a key may be attended to, or added to the scores.
+        dropout_p: ignored: an exported graph is in eval mode.
+        is_causal: whether position i attends to positions 0 to i only.
+        scale: factor of the scores. None: 1 / sqrt(E).
+        enable_gqa: whether `key` and `value` have fewer heads, each shared by several heads of `query`.
+
+    Returns:
+        (..., L, E_v).
+    """
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)

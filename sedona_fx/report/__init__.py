@@ -1,4 +1,4 @@
-"""What people look at: text and pictures."""
+"""Reports for people: tables as text, and pictures."""
 
 from sedona_fx.report.picture import front_picture, plan_picture
 from sedona_fx.report.text import human, net_report, table

@@ -1,4 +1,4 @@
-"""Pictures as files: how a plan was found, and what plans cost against what they are worth."""
+"""Pictures as PNG files: how a plan was found, and validation loss against cost for many plans."""
 
 from __future__ import annotations
 
@@ -23,29 +23,34 @@ _STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": Fa
 
 
 def plan_picture(plan: Plan, path: str | Path) -> Path:
-    """Draw how a plan was found, as a PNG.
+    """Draw how a plan was found, as a PNG file.
 
-    Of SEDONA what it learned (:func:`~sedona_fx.report.trajectory.draw_trajectory`), of the guided search what it
-    compared (:func:`~sedona_fx.report.scores.draw_scores`), of a rollout which plans it tried
+    What is drawn depends on the search: for SEDONA what it learned
+    (:func:`~sedona_fx.report.trajectory.draw_trajectory`), for the guided search what it compared
+    (:func:`~sedona_fx.report.scores.draw_scores`), for a rollout which plans it tried
     (:func:`~sedona_fx.report.rounds.draw_rounds`).
+
+    Args:
+        plan: made by one of these searches.
+        path: of the file; it is replaced whole.
 
     Returns:
         The path.
 
     Raises:
-        PlanError: the plan does not come from one of these (balanced and uniform plans have no history).
+        PlanError: the plan comes from another search (balanced and uniform plans have no history).
         MissingExtraError: matplotlib is not installed.
     """
-    found = plan.provenance
-    if found.get("trajectory"):
+    provenance = plan.provenance
+    if provenance.get("trajectory"):
         draw = draw_trajectory
-    elif found.get("scores"):
+    elif provenance.get("scores"):
         draw = draw_scores
-    elif found.get("rounds"):
+    elif provenance.get("rounds"):
         draw = draw_rounds
     else:
-        raise PlanError(f"this plan comes from search={found.get('search')!r} and holds no trajectory to draw")
-    return _drawn(lambda: draw(plan), path)
+        raise PlanError(f"this plan comes from search={provenance.get('search')!r} and holds no trajectory to draw")
+    return _save(lambda: draw(plan), path)
 
 
 def front_picture(
@@ -55,27 +60,28 @@ def front_picture(
     title: str,
     path: str | Path,
 ) -> Path:
-    """Draw validation loss against cost as a PNG: all tried plans, and the front as a step line.
+    """Draw validation loss against cost, as a PNG file.
+
+    All tried plans are dots, and the front is a step line (:func:`~sedona_fx.report.front.draw_front`).
 
     Args:
         tried: (cost in bytes, FLOPs or seconds; loss) of every plan.
-        front: of those that no other one beats, the cheapest first; they are numbered from 1.
-        measure: what the cost is, one of the limits' names.
-        title: above the picture.
-        path: of the file.
+        front: those that no other plan beats, the cheapest first; they are numbered from 1.
+        measure: what the cost is, one of the names of the limits.
+        title: of the picture.
+        path: of the file; it is replaced whole.
 
     Returns:
         The path.
-    """
-    return _drawn(lambda: draw_front(tried, front, measure, title), path)
-
-
-def _drawn(draw: Callable[[], Figure], path: str | Path) -> Path:
-    """Draw in one style, without a display, and write the PNG whole.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    return _save(lambda: draw_front(tried, front, measure, title), path)
+
+
+def _save(draw: Callable[[], Figure], path: str | Path) -> Path:
+    """Draw a figure in the style of all pictures, without a display, and write it."""
     matplotlib = require("matplotlib", extra="report", purpose="drawing a picture")
     canvas = require("matplotlib.backends.backend_agg", extra="report", purpose="drawing a picture").FigureCanvasAgg
     with matplotlib.rc_context(_STYLE):

@@ -1,4 +1,4 @@
-"""The report that ``print(net)`` shows."""
+"""Reports as text: numbers with units, tables, and what ``print(net)`` shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sedona_fx.plan import Plan
 
 
 def human(count: float, unit: str = "") -> str:
-    """Return a number with a metric prefix: ``1.7 M``, ``33.6 MB``."""
+    """Return a number with three significant digits and a metric prefix: ``1.7 M``, ``33.6 MB``."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 1000:
             return f"{count:.3g} {prefix}{unit}".strip()
@@ -20,7 +20,12 @@ def human(count: float, unit: str = "") -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a plain text table, the first column left-aligned, the others right-aligned."""
+    """Return a plain text table, the first column left-aligned, the others right-aligned.
+
+    Args:
+        head: the titles of the columns.
+        rows: the cells of each row, as many as there are columns.
+    """
     widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
 
     def line(row: list[str]) -> str:
@@ -33,14 +38,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def net_report(
     plan: Plan, costs: Sequence[Cost], devices: Sequence[torch.device], shared: Mapping[str, Sequence[int]]
 ) -> str:
-    """Return what a net consists of: a line for each block with its cut, head, parameters, FLOPs, activations, device.
+    """Return a description of a net: a line per block with its cut, head, parameters, FLOPs, activations and device.
 
     Args:
         plan: of the net.
-        costs: of its blocks. FLOPs are of one forward pass of the example batch; activation bytes are what autograd
-            keeps of it for backward, the head included.
-        devices: of the blocks.
-        shared: parameters that several blocks use, by name, each with its blocks.
+        costs: of its K blocks. FLOPs are of one forward pass of the example batch; activation bytes are what autograd
+            saves of it for the backward pass, the head included.
+        devices: of its K blocks.
+        shared: names of the parameters that several blocks use -> the indices of these blocks.
     """
     batch = next(iter(plan.inputs.values()), None)
     shape = tuple(batch["shape"]) if isinstance(batch, dict) and "shape" in batch else "?"
@@ -59,26 +64,27 @@ def net_report(
         ]
         for index, (cost, device) in enumerate(zip(costs, devices, strict=True))
     ]
-    head = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
-    below = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
+    titles = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
+    notes = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
     if shared:
-        below = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{below}"
+        notes = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{notes}"
     if plan.capture is not None and plan.capture.left_out:
-        below += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
+        notes += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
     title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}"
-    return f"{title}\n{table(head, rows)}{below}"
+    return f"{title}\n{table(titles, rows)}{notes}"
 
 
 def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:
-    """Return values in the unit in which people read them, and its name: MiB, MFLOPs, ms, ..., by the largest.
+    """Return values in the unit that suits the largest of them (MiB, MFLOPs, ms, ...), and the name of the unit.
 
     Args:
-        measure: what the values are, one of the limits' names; its last word is their unit (bytes, flops, seconds).
-        values: not negative.
+        measure: what the values are, one of the names of the limits; its last word is their unit (bytes, FLOPs or
+            seconds).
+        values: at least 0.
     """
     largest = max(values, default=0.0)
-    steps = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "flops": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
-    base, names = steps.get(measure.rpartition("_")[2], (1e-3, ["s", "ms"]))
+    units = {"bytes": (2**10, ["B", "KiB", "MiB", "GiB"]), "flops": (1e3, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs"])}
+    base, names = units.get(measure.rpartition("_")[2], (1e-3, ["s", "ms"]))
     scale, unit = 1.0, names[0]
     for name in names[1:]:
         if (largest / scale >= base) if base > 1 else largest / scale < 1:

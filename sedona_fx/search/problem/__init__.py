@@ -1,1 +1,1 @@
-"""What a search is given, what plans cost, and the exact optimisation over all of them."""
+"""What a search is given, what plans cost, and the exact search over all plans."""

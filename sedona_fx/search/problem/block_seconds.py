@@ -1,4 +1,4 @@
-"""Seconds of a training step of every stretch between places to cut, and of every candidate head: measured once."""
+"""Measured seconds of a training step of every stretch between places to cut, and of every candidate head."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ _REPEATS = 5
 
 
 def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
-    """Return seconds of forward and backward, on the example batch: medians of five runs, all interleaved.
+    """Measure the forward and backward pass of every stretch and every candidate head on the example batch.
 
-    A stretch gives its input's gradient, as it does inside a block. Heads of one kind on activations of one shape are
-    measured once. The model's buffers, its gradients and the random streams stay as they are.
+    Each number is the median of five runs; the runs of all parts are interleaved. A stretch computes the gradient of
+    its input too, as it does inside a block. Heads of one kind on activations of one shape are measured once. The
+    model's buffers and gradients and the global random states are left as they are.
+
+    Args:
+        problem: the net and its candidate heads.
+        places: the n cut points to choose from, in order.
 
     Returns:
-        ``{"places": places, "stretches": [n + 1 seconds], "heads": {place: {name of a candidate: seconds}}}``.
+        Seconds, in the form of ``plan.block_seconds``:
+        ``{"places": places, "stretches": [n + 1 numbers], "heads": {place: {head's name: number}}}``.
 
     Raises:
         DataError: the problem has no example batch.
@@ -38,44 +44,45 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
         raise DataError("block_seconds is measured on the first batch of the data, and this problem has none.")
     cuts: dict[str, list[nn.Module]] = {str(info(problem.node(place)).cut): [] for place in places}
     parts = passes.partition(passes.lower_at(problem.train, cuts))
-    modules = copy.deepcopy([part.module for part in parts])  # together: what they share stays shared
-    every = nn.ModuleList(modules)
-    device = next(every.parameters()).device
+    modules = copy.deepcopy([part.module for part in parts])  # in one call: modules that parts share stay shared
+    device = next(nn.ModuleList(modules).parameters()).device
     runs: dict[str, Callable[[], None]] = {}
-    keys: dict[str, dict[str, str]] = {}
+    head_keys: dict[str, dict[str, str]] = {}  # place -> head's name -> key in `runs`
     with torch.random.fork_rng():
         values = dict(problem.analysed.example.kwargs)
         for part, module in zip(parts, modules, strict=True):
-            own = replace(part, module=module)
-            runs[f"stretch {part.index}"] = _stretch(own, {name: values[name] for name in part.inputs}, device)
+            part_copy = replace(part, module=module)
+            inputs = {name: values[name] for name in part.inputs}
+            runs[f"stretch {part.index}"] = _stretch_step(part_copy, inputs, device)
             with torch.no_grad():
-                values |= run_graph(own, _copies(values))[0]
+                values |= run_graph(part_copy, _copies(values))[0]
         for place in places:
             record, context = info(problem.node(place)), problem.contexts[place]
-            keys[place] = {}
+            head_keys[place] = {}
             for spec in problem.candidates[place]:
                 key = f"head {spec!r} {record.value} {replace(context, place='')}"
-                keys[place][head_name(spec)] = key
+                head_keys[place][head_name(spec)] = key
                 if key not in runs:
-                    like = values[record.site]
-                    runs[key] = _head(build_head(spec, context).to(device, like.dtype), like, device)
+                    activation = values[record.site]
+                    head = build_head(spec, context).to(device, activation.dtype)
+                    runs[key] = _head_step(head, activation, device)
         with torch.enable_grad():
             seconds = step_seconds(runs, _REPEATS)
     return {
         "places": list(places),
         "stretches": [seconds[f"stretch {part.index}"] for part in parts],
-        "heads": {place: {name: seconds[key] for name, key in names.items()} for place, names in keys.items()},
+        "heads": {place: {name: seconds[key] for name, key in keys.items()} for place, keys in head_keys.items()},
     }
 
 
-def _stretch(part: BlockGraph, given: Mapping[str, Any], device: torch.device) -> Callable[[], None]:
+def _stretch_step(part: BlockGraph, inputs: Mapping[str, Any], device: torch.device) -> Callable[[], None]:
     def run() -> None:
-        _backward(run_graph(part, _copies(given)), device)
+        _backward(run_graph(part, _copies(inputs)), device)
 
     return run
 
 
-def _head(head: nn.Module, activation: Tensor, device: torch.device) -> Callable[[], None]:
+def _head_step(head: nn.Module, activation: Tensor, device: torch.device) -> Callable[[], None]:
     def run() -> None:
         _backward(head(_copies({"": activation})[""]), device)
 
@@ -83,20 +90,21 @@ def _head(head: nn.Module, activation: Tensor, device: torch.device) -> Callable
 
 
 def _copies(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs that ask for a gradient and may be overwritten."""
+    """Return copies of inputs that require a gradient and may be overwritten in place."""
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        # The clone is not a leaf: autograd refuses in-place operators on leaves that require a gradient.
         return value.detach().requires_grad_(value.is_floating_point()).clone()
 
     return pytree.tree_map(fresh, dict(values))
 
 
 def _backward(outputs: Any, device: torch.device) -> None:
-    """Walk back from all outputs at once, and wait for the device."""
-    ends = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-    if ends:
-        torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
+    """Backpropagate from all outputs in one call, with cotangents of ones, and wait for the device."""
+    roots = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,49 +1,53 @@
-"""The exact dynamic programme over cuts and heads: the best plans for additive scores, within limits.
+"""The exact search over all plans of a net: the best ones by additive scores, within limits.
 
-A plan of K blocks over n places is K - 1 (place, head) pairs, places ascending. Its score is the sum of theirs, to be
-minimised; so is what it weighs (the FLOPs of its heads), which may be limited. Whether a block is allowed is a
-predicate of where it begins, where it ends, and its head.
+**Plans.** Places 0 to n - 1, in the order of the forward pass, divide a net into stretches 0 to n. A plan of K blocks
+is K - 1 pairs (place, head), places ascending. A block is a run of stretches a to b: it ends at place b and has one of
+that place's heads, or, as the last block, it ends at the net's output (b = n) and has none. ``fits[a, b, m]`` says
+whether the block of stretches a to b with head m may be used. The score of a plan is the sum of the scores of its
+pairs, and lower is better. Its weight, the FLOPs of its heads, is such a sum too and may be limited. Sums will do:
+plans' trained accuracies are nearly additive in their (cut, head) pairs (docs/search.md has the measurement).
 
-Without a limit on the weight the shortest-path table of the programme orders all plans. With one, this is the
-constrained shortest path problem: the tables for score, for weight and for the best Lagrangian mixture of both (Handler
-and Zang 1980) are exact lower bounds for what is still to come, and partial plans are expanded best bound first, so
-that whole plans come out in order. A partial plan is dropped when as many others as plans are wanted end at the same
-place, weigh no more and come before it: none of its completions can be among those wanted.
+**Recurrence.** A state is (number of cuts left, first stretch of the next block), and the least score of the rest is
+
+    rest[0][a]    = 0 if fits[a, n, 0], else impossible
+    rest[left][a] = min over b, m with fits[a, b, m] of  score[b][m] + rest[left - 1][b + 1]
+
+so that ``rest[K - 1][0]`` is the score of the best plan (:mod:`sedona_fx.search.problem.least_sums`). With M heads a
+place, the table takes O(n^2 (M + K)) additions and comparisons.
+
+**The best plans in order.** One table gives one plan. For more of them, or with a limit on the weight, partial plans
+are extended cut by cut, the one with the least bound first (:mod:`sedona_fx.search.problem.best_first`). The bound is
+the score so far plus the table's entry. Without a limit it is what the best completion has, so that only beginnings of
+the plans returned are extended: `count` plans take O(count K n M) extensions. With a limit this is the constrained
+shortest path problem, NP-hard in general; a bound that counts the weight too, and the rule that a dominated partial
+plan is dropped, keep it fast: 100 places with 4 heads and 8 blocks take about a tenth of a second.
+
+**Whole numbers.** Sums of floats depend on the order of the additions, so plans with equal scores on paper would be
+ordered by rounding errors, and bounds that should be equal would not be. All scores are therefore multiplied by the
+common denominator of their exact values, and added as Python integers. The result is, plan for plan, the beginning of
+the sorted list of all plans, ties in the order of the plans.
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 
+from sedona_fx.search.problem.best_first import Bound, WeightLimit, best_first, lagrangian_bound
+from sedona_fx.search.problem.least_sums import LeastSums, PlanSums
 from sedona_fx.search.problem.problem import Positions
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A plan and its score, the least being best."""
+class RankedPlan:
+    """A plan and its score; lower is better."""
 
     plan: Positions
     score: float
-
-
-def every_plan(heads: Sequence[int], cuts: int) -> Iterator[Positions]:
-    """Yield all plans of some cuts, the lexicographically first places first, then heads.
-
-    Args:
-        heads: number of heads of every place.
-        cuts: K - 1.
-    """
-    for places in itertools.combinations(range(len(heads)), cuts):
-        for picked in itertools.product(*(range(heads[place]) for place in places)):
-            yield tuple(zip(places, picked, strict=True))
 
 
 def best_plans(
@@ -52,243 +56,100 @@ def best_plans(
     *,
     count: int = 10,
     fits: np.ndarray | None = None,
-    ranks: Sequence[Sequence[float]] | None = None,
+    cut_scores: Sequence[Sequence[float]] | None = None,
     weights: Sequence[Sequence[int]] | None = None,
     limit: float | None = None,
-) -> list[Ranked]:
-    """Return the `count` best plans, or all there are if fewer, exactly; ties go to the lexicographically first.
-
-    Scores are added without rounding, so that what ties on paper ties here.
+) -> list[RankedPlan]:
+    """Return the `count` best plans, exactly, or all plans if there are fewer; ties go to the lexicographically first.
 
     Args:
         scores: ``scores[place][head]``, finite, lower is better. Places may offer different numbers of heads.
         blocks: K, at least 1.
         count: how many plans.
-        fits: ``fits[a, b, m]``, bool, (n + 1, n + 1, most heads of a place): whether a block may begin behind place
-            a - 1 (0: at the net's input) and end behind place b (n: at its output, with m = 0) with head m. None: all
-            may.
-        ranks: ``ranks[j][place]``, finite: added to the score where the place is that of the j-th cut. None: nothing.
+        fits: ``fits[a, b, m]``, bool, (n + 1, n + 1, M), M the most heads of a place: whether a block may begin after
+            place a - 1 (a = 0: at the net's input) and end at place b with head m (b = n: at the net's output, with
+            m = 0). None: every block may.
+        cut_scores: ``cut_scores[j][place]``, finite, K - 1 rows: added to the score if the j-th cut is at the place.
+            None: nothing is.
         weights: ``weights[place][head]``, whole numbers, at least 0.
         limit: on the sum of a plan's weights. None: no limit.
 
     Returns:
-        Plans with their scores (rounded once, from exact sums), best first.
+        Plans with their scores, best first. A score is rounded once, from the exact sum.
 
     Raises:
-        ValueError: a score is not finite.
+        ValueError: a score is not finite, or there is a limit but no weights. Both are errors in the calling code, not
+            in what a user has set.
     """
-    orders = [[0.0] * len(scores) for _ in range(blocks - 1)] if ranks is None else ranks
-    if not all(math.isfinite(s) for row in (*scores, *orders) for s in row):
+    if cut_scores is None:
+        cut_scores = [[0.0] * len(scores)] * (blocks - 1)
+    if not all(math.isfinite(score) for row in (*scores, *cut_scores) for score in row):
         raise ValueError("scores have to be finite")
     if limit is not None and weights is None:
         raise ValueError("a limit on the weight needs weights")
-    whole, scale = _whole([*scores, *orders])
-    sums = _Sums(whole[: len(scores)], whole[len(scores) :])
-    kept = _legal(scores, fits)
-    score = _Table(sums, kept)
-    if score.start is None:
+    whole, scale = _whole_numbers([*scores, *cut_scores])
+    sums = PlanSums(whole[: len(scores)], whole[len(scores) :])
+    legal = _legal_blocks(scores, fits)
+    rest = LeastSums(sums, legal)
+    if rest.least is None:
         return []
-    if limit is None or limit == math.inf:
-        found = _expand(sums, sums, kept, count, None, [(1, 0, score)])
-    else:
-        assert weights is not None
-        heavy = _Sums(weights, [[0] * len(scores)] * (blocks - 1))
-        weight, most = _Table(heavy, kept), math.floor(limit)
-        if weight.start is None or weight.start > most:
+    bounds, weight_limit = [Bound(score_factor=1, weight_factor=0, rest=rest)], None
+    if weights is not None and limit is not None and limit != math.inf:
+        weight_sums = PlanSums(weights, [[0] * len(scores)] * (blocks - 1))
+        weight_limit = WeightLimit(weight_sums, LeastSums(weight_sums, legal), math.floor(limit))
+        if not weight_limit.can_be_met:
             return []
-        bounds = [(1, 0, score), *_mixture(sums, heavy, kept, most, score, weight)]
-        found = _expand(sums, heavy, kept, count, (most, weight), bounds)
-    return [Ranked(plan, float(Fraction(value, scale))) for value, plan in found]
+        if (bound := lagrangian_bound(sums, rest, weight_limit, legal)) is not None:
+            bounds.append(bound)
+    ranked = best_first(sums, legal, bounds, count=count, weight_limit=weight_limit)
+    return [RankedPlan(plan, float(Fraction(score, scale))) for score, plan in ranked]
 
 
 def smallest_largest(costs: np.ndarray, fits: np.ndarray, blocks: int) -> tuple[float, Positions] | None:
-    """Return the least possible cost of a plan's largest block, and the first plan that has it; None if there is none.
+    """Return the least cost that the largest block of a plan can have, and the first plan that has it.
+
+    The recurrence is that of the module with the larger of two costs in place of their sum.
 
     Args:
-        costs: ``costs[a, b, m]`` of a block, indices as those of `fits` in :func:`best_plans`.
-        fits: blocks that may be.
+        costs: ``costs[a, b, m]``, the cost of a block, with the indices of `fits`.
+        fits: (n + 1, n + 1, M), bool: which blocks may be used, as in :func:`best_plans`.
         blocks: K.
+
+    Returns:
+        The cost and the plan, or None if there is no plan.
     """
     n = costs.shape[0] - 1
     allowed = np.where(fits, costs.astype(float), np.inf)
-    step, rest = allowed[:, :n].min(axis=2, initial=np.inf), [allowed[:, n, 0]]
+    block = allowed[:, :n].min(axis=2, initial=np.inf)  # by first stretch and place, with the cheapest head
+    rest = [allowed[:, n, 0]]
     for _ in range(blocks - 1):
-        ahead = np.maximum(step, rest[-1][None, 1:])
-        rest.append(ahead.min(axis=1, initial=np.inf))
+        by_place = np.maximum(block, rest[-1][None, 1:])
+        rest.append(by_place.min(axis=1, initial=np.inf))
     least = rest[-1][0]
     if least == np.inf:
         return None
-    plan, at = [], 0
+    plan, first = [], 0
     for left in range(blocks - 1, 0, -1):
-        b = int(np.flatnonzero(np.maximum(step[at], rest[left - 1][1:]) <= least)[0])
-        plan.append((b, int(np.flatnonzero(allowed[at, b] <= least)[0])))
-        at = b + 1
+        place = int(np.flatnonzero(np.maximum(block[first], rest[left - 1][1:]) <= least)[0])
+        plan.append((place, int(np.flatnonzero(allowed[first, place] <= least)[0])))
+        first = place + 1
     return float(least), tuple(plan)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Whole numbers that are added up along a plan: of every (place, head), and of every (rank, place)."""
-
-    heads: Sequence[Sequence[int]]
-    ranks: Sequence[Sequence[int]]
-
-    def of(self, rank: int, place: int, head: int) -> int:
-        return self.heads[place][head] + self.ranks[rank][place]
-
-    def total(self, plan: Positions) -> int:
-        return sum(self.of(rank, place, head) for rank, (place, head) in enumerate(plan))
-
-    def mixed(self, q: int, p: int, other: _Sums) -> _Sums:
-        """Return q times this and p times the other."""
-
-        def mix(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> list[list[int]]:
-            return [[q * x + p * y for x, y in zip(*rows, strict=True)] for rows in zip(a, b, strict=True)]
-
-        return _Sums(mix(self.heads, other.heads), mix(self.ranks, other.ranks))
+def _whole_numbers(scores: Sequence[Sequence[float]]) -> tuple[list[list[int]], int]:
+    """Return scores times their common denominator, exactly, and the denominator."""
+    exact = [[Fraction(score) for score in row] for row in scores]
+    scale = math.lcm(*(score.denominator for row in exact for score in row))
+    return [[score.numerator * (scale // score.denominator) for score in row] for row in exact], scale
 
 
-class _Table:
-    """The least sum of costs from every state to the end: ``rest[cuts left][stretch that comes next]``.
-
-    Sums are of Python's whole numbers, which do not round and do not overflow; `far` stands for "not possible".
-    """
-
-    def __init__(self, sums: _Sums, fits: np.ndarray) -> None:
-        n, cuts = len(sums.heads), len(sums.ranks)
-        largest = sum(max((abs(c) for row in rows for c in row), default=0) for rows in (sums.heads, sums.ranks))
-        self.far = 4 * (cuts + 2) * (2 * largest + 1)
-        padded = np.full((n, fits.shape[2]), self.far, dtype=object)
-        for place, row in enumerate(sums.heads):
-            padded[place, : len(row)] = row
-        far = np.array(self.far, dtype=object)
-        self._steps = np.where(fits[:, :n], padded[None], far)
-        self._step = self._steps.min(axis=2) if n else np.empty((1, 0), dtype=object)
-        rest = [np.where(fits[:, n, 0], np.array(0, dtype=object), far)]
-        self._ranks = [np.array(row, dtype=object) for row in sums.ranks]
-        for rank in reversed(range(cuts)):
-            ahead = self._step + (self._ranks[rank] + rest[-1][1:])[None]
-            rest.append(ahead.min(axis=1, initial=self.far))
-        self.rest: list[list[int]] = [row.tolist() for row in rest]
-
-    @property
-    def start(self) -> int | None:
-        """The least sum of a whole plan, or None if there is no plan."""
-        return least if self.possible(least := self.rest[-1][0]) else None
-
-    def possible(self, value: int) -> bool:
-        return value < self.far // 2
-
-    def plan(self) -> Positions:
-        """Return a plan with the least sum."""
-        found, at = [], 0
-        for rank, order in enumerate(self._ranks):
-            rest = self.rest[len(self._ranks) - 1 - rank]
-            b = int((self._step[at] + order + np.array(rest[1:], dtype=object)).argmin())
-            found.append((b, int(self._steps[at, b].argmin())))
-            at = b + 1
-        return tuple(found)
-
-
-def _whole(scores: Sequence[Sequence[float]]) -> tuple[list[list[int]], int]:
-    """Return scores times a common scale as whole numbers, exactly, and the scale."""
-    exact = [[Fraction(s) for s in row] for row in scores]
-    scale = math.lcm(*(f.denominator for row in exact for f in row))
-    return [[f.numerator * (scale // f.denominator) for f in row] for row in exact], scale
-
-
-def _legal(scores: Sequence[Sequence[float]], fits: np.ndarray | None) -> np.ndarray:
-    """Return the blocks that may be: allowed, at least one stretch long, with a head that is offered."""
+def _legal_blocks(scores: Sequence[Sequence[float]], fits: np.ndarray | None) -> np.ndarray:
+    """Return which blocks may be used: those of `fits` with at least one stretch and a head that the place offers."""
     n, most = len(scores), max((len(row) for row in scores), default=1)
     offered = np.zeros((n + 1, max(1, most)), dtype=bool)
     for place, row in enumerate(scores):
         offered[place, : len(row)] = True
     offered[n, 0] = True
-    forward = np.triu(np.ones((n + 1, n + 1), dtype=bool))
-    legal = forward[:, :, None] & offered[None]
+    nonempty = np.triu(np.ones((n + 1, n + 1), dtype=bool))
+    legal = nonempty[:, :, None] & offered[None]
     return legal if fits is None else legal & fits[:, :, : legal.shape[2]]
-
-
-def _mixture(
-    scores: _Sums, weights: _Sums, fits: np.ndarray, limit: int, score: _Table, weight: _Table
-) -> list[tuple[int, int, _Table]]:
-    """Return (q, p, table of q score + p weight) with the best Lagrangian bound; nothing if the limit does not bind."""
-
-    def totals(plan: Positions) -> tuple[int, int]:
-        return scores.total(plan), weights.total(plan)
-
-    over, under = totals(score.plan()), totals(weight.plan())
-    if over[1] <= limit:
-        return []
-    while True:  # the line through both plans; a plan below it takes the place of the one on its side of the limit
-        p, q = under[0] - over[0], over[1] - under[1]
-        common = math.gcd(p, q)
-        p, q = p // common, q // common
-        table = _Table(scores.mixed(q, p, weights), fits)
-        if table.start == q * over[0] + p * over[1]:
-            return [(q, p, table)]
-        better = totals(table.plan())
-        over, under = (better, under) if better[1] > limit else (over, better)
-
-
-def _expand(
-    scores: _Sums,
-    weights: _Sums,
-    fits: np.ndarray,
-    count: int,
-    limited: tuple[int, _Table] | None,
-    bounds: Sequence[tuple[int, int, _Table]],
-) -> list[tuple[int, Positions]]:
-    """Return whole plans in order of (score, plan), by expanding partial ones in order of (lower bound, plan).
-
-    A bound (q, p, table) says that q score >= q (score so far) + p (weight so far) + rest of the table - p limit.
-    Bounds never fall along a plan, and a partial plan comes before its completions in the order of tuples: so every
-    plan comes out before those behind it.
-    """
-    n, cuts, limit = len(scores.heads), len(scores.ranks), limited[0] if limited is not None else 0
-    unit = math.prod(q for q, _, _ in bounds)
-    scaled = [(unit // q, q, p, table) for q, p, table in bounds]
-    ends = [[(b, m) for b in range(n) for m in np.flatnonzero(fits[a, b]).tolist()] for a in range(n + 1)]
-
-    def bound(left: int, at: int, score: int, weight: int) -> int:
-        return max(f * (q * score + p * (weight - limit) + table.rest[left][at]) for f, q, p, table in scaled)
-
-    found: list[tuple[int, Positions]] = []
-    before: dict[tuple[int, int], _Front] = {}
-    heap: list[tuple[int, Positions, int, int]] = [(bound(cuts, 0, 0, 0), (), 0, 0)]
-    first = scaled[0][3]
-    while heap and len(found) < count:
-        _, plan, score, weight = heapq.heappop(heap)
-        left, at = cuts - len(plan), plan[-1][0] + 1 if plan else 0
-        if left == 0:
-            found.append((score, plan))
-            continue
-        front = before.setdefault((left, at), _Front(count))
-        if not front.admits(score, plan, weight if limited is not None else 0):
-            continue
-        for b, m in ends[at]:
-            if not first.possible(first.rest[left - 1][b + 1]):
-                continue
-            s, w = score + scores.of(cuts - left, b, m), weight + weights.of(cuts - left, b, m)
-            if limited is None or w + limited[1].rest[left - 1][b + 1] <= limit:
-                heapq.heappush(heap, (bound(left - 1, b + 1, s, w), (*plan, (b, m)), s, w))
-    return found
-
-
-class _Front:
-    """Partial plans that end at one place, and whether one more can matter."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._kept: list[tuple[int, Positions, int]] = []
-
-    def admits(self, score: int, plan: Positions, weight: int) -> bool:
-        """Keep a partial plan unless `count` others come before it and weigh no more."""
-        ahead = bisect.bisect_left(self._kept, (score, plan, weight))
-        better = 0
-        for k in range(ahead):
-            better += self._kept[k][2] <= weight
-            if better == self._count:
-                return False
-        self._kept.insert(ahead, (score, plan, weight))
-        return True

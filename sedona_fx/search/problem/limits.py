@@ -1,7 +1,7 @@
-"""Limits on a plan: bytes, FLOPs and seconds of its largest block, FLOPs of its heads.
+"""Limits on a plan: bytes, FLOPs and seconds of its largest block, and FLOPs of its heads.
 
-What ``decouple`` calls the budget of the plan. What a search itself may cost is another matter, and is set in the
-search (:class:`~sedona_fx.search.sedona.budget.Budget` counts it).
+``decouple(budget=...)`` sets them. They do not limit what a search itself costs: that is a setting of the search
+(:class:`~sedona_fx.search.sedona.budget.Budget` counts it).
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from sedona_fx.errors import CutError, did_you_mean
 from sedona_fx.plan import Plan
 
 MEASURES = {"activation_bytes": "bytes", "block_flops": "FLOPs", "block_seconds": "seconds", "head_flops": "FLOPs"}
-"""What can be limited, each with its unit; all but ``head_flops`` are about the largest block."""
+"""What can be limited -> its unit. All but ``head_flops`` are costs of the largest block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a plan may cost at most, for a batch like the first of the data; None: any.
+    """The most that a plan may cost, for a batch like the first one of the data; None: no limit.
 
     Attributes:
-        activation_bytes: of the block that keeps most for its backward pass, its head included: the largest number in
-            the column "activations" of ``print(net)``, and what a step of ``Greedy`` needs at once.
-        block_flops: forward FLOPs of the largest block, its head included.
-        block_seconds: forward and backward of the slowest block, its head included, measured on this machine: each
-            stretch between places to cut once, each candidate head once, and added up. The optimizer's step is not in
-            it.
-        head_flops: forward FLOPs of all heads together.
-        measured: seconds as an earlier decision measured them (``plan.block_seconds``), used instead of new ones, so that
-            the decision is the same.
+        activation_bytes: of the block that saves most for its backward pass, its head included: the largest number in
+            the column "activations" of ``print(net)``, and what a step of ``Greedy`` needs at a time.
+        block_flops: FLOPs of the forward pass of the largest block, its head included.
+        block_seconds: seconds of the forward and backward pass of the slowest block, its head included, on this
+            machine. Each stretch between places to cut and each candidate head is measured once, and these seconds are
+            added up. The optimizer's step is not included.
+        head_flops: FLOPs of the forward pass of all heads together.
+        measured: the seconds that an earlier decision was based on (``plan.block_seconds``). They are used in place of
+            new measurements, so that the decision is the same again.
+
+    Raises:
+        CutError: a limit is not a number, is NaN or is below 0, or `measured` is not of the form that
+            ``plan.block_seconds`` has.
     """
 
     activation_bytes: float | None = None
@@ -45,27 +49,31 @@ class Limits:
         for name, value in self.given().items():
             if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or value < 0:
                 raise CutError(f"the budget's {name}={value!r} should be a number of {MEASURES[name]}, at least 0.")
-            # As Python's own number: a plan's JSON has no others.
+            # As a number of Python's own: a plan is saved as JSON, which takes no NumPy scalars.
             object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
-        known = self.measured
-        if known and not (isinstance(known, Mapping) and {"places", "stretches", "heads"} <= known.keys()):
+        measured = self.measured
+        if measured and not (isinstance(measured, Mapping) and {"places", "stretches", "heads"} <= measured.keys()):
             raise CutError(
-                "the budget's measured=... should be what a plan has in block_seconds: an object with places, stretches "
-                "and heads. Leave it out to measure anew."
+                "the budget's measured=... should be what a plan has in block_seconds: an object with places, "
+                "stretches and heads. Leave it out to measure anew."
             )
 
     @classmethod
     def of(cls, budget: Limits | Mapping[str, Any] | None, plan: Plan | None = None) -> Limits | None:
-        """Return limits from what a user gives, with the seconds that a plan had measured; None if nothing is limited.
+        """Return the limits that a user's ``budget=`` sets, or None if it sets none.
+
+        Args:
+            budget: limits, or a mapping of their names to numbers.
+            plan: the plan that is applied, if any; its measured seconds are used unless `budget` has its own.
 
         Raises:
-            CutError: neither limits nor a mapping, or one with another key.
+            CutError: `budget` is neither limits nor a mapping, or names something that cannot be limited.
         """
         if isinstance(budget, Mapping):
-            known = [field.name for field in fields(cls)]
+            names = [field.name for field in fields(cls)]
             for name in budget:
-                if name not in known:
-                    near = did_you_mean(str(name), known)
+                if name not in names:
+                    near = did_you_mean(str(name), names)
                     raise CutError(
                         f"the budget names {name!r}, which cannot be limited{near}; one of {list(MEASURES)}."
                     )
@@ -82,10 +90,10 @@ class Limits:
         return budget
 
     def given(self) -> dict[str, float]:
-        """Return the limits that were set, by name."""
+        """Return the limits that are set: name -> number, in the unit of :data:`MEASURES`."""
         return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
 
 
 def amount(measure: str, value: float) -> str:
-    """Return a value as error messages write it: ``123,456`` or ``0.0123``."""
+    """Return a value of a measure as error messages show it: ``123,456``, or for seconds ``0.0123``."""
     return f"{value:.3g}" if measure == "block_seconds" else f"{math.ceil(value):,}"

@@ -1,1 +1,1 @@
-"""Cuts by rule: balanced, uniform, latest."""
+"""Searches that choose cuts by rule: balanced, uniform, latest."""

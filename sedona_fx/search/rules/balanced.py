@@ -1,4 +1,4 @@
-"""Balanced cuts: the largest block is as small as it can be, exactly."""
+"""Balanced cuts: the largest block costs as little as it can, exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from sedona_fx.errors import SettingsError
 from sedona_fx.ir.cost import stretch_costs
-from sedona_fx.search.problem.dynamic_program import Ranked
+from sedona_fx.search.problem.dynamic_program import RankedPlan
 from sedona_fx.search.problem.plan_costs import allowed, heads_tried, plan_costs
 from sedona_fx.search.problem.problem import Decision, Positions, Problem, Search, candidate_cost
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_rule
@@ -21,12 +21,15 @@ from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_
 class Balanced(Search):
     """Minimise the largest cost of a block, its head included, over all choices of cuts.
 
-    Where that exceeds the problem's limits, the largest cost is the least among the plans that do not. Other heads are
-    then tried only if no plan with these will do.
+    If that plan exceeds the problem's limits, the largest cost is the least among the plans within them. These have the
+    heads of the rule if any plan with these keeps within the limits, else other heads too.
 
     Args:
-        by: ``"flops"`` balances time on many devices, ``"activation_bytes"`` memory on one.
+        by: ``"flops"`` balances time on several devices, ``"activation_bytes"`` memory on one.
         head: each cut gets the ``"first"`` of its candidate heads, or the ``"largest"``, by FLOPs.
+
+    Raises:
+        SettingsError: `by` or `head` has another value.
     """
 
     by: Literal["flops", "activation_bytes"] = "flops"
@@ -43,91 +46,93 @@ class Balanced(Search):
 
         Raises:
             BudgetError: no plan keeps within the limits.
+            CutError: the net has too few places to cut.
         """
         places = problem.places()
         nodes = [problem.node(name) for name in places]
-        stretches, shared = stretch_costs(problem.train, nodes)
-        kinds = [head_by_rule(problem, name, self.head) for name in places]
-        heads = [
-            getattr(candidate_cost(problem, name, node, kind), self.by)
-            for name, node, kind in zip(places, nodes, kinds, strict=True)
+        stretches, shared_bytes = stretch_costs(problem.train, nodes)
+        head_indices = [head_by_rule(problem, name, self.head) for name in places]
+        head_costs = [
+            getattr(candidate_cost(problem, name, node, index), self.by)
+            for name, node, index in zip(places, nodes, head_indices, strict=True)
         ]
         costs = [getattr(cost, self.by) for cost in stretches]
-        overlap = shared if self.by == "activation_bytes" else [0] * len(shared)
-        chosen, largest = balance(costs, overlap, heads, problem.blocks)
-        cuts = [places[k] for k in chosen]
+        shared = shared_bytes if self.by == "activation_bytes" else [0] * len(shared_bytes)
+        chosen, largest = balance(costs, shared, head_costs, problem.blocks)
         provenance = {"search": "balanced", "by": self.by, "largest_block": largest}
-        plan = tuple((places[k], kinds[k]) for k in chosen)
+        plan = tuple((places[k], head_indices[k]) for k in chosen)
         if allowed(problem, plan):
             return problem.decision(plan, {**provenance, "head": self.head})
         measure = "block_flops" if self.by == "flops" else self.by
-        moved = balance_within(problem, measure, kinds)
-        provenance["largest_block"] = int(plan_costs(problem).value(measure, moved))
-        return plan_costs(problem).decision(moved, {**provenance, "balanced_cuts": cuts})
+        within = balance_within(problem, measure, head_indices)
+        provenance["largest_block"] = int(plan_costs(problem).value(measure, within))
+        return plan_costs(problem).decision(within, {**provenance, "balanced_cuts": [places[k] for k in chosen]})
 
 
 def balance_within(problem: Problem, measure: str, preferred: Sequence[int]) -> Positions:
     """Return the plan within the problem's limits whose largest block costs least; ties go to the earlier cuts.
 
-    The least cost is found by bisection: whether any plan has no larger block is a question to the programme.
+    The least cost is found by bisection over the costs of all blocks: the dynamic program says whether there is a plan
+    without a larger block.
 
     Args:
         problem: the net, its candidates and its limits.
-        measure: the cost of a block, one of the limits' names.
-        preferred: the number of the head of every place that is taken if some plan of such heads will do.
+        measure: the cost of a block, one of the names of the limits.
+        preferred: for each place the index of the head to take, if any plan with these heads keeps within the limits.
 
     Raises:
         BudgetError: no plan keeps within the limits.
     """
     costs, fits = plan_costs(problem), heads_tried(problem, preferred)
-    blocks = costs.blocks(measure)
-    flat = [[0.0] * len(row) for row in costs.heads["head_flops"]]
-    levels = np.unique(blocks[fits])
+    block_costs = costs.blocks(measure)
+    no_scores = [[0.0] * len(row) for row in costs.heads["head_flops"]]
+    levels = np.unique(block_costs[fits])
 
-    def plan(level: float) -> list[Ranked]:
-        return costs.best(flat, 1, fits & (blocks <= level))
+    def plans(level: float) -> list[RankedPlan]:
+        """Return a plan without a block that costs more, if there is one."""
+        return costs.best(no_scores, 1, fits & (block_costs <= level))
 
-    least = bisect.bisect_left(levels, 1, key=lambda level: len(plan(level)))
-    return plan(levels[least])[0].plan
+    least = bisect.bisect_left(levels, 1, key=lambda level: len(plans(level)))
+    return plans(levels[least])[0].plan
 
 
 def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], blocks: int) -> tuple[list[int], int]:
-    """Cut a chain of n+1 stretches into `blocks` runs so that the largest cost of a run is least.
+    """Cut a chain of n + 1 stretches into `blocks` runs so that the largest cost of a run is least, exactly.
 
-    A run from stretch a to stretch b costs ``sum(costs[a..b]) - sum(shared[a..b-1]) + heads[b]`` (no head behind the
-    last). Exact dynamic programme, O(n^2 blocks); ties go to the earlier cut.
+    A run of the stretches a to b costs ``sum(costs[a..b]) - sum(shared[a..b-1]) + heads[b]``; the last run has no head.
+    The dynamic program over (runs so far, last stretch) takes O(n^2 blocks); ties go to the earlier cut.
 
     Args:
-        costs: of the n+1 stretches.
-        shared: counted twice by neighbouring stretches, n numbers.
-        heads: cost of a head at each of the n cut points.
-        blocks: number of runs, at most n+1.
+        costs: of the n + 1 stretches.
+        shared: n numbers: what stretches k and k + 1 both contain, and their run has only once.
+        heads: n numbers: the cost of a head after each stretch but the last.
+        blocks: number of runs, 1 to n + 1.
 
     Returns:
-        The stretches behind which to cut, and the largest cost.
+        The stretches after which to cut, and the largest cost of a run.
     """
     n = len(costs) - 1
     sums = np.concatenate([[0], np.cumsum(costs)])
-    overlaps = np.concatenate([[0], np.cumsum([*shared, 0])])
-    behind = np.array([*heads, 0])
+    shared_sums = np.concatenate([[0], np.cumsum([*shared, 0])])
+    head_costs = np.array([*heads, 0])
 
-    def run(a: Any, b: Any) -> Any:
-        return sums[b + 1] - sums[a] - (overlaps[b] - overlaps[a]) + behind[b]
+    def run_cost(a: Any, b: Any) -> Any:
+        return sums[b + 1] - sums[a] - (shared_sums[b] - shared_sums[a]) + head_costs[b]
 
-    # best[j][b]: least largest cost of j runs that end behind stretch b.
-    best = [run(0, np.arange(n + 1))]
-    came = [np.full(n + 1, -1)]
+    # largest[j][b]: the least largest cost of j + 1 runs that end with stretch b; previous[j][b]: the end of run j.
+    largest = [run_cost(0, np.arange(n + 1))]
+    previous = [np.full(n + 1, -1)]
     for j in range(1, blocks):
-        row, source = np.full(n + 1, np.iinfo(np.int64).max), np.full(n + 1, -1)
+        row, sources = np.full(n + 1, np.iinfo(np.int64).max), np.full(n + 1, -1)
         for b in range(j, n + 1):
-            starts = np.arange(j - 1, b)
-            values = np.maximum(best[j - 1][j - 1 : b], run(starts + 1, b))
+            ends = np.arange(j - 1, b)
+            values = np.maximum(largest[j - 1][j - 1 : b], run_cost(ends + 1, b))
             first = int(values.argmin())
-            row[b], source[b] = values[first], starts[first]
-        best.append(row)
-        came.append(source)
-    chosen, at = [], n
+            row[b], sources[b] = values[first], ends[first]
+        largest.append(row)
+        previous.append(sources)
+    cuts, end = [], n
     for j in range(blocks - 1, 0, -1):
-        at = int(came[j][at])
-        chosen.append(at)
-    return chosen[::-1], int(best[blocks - 1][n])
+        end = int(previous[j][end])
+        cuts.append(end)
+    return cuts[::-1], int(largest[blocks - 1][n])

@@ -1,4 +1,4 @@
-"""Latest cuts: a control, with one deep first block and the shortest blocks there are behind it."""
+"""Latest cuts: a control with one deep first block, followed by the shortest blocks possible."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import ClassVar
 
 from sedona_fx.search.problem.problem import Decision, Problem, Search
 from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule
-from sedona_fx.search.rules.uniform import cut_behind
+from sedona_fx.search.rules.uniform import cut_after
 
 
 @dataclass(frozen=True)
 class Latest(Search):
-    """Cut behind the last K-1 base layers but the final one. VGG-19, K = 4: 12, 13, 14 (0-based).
+    """Cut after each of the K - 1 base layers before the final one. VGG-19, K = 4: 12, 13, 14 (0-based).
 
-    It is what SEDONA's released plans come near to (VGG-19: 5, 12, 13), for no search at all. Where it exceeds the
-    problem's limits, the nearest plan that does not is taken, with these heads if such a one will do.
+    SEDONA's released plans come near to this (VGG-19: 5, 12, 13); it costs no search at all. If the plan exceeds the
+    problem's limits, the nearest plan within them is taken, with the heads of the rule if one with these will do.
 
     Args:
         head: each cut gets the ``"first"`` of its candidate heads, or the ``"largest"``, by FLOPs.
+
+    Raises:
+        SettingsError: `head` is neither of these.
     """
 
     head: HeadRule = "first"
@@ -32,6 +35,7 @@ class Latest(Search):
 
         Raises:
             BudgetError: no plan keeps within the limits.
+            CutError: the net has too few places to cut.
         """
         count = len(problem.places())
-        return cut_behind(problem, range(count - (problem.blocks - 1), count), self.head, "latest")
+        return cut_after(problem, range(count - (problem.blocks - 1), count), self.head, "latest")

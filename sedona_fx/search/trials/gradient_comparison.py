@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sedona_fx.rng import block_seed
-from sedona_fx.search.problem import additive
+from sedona_fx.search.problem.sampling import sample_plans
 from sedona_fx.search.session.batches import Batch, split
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.alignment import Alignment, measure
@@ -94,7 +94,7 @@ class Comparison:
 
     def _train(self, batch: Batch) -> None:
         draws = random.Random(block_seed(self.seed, "plans", self.step))
-        (plan,) = additive.sample(self._head_counts, self.cuts, 1, draws, every=False)
+        (plan,) = sample_plans(self._head_counts, self.cuts, 1, draws, every=False)
         self.net.train(batch, self._optimizer, plan)
         self.step += 1
 

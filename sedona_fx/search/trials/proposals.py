@@ -6,10 +6,9 @@ import itertools
 import math
 import random
 
-from sedona_fx.search.problem.additive import sample
-from sedona_fx.search.problem.dynamic_program import every_plan
 from sedona_fx.search.problem.plan_costs import allowed, best_plans
 from sedona_fx.search.problem.problem import Choice, Positions, Problem
+from sedona_fx.search.problem.sampling import every_plan, sample_plans
 from sedona_fx.search.rules.balanced import Balanced
 from sedona_fx.search.rules.latest import Latest
 from sedona_fx.search.rules.uniform import Uniform
@@ -51,7 +50,7 @@ def proposals(problem: Problem, count: int) -> list[Choice]:
     for _ in range(_DRAWS_PER_PLAN * count):
         if len(proposed) == count:
             return list(proposed)
-        (drawn,) = sample(kinds, cuts, 1, draws, every=False)
+        (drawn,) = sample_plans(kinds, cuts, 1, draws, every=False)
         plan = at_places(drawn)
         if allowed(problem, plan):
             proposed[plan] = None

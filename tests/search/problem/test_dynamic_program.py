@@ -1,4 +1,4 @@
-"""The programme over cuts and heads: the same plans, in the same order, as going through all there are."""
+"""The dynamic program over cuts and heads: the same plans, in the same order, as going through all there are."""
 
 import itertools
 import time
@@ -26,9 +26,9 @@ def every_plan(scores, blocks, fits):
                 yield plan
 
 
-def exact(table, plan, ranks):
+def exact(table, plan, cut_scores):
     heads = sum((Fraction(table[k][m]) for k, m in plan), Fraction())
-    return heads + sum((Fraction(ranks[j][k]) for j, (k, _) in enumerate(plan)), Fraction())
+    return heads + sum((Fraction(cut_scores[j][k]) for j, (k, _) in enumerate(plan)), Fraction())
 
 
 @st.composite
@@ -39,26 +39,26 @@ def problems(draw):
     score = st.sampled_from([0.0, 0.1, 0.2, 0.3, -1.5, 1e-9]) | st.floats(-5, 5) | st.integers(0, 2)
     scores = [draw(st.lists(score, min_size=k, max_size=k)) for k in kinds]
     weights = [draw(st.lists(st.integers(0, 9), min_size=k, max_size=k)) for k in kinds]
-    ranks = [draw(st.lists(score, min_size=n, max_size=n)) for _ in range(blocks - 1)]
+    cut_scores = [draw(st.lists(score, min_size=n, max_size=n)) for _ in range(blocks - 1)]
     share = draw(st.sampled_from([0.5, 0.8, 1.0]))
     rows = np.random.default_rng(draw(st.integers(0, 10**6)))
     fits = rows.random((n + 1, n + 1, max(kinds, default=1))) < share
     limit = draw(st.none() | st.integers(0, 9 * blocks) | st.floats(0, 20))
-    return scores, weights, ranks, blocks, fits, limit, draw(st.integers(1, 12))
+    return scores, weights, cut_scores, blocks, fits, limit, draw(st.integers(1, 12))
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(problems())
 def test_it_is_the_beginning_of_the_sorted_list_of_all_plans(problem):
-    scores, weights, ranks, blocks, fits, limit, count = problem
+    scores, weights, cut_scores, blocks, fits, limit, count = problem
     none = [[0] * len(scores)] * (blocks - 1)
     allowed = [
         plan
         for plan in every_plan(scores, blocks, fits)
         if limit is None or exact(weights, plan, none) <= Fraction(limit)
     ]
-    expected = sorted((exact(scores, plan, ranks), plan) for plan in allowed)[:count]
-    found = best_plans(scores, blocks, count=count, fits=fits, ranks=ranks, weights=weights, limit=limit)
+    expected = sorted((exact(scores, plan, cut_scores), plan) for plan in allowed)[:count]
+    found = best_plans(scores, blocks, count=count, fits=fits, cut_scores=cut_scores, weights=weights, limit=limit)
     assert [r.plan for r in found] == [plan for _, plan in expected]
     assert [r.score for r in found] == [float(score) for score, _ in expected]
 

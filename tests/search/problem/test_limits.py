@@ -21,7 +21,7 @@ from sedona_fx.errors import BudgetError, CutError, PlanError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.report.text import in_units
 from sedona_fx.search import Balanced, Decision, Latest, Search, Sedona, Uniform, allowed, best_plans
-from sedona_fx.search.problem import plan_costs
+from sedona_fx.search.problem.plan_costs import plan_costs
 from sedona_fx.search.rules.uniform import uniform_layers
 from sedona_fx.search.sedona.decode import decode, decode_within
 
@@ -370,7 +370,7 @@ def test_seconds_are_measured_once_and_kept(monkeypatch):
     def never(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(plan_costs, "measure_seconds", never)
+    monkeypatch.setattr("sedona_fx.search.problem.plan_costs.measure_seconds", never)
     again = sedona_fx.decouple(model, BATCH, budget={**budget, "measured": measured}, **how)
     assert again.plan == plan
     sedona_fx.decouple(model, BATCH, plan=plan, heads=HEADS, budget={"block_seconds": spent * 1.01})

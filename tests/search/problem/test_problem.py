@@ -43,6 +43,6 @@ QUICK: dict[str, Any] = {
 @pytest.mark.parametrize("who", [*QUICK, "pareto"])
 def test_without_heads_nothing_is_searched(who: str) -> None:
     how: dict[str, Any] = {"blocks": 3, "heads": False, "progress": False}
-    call = sedona_fx.recipes.pareto if who == "pareto" else functools.partial(sedona_fx.decouple, search=QUICK[who])
+    call = sedona_fx.pareto if who == "pareto" else functools.partial(sedona_fx.decouple, search=QUICK[who])
     with pytest.raises(CutError, match=rf"^{who} compares plans by .* cannot run with heads=False: leave that out, or"):
         call(chain(4), loader(), **how)
