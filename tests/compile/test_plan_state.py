@@ -1,4 +1,4 @@
-"""A plan's fields are state, its provenance is history: nothing depends on the history, and old state does not stick."""
+"""A plan's fields are state, its provenance is history: nothing depends on history, and old state does not stick."""
 
 from __future__ import annotations
 

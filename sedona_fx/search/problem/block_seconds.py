@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx import passes
 from sedona_fx.errors import DataError
 from sedona_fx.heads.registry import build_head, head_name
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.measure import step_seconds
 from sedona_fx.runtime.run import run_graph
 from sedona_fx.search.problem.problem import Problem
+from sedona_fx.search.problem.stretches import cut_into_stretches
 
 _REPEATS = 5
 
@@ -42,8 +42,7 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
     """
     if not problem.analysed.example.kwargs:
         raise DataError("block_seconds is measured on the first batch of the data, and this problem has none.")
-    cuts: dict[str, list[nn.Module]] = {str(info(problem.node(place)).cut): [] for place in places}
-    parts = passes.partition(passes.lower_at(problem.train, cuts))
+    parts = cut_into_stretches(problem.train, [problem.node(place) for place in places])
     modules = copy.deepcopy([part.module for part in parts])  # in one call: modules that parts share stay shared
     device = next(nn.ModuleList(modules).parameters()).device
     runs: dict[str, Callable[[], None]] = {}
