@@ -96,7 +96,6 @@ WAYS = [
     guided("the same, without rollouts", 1.0, finalists=0),
     guided("guided, 25 epochs", epochs=25),
     guided("the same 25, without rollouts", epochs=25, finalists=0),
-    guided("whole plans' cosines", score="plan"),
     sedona("SEDONA, T = 1", unroll=1),
     sedona("SEDONA, T = 5", unroll=5),
     sedona("SEDONA, T = 5, a whole run", 1.0, unroll=5),
