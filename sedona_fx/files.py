@@ -39,23 +39,25 @@ def _umask() -> int:
     return mask
 
 
-def read_torch_file(path: str | Path, what: str) -> Any:
+def read_torch_file(path: str | Path, what: str, *, advice: str = "", keep_devices: bool = False) -> Any:
     """Read a file that ``torch.save`` wrote, without running code that it may contain.
 
     Args:
         path: the file.
         what: what it holds, for the error's text: ``"weights"``, ``"checkpoint"``.
+        advice: what to do if it cannot be read, for the error's text.
+        keep_devices: load tensors to the devices that they were saved from, instead of to the CPU.
 
     Returns:
-        What was saved; tensors are on the CPU.
+        What was saved.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location=None if keep_devices else "cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {load_failure(error)}.") from error
+        raise CheckpointError(f"cannot read the {what} {str(path)!r}: {load_failure(error)}.{advice}") from error
 
 
 def load_failure(error: BaseException | None) -> str:

@@ -12,13 +12,13 @@ from torch import fx, nn
 
 
 @contextmanager
-def keep_modes(model: nn.Module) -> Iterator[None]:
-    """Restore the ``training`` flag of every module on exit."""
-    flags = [(module, module.training) for module in model.modules()]
+def keep_modes(*models: nn.Module) -> Iterator[None]:
+    """Restore the ``training`` flag of every module of these on exit."""
+    flags = {module: module.training for model in models for module in model.modules()}
     try:
         yield
     finally:
-        for module, flag in flags:
+        for module, flag in flags.items():
             module.training = flag
 
 

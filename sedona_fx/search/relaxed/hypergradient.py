@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.search.relaxed.block_forward import run_block
 from sedona_fx.search.relaxed.state import (
     Logits,
@@ -163,17 +164,13 @@ def batch_statistics(blocks: Sequence[RelaxedBlock]) -> Iterator[None]:
     A norm that is frozen in the train graph (BatchNorm in evaluation mode there) stays frozen. All flags are restored
     afterwards.
     """
-    flags = {m: m.training for b in blocks for m in b.eval_module.modules()}
     in_training = set()
     for block in blocks:
         training = {name: m.training for name, m in block.module.named_modules()}
         in_training |= {
             m for name, m in block.eval_module.named_modules() if isinstance(m, _NormBase) and training.get(name, True)
         }
-    try:
-        for m in flags:
-            m.training = m in in_training
+    with keep_modes(*(block.eval_module for block in blocks)):
+        for module in (m for block in blocks for m in block.eval_module.modules()):
+            module.training = module in in_training
         yield
-    finally:
-        for m, flag in flags.items():
-            m.training = flag

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sedona_fx.errors import CheckpointError
-from sedona_fx.files import replacing
+from sedona_fx.files import read_torch_file, replacing
 
 STATE_FILE = "search.pt"
 FORMAT = 1
@@ -94,14 +94,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:
-        # Not PyTorch's own message: for a damaged file it advises to load without weights_only.
-        raise CheckpointError(
-            f"cannot read {str(path)!r} ({type(error).__name__}): it is damaged, or no file of a search. Delete the "
-            "folder to start the search anew."
-        ) from error
+    advice = " It is damaged, or no file of a search. Delete the folder to start the search anew."
+    content = read_torch_file(path, "state of a search", advice=advice, keep_devices=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} is damaged. Delete the folder to start the search anew.")
     return content

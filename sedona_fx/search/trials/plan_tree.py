@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import BlockGraph, info
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.rng import block_random
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
@@ -138,18 +139,15 @@ class PlanTree:
 
     def outputs(self, inputs: Mapping[str, Any]) -> Iterator[tuple[Choice, Any]]:
         """Yield every plan that has not failed, with its final output in eval mode."""
-        flags = [(m, m.training) for node in self.nodes() for m in node.modules().modules()]
-        for module, _ in flags:
-            module.training = False
-        try:
+        trees = [node.modules() for node in self.nodes()]
+        with keep_modes(*trees):
+            for module in (m for tree in trees for m in tree.modules()):
+                module.training = False  # not eval(), which user's modules may override
             for root in self.roots:
                 if not root.failed:
                     with torch.no_grad():
                         outputs = list(_outputs_from(root, dict(inputs)))
                     yield from outputs
-        finally:
-            for module, flag in flags:
-                module.training = flag
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[Choice, float]:
         """Return each plan's mean loss of the final output in eval mode; infinite for a plan that failed.
