@@ -57,7 +57,7 @@ def seed_all(seed: int) -> None:
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the global generators for the body, and restore their states afterwards.
 
-    These are PyTorch's generator of the CPU and those of all devices of `device`'s type, Python's ``random`` and NumPy's.
+    They are PyTorch's for the CPU and for all devices of `device`'s type, Python's ``random`` and NumPy's.
     """
     devices = []
     if _has_generator(device):
