@@ -46,9 +46,9 @@ class Traced:
     Attributes:
         train: the train graph.
         eval: the eval graph; the same object as `train` if the two do not differ.
-        mode_paths: paths of the modules that read their own ``training`` flag while the graphs were recorded -> the flag
-            in train mode and in eval mode. They must keep these flags, since a graph is chosen for the net at once.
-            Empty if the modes do not differ.
+        mode_paths: path of each module that read its own ``training`` flag while the graphs were recorded -> that flag
+            in train mode and in eval mode. It must keep these flags, since a graph is chosen for the net at once. Empty
+            if the modes do not differ.
         output: what the model returned in train mode for the first two examples.
         capture: how the graphs were recorded: which front end, which sizes are free, whether the code around `root`
             runs as Python, and which fields of the output (``"past_key_values (DynamicCache)"``) a graph cannot give.
