@@ -1,13 +1,15 @@
-"""Decouple a residual network by search, and compare it with backprop and with uniform cuts, three seeds each.
+"""Decouple a residual network by search, and compare it with backpropagation and with uniform cuts, three seeds each.
 
     make demo
     python examples/quickstart.py
     python examples/quickstart.py --data cifar10 --data-root DIR --epochs 30
 
-Data: scikit-learn's 1,797 handwritten digits, which come inside the package; or CIFAR-10 from a folder of yours, as
-torchvision's ``CIFAR10`` lays it out or as images (``train/<class>/*``, ``test/<class>/*``). Nothing is downloaded.
+The data are scikit-learn's 1,797 handwritten digits, which are part of that package, or CIFAR-10 from a folder of
+yours, in the layout of torchvision's ``CIFAR10`` or as images (``train/<class>/*``, ``test/<class>/*``). Nothing is
+downloaded.
 
-Writes ``plan.json``, ``plan.png`` and ``model.onnx`` to ``runs/quickstart/``.
+Prints the net and a table of accuracy, seconds and memory; writes ``plan.json``, ``plan.png`` and ``model.onnx`` to
+``runs/quickstart/``.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from sedona_fx.train import Backprop, Greedy, Schedule, evaluate
 
 BLOCKS = 4
 LEAST_STEPS = 200
-"""Plain training steps that the search may cost at least: fewer compare gradients once or twice, which is noise."""
+"""Least cost of the search in plain training steps. With fewer it compares gradients once or twice, which is noise."""
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Return 1,257 digits to train on and 540 to test on, (3, 8, 8)."""
+    """Return 1,257 digits to train on and 540 to test on: images (3, 8, 8) float32 in [-1, 1], labels int64."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -48,7 +50,11 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def cifar10(root: Path) -> tuple[TensorDataset, TensorDataset]:
-    """Return CIFAR-10, (3, 32, 32), read from `root`."""
+    """Return the training and the test images of CIFAR-10: (3, 32, 32) float32 in [-1, 1], labels int64.
+
+    Args:
+        root: folder in one of the two layouts.
+    """
     import numpy as np
     from torchvision import datasets
 
@@ -67,7 +73,7 @@ def cifar10(root: Path) -> tuple[TensorDataset, TensorDataset]:
 
 
 def main() -> None:
-    """Search, train, compare, export."""
+    """Search for a plan, train with it and with two baselines, print the comparison, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("digits", "cifar10"), default="digits")
     parser.add_argument("--data-root", type=Path, help="folder of CIFAR-10")
@@ -92,22 +98,22 @@ def main() -> None:
     model = sedona_fx.models.resnet32(num_classes=10)
     start = time.perf_counter()
     search = search_of(options.search, options.search_steps, options.epochs * len(loader))
-    searched = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=search)
+    searched_net = sedona_fx.decouple(model, loader, blocks=BLOCKS, search=search)
     search_seconds = time.perf_counter() - start
-    plan = searched.plan
+    plan = searched_net.plan
     plan.save(options.out / "plan.json")
     plan_picture(plan, options.out / "plan.png")
-    print(searched)
+    print(searched_net)
 
-    rows, accuracies, best = [], {}, None
-    ways = ("backprop", "uniform cuts", "found plan")
-    with tqdm(total=len(ways) * options.seeds, desc="training", unit="run") as bar:
-        for way in ways:
+    rows, accuracies, last_net = [], {}, None
+    methods = ("backprop", "uniform cuts", "found plan")
+    with tqdm(total=len(methods) * options.seeds, desc="training", unit="run") as bar:
+        for method in methods:
             scores, seconds, memory = [], [], 0
             for seed in range(options.seeds):
-                net, schedule = make(way, plan, next(iter(loader)), seed)
+                net, schedule = make(method, plan, next(iter(loader)), seed)
                 memory = peak_bytes(schedule.step, *next(iter(loader)))
-                net, schedule = make(way, plan, next(iter(loader)), seed)  # the measured step does not count
+                net, schedule = make(method, plan, next(iter(loader)), seed)  # fresh: that step was only measured
                 history = sedona_fx.fit(
                     net,
                     loader,
@@ -119,13 +125,13 @@ def main() -> None:
                 )
                 scores.append(100 * evaluate(net, test_loader)["accuracy"])
                 seconds.append(history.seconds)
-                best = net
+                last_net = net
                 bar.update()
-            accuracies[way] = scores
+            accuracies[method] = scores
             spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
             rows.append(
                 [
-                    way,
+                    method,
                     f"{statistics.mean(scores):.1f} ± {spread:.1f}",
                     f"{statistics.median(seconds):.1f}",
                     f"{memory / 2**20:.1f} MiB",
@@ -137,20 +143,27 @@ def main() -> None:
     print(f"({options.seeds} seeds each, mean ± standard deviation; the search took {search_seconds:.0f} s)")
     for other in ("uniform cuts", "backprop"):
         print(verdict(accuracies["found plan"], accuracies[other], other))
-    assert best is not None
-    check_onnx(best, next(iter(test_loader))[0], options.out / "model.onnx")
+    assert last_net is not None
+    check_onnx(last_net, next(iter(test_loader))[0], options.out / "model.onnx")
     print(f"wrote {', '.join(str(options.out / name) for name in ('plan.json', 'plan.png', 'model.onnx'))}")
 
 
 def search_of(name: str, search_steps: int | None, run_steps: int) -> Guided | Sedona:
-    """Return the search, at a cost of `search_steps` plain training steps, or in proportion to a training run's."""
+    """Return the search.
+
+    Args:
+        name: ``"guided"`` or ``"sedona"``.
+        search_steps: plain training steps that it may cost. None: as many as one training run has for ``"sedona"``, a
+            quarter of that, but at least `LEAST_STEPS`, for ``"guided"``.
+        run_steps: steps of one training run.
+    """
     if name == "sedona":
         return Sedona(training_steps=search_steps or run_steps, unroll=1)
     return Guided(training_steps=search_steps or max(LEAST_STEPS, run_steps // 4))
 
 
-def make(way: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tuple[sedona_fx.Net, Schedule]:
-    """Return a fresh net and the schedule that trains it."""
+def make(method: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tuple[sedona_fx.Net, Schedule]:
+    """Return a new net with weights drawn from `seed`, and the schedule that trains it."""
     torch.manual_seed(seed)
     model = sedona_fx.models.resnet32(num_classes=10)
     pair = (batch[0], batch[1])
@@ -158,10 +171,10 @@ def make(way: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tupl
     def optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
 
-    if way == "backprop":
+    if method == "backprop":
         net = sedona_fx.decouple(model, pair, blocks=1, seed=seed)
         return net, Backprop(net, optimizer)
-    if way == "uniform cuts":
+    if method == "uniform cuts":
         net = sedona_fx.decouple(model, pair, blocks=BLOCKS, search="uniform", heads=["sedona-1"], seed=seed)
     else:
         net = sedona_fx.decouple(model, pair, plan=plan, seed=seed)
@@ -169,7 +182,7 @@ def make(way: str, plan: sedona_fx.Plan, batch: list[Tensor], seed: int) -> tupl
 
 
 def verdict(found: list[float], other: list[float], name: str) -> str:
-    """Say whether two sets of accuracies differ by more than chance would let them (Welch's t-test, 5 %)."""
+    """Return in words whether the accuracies of two methods differ significantly (Welch's t-test at 5 %)."""
     difference = statistics.mean(found) - statistics.mean(other)
     if len(found) < 2:
         return f"found plan against {name}: {difference:+.1f} points; one seed says nothing about noise"
@@ -179,7 +192,7 @@ def verdict(found: list[float], other: list[float], name: str) -> str:
 
 
 def check_onnx(net: sedona_fx.Net, images: Tensor, path: Path) -> None:
-    """Export, run the file, and compare it with PyTorch."""
+    """Export a net, run the file with ONNX Runtime, and compare the result with PyTorch's."""
     net.eval()
     net.to_onnx(path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""The two calls that make a net: ``decouple``, and ``load`` for one that was saved."""
+"""The two functions that make a net: ``decouple`` from a model, and ``load`` from what a net saved."""
 
 from __future__ import annotations
 
@@ -48,45 +48,83 @@ def decouple(
     progress: bool = True,
     inplace: bool = False,
 ) -> Net:
-    """Cut a model into blocks that train without waiting for each other.
+    """Cut a model into K blocks, each of which trains by a local loss without waiting for the blocks after it.
+
+    Example::
+
+        net = sedona_fx.decouple(model, loader, blocks=4)  # the default search chooses the cuts and the heads
+        losses = net.backward(x, y).losses  # fills .grad block by block, in place of loss.backward()
+
+    The call traces the model, runs a few examples of the first batch through model and graphs in train and in eval mode
+    to prove the graphs right, chooses K-1 cuts and an auxiliary head for each, and builds the net. The choice trains
+    only with a `search` that trains; its cost is given there.
 
     Args:
-        model: any ``nn.Module``. It is not touched (unless `inplace`); the net owns a copy.
-        data: an iterable of (inputs, target) batches, or one such pair as a tuple. Inputs: a tuple is positional, a
-            mapping is keywords, anything else is one argument; ``sedona_fx.Args(...)`` says it explicitly.
-        blocks: K. With `cuts` or `plan` these decide.
-        loss: ``loss(output, target)``, a scalar tensor.
-        val_data: for the search, no example of it in `data`; None: a map-style loader's indices are split 60/40 by
-            `seed`, other re-iterables by whole batches.
-        search: ``"guided"`` (gradients prune, rollouts decide), ``"sedona"`` (the paper's), ``"rollout"``,
-            ``"balanced"``, ``"uniform"``, ``"latest"``, or a configured search such as ``Sedona(unroll=1)``. One single
-            pair of data serves the latter three names only.
-        cuts: your own cuts instead of a search: module paths, a cut behind each; or a mapping from module paths to
-            ``"end"`` or ``"beginning"``.
-        heads: candidates by registered name or as factories ``HeadContext -> nn.Module`` (by rule, not by search, the
-            first is taken, or with ``Uniform(head="largest")`` and the like the largest; with `cuts`, one a cut or one
-            for all); None: by the shapes; False: no heads, for schedules that need none.
-        local_loss: an objective of your own for the blocks but the last, one for all or one (or None) a block.
-        plan: a plan or its path: nothing is searched.
-        budget: what the plan may cost at most, ``Limits(activation_bytes=..., block_flops=..., block_seconds=...,
-            head_flops=...)``, any of them, or a mapping. The search's plan is its best within; `cuts` or a `plan` that
-            exceed it are refused.
-        devices: one device a block; None: as `plan` says, else where the model is.
-        output: key, attribute or index of the primary output; None: ``logits``, else the only or first float tensor.
-        root: module path of the part to cut; what is around it belongs to the first and the last block. If the code
-            around it cannot be traced, it runs as it is, and what it does before `root` runs twice a step.
-        leaf_modules: module paths that are kept whole while tracing.
-        no_cut: module paths inside of which there is no cut.
-        max_live: how many activations may cross at a cut; None: as few as give the blocks asked for.
-        seed: of the search, of the heads' initial weights, and of the blocks' random draws in training.
-        progress: show progress bars.
-        inplace: share the user's Parameter objects instead of copying them.
+        model: any ``nn.Module``. The net owns a copy, and the model itself is not changed, unless `inplace`.
+        data: an iterable of (inputs, target) batches, or one such pair as a tuple. Inputs are a tuple of positional
+            arguments, a mapping of keyword arguments, or else the single argument; ``sedona_fx.Args(...)`` states them
+            explicitly. Tensors have the batch as their first dimension and are moved to the model's device. Costs and
+            the `budget` are those of a batch like the first. A search that trains iterates over the data many times and
+            needs several batches in a ``DataLoader``, a list or another re-iterable; all other ways to choose the cuts
+            read the first batch only, so that one pair is enough.
+        blocks: number of blocks K, at least 1 (1 is backpropagation). `cuts` and `plan` determine the number
+            themselves, and this is ignored.
+        loss: ``loss(output, target)``, which returns a scalar tensor. It is called with what the model returns, and
+            with each head's output in the same form. None: no schedule can train the net, and no search that trains can
+            choose its cuts.
+        val_data: validation batches for the search, without any example of `data`. None: `data` is split 60/40, a
+            map-style loader by its indices (drawn with `seed`), another re-iterable by whole batches.
+        search: how cuts and heads are chosen.
+
+            - ``"guided"``: gradients prune the candidates, short training runs decide. By default it costs as much as
+              25 epochs of plain training on the data for weights (without `val_data`, 60 % of `data`).
+            - ``"sedona"``: the search of the paper (Pyeon et al., ICLR 2021), by default as much as 100 epochs.
+            - ``"rollout"``: short training runs of whole plans, by default as much as 25 epochs.
+            - ``"balanced"``, ``"uniform"``, ``"latest"``: a rule, without training: the largest block as small as
+              possible, even blocks, the last base layers.
+
+            An instance, such as ``Sedona(unroll=1)``, sets the options of a search, its cost included.
+        cuts: your own cuts, in place of a search: module paths in the order of the forward pass, a cut after each; or a
+            mapping from module paths to ``"end"`` or ``"beginning"``. Such a cut is legal however many activations
+            cross there.
+        heads: the candidates for the auxiliary heads: registered names, or factories ``HeadContext -> nn.Module``. A
+            search that trains chooses among them; a rule takes the first (``Uniform(head="largest")`` and the like: the
+            largest); with `cuts`, give one per cut or one for all; with `plan`, give the factories of those of its
+            heads that are not registered. None: candidates by the shapes of the activation and of the output. False: no
+            heads, for schedules that need none (``Backprop``, ``Delayed``).
+        local_loss: a :class:`~sedona_fx.LocalLoss`, an objective of your own in place of `loss`, for every block but
+            the last, or a list with one (or None) for each of them. A search that trains compares heads by `loss` and
+            cannot be combined with it.
+        plan: a plan, or the path of one, that was made before. It is applied, and nothing is searched.
+        budget: upper limits on what the plan may cost: ``Limits(activation_bytes=..., block_flops=...,
+            block_seconds=..., head_flops=...)`` (bytes, FLOPs and seconds of the largest block; FLOPs of all heads
+            together), any of them, or a mapping with these keys. A search returns its best plan within them; `cuts` or
+            a `plan` that exceed them are refused. ``block_seconds`` is measured on this machine, unless `plan` holds
+            the measurements of an earlier decision.
+        devices: one device per block, to which its tensors are moved; blocks on different devices cannot share a
+            parameter. None: those of `plan`, else the model's device for all.
+        output: key, attribute or index of the primary output, the one that heads imitate. None: ``logits``, else the
+            only or first float tensor.
+        root: module path of the part that is cut; the code around it belongs to the first and to the last block. If
+            that code cannot be traced, it runs as Python, on one device, and what it does before `root` runs twice per
+            step.
+        leaf_modules: module paths that are kept whole while tracing, with no cut inside. Only symbolic tracing can do
+            that: ``torch.export`` is not tried then.
+        no_cut: module paths inside of which there is no cut; they are traced as usual.
+        max_live: how many activations may cross at a cut. None: as few as give the number of blocks asked for. More
+            allow cuts inside of residual blocks and past the skips of a U-Net; each one is held until the last block
+            that reads it has run.
+        seed: seeds the search, the initial weights of the heads, and the random draws of the blocks in training.
+        progress: whether a search shows progress bars.
+        inplace: share the model's Parameter objects and buffers instead of copying them. That saves the memory of the
+            copy, and training the net trains the model.
 
     Returns:
-        The net.
+        The net, in the model's mode. ``print(net)`` shows its blocks with their costs; ``net.plan`` is the decision.
 
     Raises:
-        SedonaError: every kind of bad input, with the place in the model and what to do.
+        SedonaError: bad input of any kind. Its subclass says which (:mod:`sedona_fx.errors`), its message the place in
+            the model and what to do next.
     """
     request = read_request(
         model=model,
@@ -124,22 +162,25 @@ def load(
     data: Any = None,
     inplace: bool = False,
 ) -> Net:
-    """Make a net again from what ``net.save(folder)`` wrote and a model of the same architecture (its weights are not
-    used).
+    """Rebuild a net from what ``net.save(folder)`` wrote and a model of the same architecture.
 
     Args:
-        folder: with ``plan.json`` and ``weights.pt``.
-        model: the same architecture.
-        loss: as in :func:`decouple`; functions are not saved.
-        heads: the factories behind heads that are not registered by name.
+        folder: the folder, with ``plan.json`` and ``weights.pt``.
+        model: a model of the same architecture. Its own weights are not used.
+        loss: as in :func:`decouple`. Functions are not saved, so it has to be given again.
+        heads: the factories of the heads that are not registered by name.
         local_loss: as in :func:`decouple`.
         leaf_modules: as in :func:`decouple`.
-        data: as in :func:`decouple`, for models that cannot run on noise of the right shape.
-        inplace: share the user's Parameter objects instead of copying them; the weights are loaded into them.
+        data: as in :func:`decouple`. None: the model is traced with noise in the shapes of the saved inputs; give data
+            if it cannot run on that.
+        inplace: share the model's Parameter objects instead of copying them; the saved weights are loaded into them.
+
+    Returns:
+        The net, in the model's mode, with the saved weights and number of training steps.
 
     Raises:
-        PlanError: the plan does not fit the model.
-        CheckpointError: the weights do not.
+        PlanError: the plan cannot be read, or does not fit the model.
+        CheckpointError: the weights cannot be read, or do not fit the net.
     """
     request = request_to_load(
         plan=Plan.load(Path(folder) / "plan.json"),
@@ -157,7 +198,7 @@ def load(
 
 
 def _make(request: Request) -> Net:
-    """Analyse the model, decide, and build: the steps that both calls have in common."""
+    """Analyse the model, decide, and build: the steps that both functions have in common."""
     analysed = analyse(request.model, request.example, request.output, request.leaf_modules, request.where)
     if request.tries_loss:
         check_target(analysed, request.target, request.loss)

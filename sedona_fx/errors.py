@@ -1,4 +1,8 @@
-"""Every error a user can meet, each with the place in the user's model and what to do about it."""
+"""Every error that sedona_fx raises on purpose. Its message names the place in the user's model and the next step.
+
+Each class says what is wrong and which calls raise it. An exception from the user's own code goes through unchanged,
+with its traceback.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,27 @@ from typing import Any
 
 
 class SedonaError(Exception):
-    """Base of all errors raised on purpose by sedona_fx."""
+    """Base of all errors that sedona_fx raises on purpose; catch it to catch them all."""
 
 
 class SettingsError(SedonaError, ValueError):
-    """A setting of a search, a head rule or a loss has a value that it cannot have."""
+    """A setting of a search, a head rule or a loss has a value that it cannot have.
+
+    Raised when the object is made (``Guided(states=0)``), or by the search if it depends on the data: steps or seconds
+    that do not pay for a search.
+    """
 
 
 class MissingExtraError(SedonaError, ImportError):
-    """A part of sedona_fx needs a package that is not installed; the message names the extra that brings it."""
+    """A part of sedona_fx needs a package that is not installed.
+
+    Raised by the first call that needs it, such as ``net.to_onnx`` or a picture of a plan, never by ``import
+    sedona_fx``.
+
+    Attributes:
+        package: the package that is missing.
+        extra: the extra of sedona_fx that installs it; the message has the command.
+    """
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         self.package, self.extra = package, extra
@@ -24,51 +40,101 @@ class MissingExtraError(SedonaError, ImportError):
 
 
 class TraceError(SedonaError):
-    """The model's forward cannot be turned into a graph, or the graph does not do what the model does."""
+    """The model's forward cannot be turned into a graph, or the graph does not compute what the model computes.
+
+    Raised by ``decouple`` and ``load``, with the line of the model's code or the first module that differs; while a net
+    runs, only if the code around ``root=`` does not call that module exactly once.
+    """
 
 
 class GraphSpecError(SedonaError):
-    """A pass produced a graph that breaks the specification of its phase (a bug in sedona_fx, not in the model)."""
+    """A pass produced a graph that breaks the specification of its phase: a bug in sedona_fx, not in the model.
+
+    May be raised wherever graphs are made. Users meet it with passes of their own, otherwise it should be reported.
+    """
 
 
 class CutError(SedonaError):
-    """The blocks asked for cannot be had: too many, too few, or cut at a place that is no legal cut."""
+    """The blocks asked for cannot be had: too many, too few, or cut at a place where no cut is legal.
+
+    Raised by ``decouple`` and ``pareto`` for values of ``blocks=``, ``cuts=``, ``root=``, ``no_cut=``, ``search=`` and
+    ``budget=`` that cannot be had on this model.
+    """
 
 
 class BudgetError(CutError):
-    """No plan keeps within the budget; with the least possible value of each limit, and a plan that has it."""
+    """No plan keeps within ``budget=``.
+
+    Raised before anything is trained. The message has the least possible value of each limit, and a plan that has it.
+    """
 
 
 class HeadError(SedonaError):
-    """An auxiliary head cannot be built for, or does not fit, the place where it should stand."""
+    """An auxiliary head cannot be built for the place where it should stand, or does not fit there.
+
+    Raised by ``decouple``, ``load``, ``register_head`` and ``transfer_plan`` for ``heads=`` and ``local_loss=``, and by
+    ``net.early_exit`` and ``net.ensemble`` if the net's heads do not serve.
+    """
 
 
 class OutputError(SedonaError):
-    """The primary output of the model cannot be found."""
+    """The primary output of the model cannot be found, or a loss does not return a scalar tensor.
+
+    The first is raised by ``decouple`` (name the output with ``output=``), the second in training.
+    """
 
 
 class DataError(SedonaError):
-    """The data does not serve: empty, exhausted, without targets, or not fitting the model or the loss."""
+    """The data cannot be used: empty, exhausted, without targets, or not fitting the model or the loss.
+
+    Raised by ``decouple`` and ``fit`` for the data they are given, by the net for the arguments of a call, and in
+    training for a target that the loss does not take.
+    """
 
 
 class PlanError(SedonaError):
-    """A plan cannot be read, or was made for another model."""
+    """A plan cannot be read, or was made for another model.
+
+    Raised by ``Plan.load``, ``decouple(plan=...)``, ``load``, ``transfer_plan`` and ``released_plan``, and for
+    ``devices=`` that the blocks cannot be placed on.
+    """
 
 
 class CheckpointError(SedonaError):
-    """A checkpoint cannot be read, or belongs to another net, plan or schedule."""
+    """A file of weights, of a training run or of a search cannot be read, or belongs to another net, plan or schedule.
+
+    Raised by ``load``, ``net.load_weights``, ``fit`` with a checkpoint, a schedule's ``load_state_dict``, and a search
+    with ``folder=``.
+    """
 
 
 class ScheduleError(SedonaError):
-    """A schedule cannot train this net."""
+    """A schedule cannot train this net, or has options that it cannot have.
+
+    Raised when the schedule is made, by a step that it cannot take, and by a call of a net that has a module in a mode
+    which its graph was not made for.
+    """
 
 
 class ExportError(SedonaError):
-    """The net cannot be exported, or the exported file does not compute what the net computes."""
+    """The net cannot be exported, or the exported file does not compute what the net computes.
+
+    Raised by ``net.to_onnx``.
+    """
 
 
 class NonFiniteLossError(SedonaError):
-    """A local loss turned infinite or NaN. `block` and `step` are 0-based; `blocks` are all whose loss did."""
+    """A local loss turned infinite or NaN.
+
+    Raised by ``net.backward``, ``schedule.step`` and ``fit``; where the check waits for an accelerator, up to one step
+    later.
+
+    Attributes:
+        block: 0-based index of the block whose loss it is.
+        step: 0-based number of the training step.
+        value: the loss.
+        blocks: the indices of all blocks whose loss was not finite.
+    """
 
     def __init__(self, block: int, step: int, value: float, advice: str = "", blocks: Sequence[int] = ()) -> None:
         self.block, self.step, self.value, self.blocks = block, step, value, list(blocks) or [block]
@@ -80,9 +146,12 @@ class NonFiniteLossError(SedonaError):
 
 
 class SearchDivergedError(SedonaError):
-    """The search met a loss that is not finite.
+    """A search met losses or gradients that are not finite, and cannot go on.
 
-    `plan` is the :class:`~sedona_fx.Plan` decoded from what was learned until then, or None.
+    Raised by ``decouple`` with a search that trains, and by ``pareto``.
+
+    Attributes:
+        plan: the :class:`~sedona_fx.Plan` decoded from what was learned until then; None if there is none yet.
     """
 
     def __init__(self, where: str, plan: Any) -> None:

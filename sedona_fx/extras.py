@@ -1,4 +1,4 @@
-"""Packages that only parts of sedona_fx need, each installed by an extra of that part."""
+"""Optional packages, which only parts of sedona_fx need; an extra of the project installs each of them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from sedona_fx.errors import MissingExtraError
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package when it is needed, so that importing sedona_fx neither needs nor loads it.
+    """Import an optional package at the moment of use, so that ``import sedona_fx`` neither needs nor loads it.
 
     Args:
-        module: to import, ``"matplotlib.figure"``.
-        extra: of this project that installs it, ``"report"``.
-        purpose: what needs it, for the message: ``"drawing a plan"``.
+        module: name of the module to import, such as ``"matplotlib.figure"``.
+        extra: the extra of sedona_fx that installs it, such as ``"report"``.
+        purpose: what needs it, for the message, such as ``"drawing a plan"``.
 
     Raises:
-        MissingExtraError: it is not installed; with the command that installs it.
+        MissingExtraError: the package is not installed; the message has the command that installs it.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there, but something that it needs itself is not
+            raise  # the package is installed, but something that it needs itself is not
         raise MissingExtraError(purpose, package, extra) from error

@@ -1,4 +1,7 @@
-"""Everything that was decided about a net: cuts, heads, devices, and where the decision came from. JSON on disk."""
+"""The plan: everything that was decided about a net (cuts, heads, devices) and how, as data and as JSON on disk.
+
+The typed fields of a plan are state: whoever builds or runs a net reads them. The provenance is a record for people.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,24 @@ from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import replacing
 
 FORMAT = 2
-"""Of the JSON. 1 kept the fields `capture`, `seed` and `block_seconds` in its provenance, and is still read."""
+"""Version of the JSON. Version 1 kept `capture`, `seed` and `block_seconds` in the provenance; it is still read."""
 
+_ADVICE = "Make the plan again with decouple(...) and plan.save(path)."
 
 FrontEnd = Literal["symbolic", "export"]
 
 
 @dataclass(frozen=True)
 class Capture:
-    """How the model's forward became a graph, as far as whoever runs the graph has to know it.
+    """How the model's forward became a graph: what the code that runs the graph has to know about it.
 
     Attributes:
-        front_end: ``"symbolic"`` (``torch.fx``) or ``"export"`` (``torch.export``, which fixes all sizes but the
-            batch's).
+        front_end: ``"symbolic"`` (``torch.fx``) or ``"export"`` (``torch.export``, which fixes all sizes except that of
+            the batch).
         free_batch: whether the graph takes batches of any size.
         hosted: whether the code around the plan's `root` could not be captured and runs as Python.
-        left_out: fields of the model's output that the graph cannot give; None stands in their place.
+        left_out: the fields of the model's output that the graph cannot give, each with its class, such as
+            ``"past_key_values (DynamicCache)"``; they are None in the net's output.
     """
 
     front_end: FrontEnd = "symbolic"
@@ -42,30 +47,37 @@ class Capture:
 
     @property
     def fixed_sizes(self) -> bool:
-        """Whether inputs must have the sizes that the model was captured with (but for a free batch)."""
+        """Whether inputs must have the sizes that the model was captured with, except for a free batch."""
         return self.front_end == "export" and not self.hosted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A decision that can be saved, read, compared and applied again.
+    """The decision about a net, which can be saved, read, compared and applied again with ``decouple(plan=...)``.
 
     Attributes:
-        cuts: names of the K-1 cut points, in order: a module path (the cut stands behind it) or an operation's site.
+        cuts: names of the K-1 cut points in the order of the forward pass: a module path (the cut is after that module)
+            or the site of an operation.
         heads: for each cut, the registered name of its head, or None for no head.
-        devices: one device a block, or None.
-        output: key of the primary output (attribute, key or index), or None for a bare tensor.
-        root: module path of the part that was cut; empty: the whole model.
+        devices: one device name per block. None: all blocks are on the model's device.
+        output: attribute, key or index of the primary output; None if the model returns a bare tensor, or to find it by
+            rule.
+        root: module path of the part that was cut; empty for the whole model.
         model: name of the model's class, for messages.
-        base_layers: the cut points among which was chosen.
-        inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` of the example batch.
-        seed: of the search, of the heads' initial weights and of the blocks' random draws in training.
-        capture: how the model became a graph; written anew whenever the plan is applied. None: not applied yet.
-        block_seconds: seconds of stretches and heads as the search measured them, so that the same budget gives the
-            same plan again; None: not measured.
+        base_layers: names of the cut points that end base layers, except for the last base layer; searches choose among
+            them.
+        inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` for each tensor of the example batch, or the
+            value of an argument without tensors.
+        seed: seed of the search, of the heads' initial weights and of the blocks' random draws in training.
+        capture: how the model became a graph. Replaced whenever the plan is applied; None: not applied yet.
+        block_seconds: seconds of stretches and heads as measured for the budget, so that the same budget gives the same
+            plan again; None: not measured.
         provenance: how the decision was made, for people: search, settings, trajectory, costs, versions. Nothing reads
-            it to decide anything. In the place of a number that is not finite (the loss of a plan that diverged) it
-            holds None, as JSON has no such numbers.
+            it to decide anything. It holds None in place of a number that is not finite (the loss of a plan that
+            diverged), since JSON has no such numbers.
+
+    Raises:
+        PlanError: the numbers of cuts, heads and devices do not fit each other, or a cut is named twice.
     """
 
     cuts: tuple[str, ...] = ()
@@ -85,7 +97,7 @@ class Plan:
         if len(self.heads) != len(self.cuts):
             raise PlanError(f"a plan needs one head (or null) a cut: {len(self.cuts)} cuts, {len(self.heads)} heads.")
         if len(set(self.cuts)) != len(self.cuts):
-            raise PlanError(f"a plan names a cut twice: {list(self.cuts)}.")
+            raise PlanError(f"a plan names a cut twice: {list(self.cuts)}. Leave one out, with its head.")
         if self.devices is not None and len(self.devices) != self.blocks:
             raise PlanError(f"a plan needs one device a block: {self.blocks} blocks, {len(self.devices)} devices.")
         object.__setattr__(self, "provenance", _finite(self.provenance))
@@ -96,58 +108,71 @@ class Plan:
         return len(self.cuts) + 1
 
     def to_json(self) -> str:
-        """Return the plan as JSON text, which any reader of JSON takes."""
+        """Return the plan as JSON text in the standard form, without ``Infinity`` and ``NaN``."""
         data = dataclasses.asdict(self)
-        data["inputs"] = _written(data["inputs"])
+        data["inputs"] = _inputs_to_json(data["inputs"])
         return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the plan") -> Plan:
-        """Read a plan from JSON text.
+        """Return the plan that :meth:`to_json` wrote.
+
+        Args:
+            text: the JSON text, of format 1 or 2.
+            source: what the text is, for messages.
 
         Raises:
-            PlanError: not JSON (truncated, say), unknown or missing fields, wrong types, another format.
+            PlanError: the text is not JSON (perhaps truncated), is of another format, lacks a field, or has an unknown
+                field or one of a wrong type.
         """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
             raise PlanError(
-                f"{source} is not JSON: {error}. The file may be truncated; make the plan again with decouple(...) "
-                "and plan.save(path)."
+                f"{source} is not JSON: {error}. The file may be truncated; {_ADVICE[0].lower()}{_ADVICE[1:]}"
             ) from None
         if not isinstance(data, dict):
-            raise PlanError(f"{source} holds {type(data).__name__}, not an object with the fields of a plan.")
-        known = {f.name for f in dataclasses.fields(cls)}
-        written = data.pop("format", None)
-        if written not in (1, FORMAT):
-            raise PlanError(f'{source} has no "format": {FORMAT}; it was not written by this version of sedona_fx.')
-        if written == 1:
-            _from_format_1(data, source)
+            raise PlanError(f"{source} holds {type(data).__name__}, not an object with the fields of a plan. {_ADVICE}")
+        field_names = {f.name for f in dataclasses.fields(cls)}
+        version = data.pop("format", None)
+        if version not in (1, FORMAT):
+            raise PlanError(
+                f'{source} has no "format": {FORMAT}; it was not written by this version of sedona_fx. {_ADVICE}'
+            )
+        if version == 1:
+            _upgrade_format_1(data, source)
         for name in data:
-            if name not in known:
-                raise PlanError(f"{source} has the unknown field {name!r}{did_you_mean(name, known)}.")
+            if name not in field_names:
+                near = did_you_mean(name, field_names)
+                raise PlanError(f"{source} has the unknown field {name!r}{near}. Rename or remove it.")
         for name in ("cuts", "heads"):
             if name not in data:
-                raise PlanError(f"{source} lacks the field {name!r}.")
-        return cls(**{name: _checked(name, value, source) for name, value in data.items()})
+                raise PlanError(f"{source} lacks the field {name!r}. {_ADVICE}")
+        return cls(**{name: _checked_field(name, value, source) for name, value in data.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan from a file."""
+        """Return the plan in a file that :meth:`save` wrote.
+
+        Raises:
+            PlanError: the file cannot be read, or does not hold a plan.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"cannot read the plan {str(path)!r}: {error}.") from None
+            raise PlanError(
+                f"cannot read the plan {str(path)!r}: {error}. Give the path of a file that plan.save(path) wrote."
+            ) from None
         return cls.from_json(text, f"the plan {str(path)!r}")
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a file, replacing it whole."""
+        """Write the plan to a file. An existing file is replaced as a whole, or left as it is if writing fails."""
         with replacing(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
-    """Return a nested value with None for every number that is not finite; the same object where all are."""
+    """Return a nested value with None in place of every number that is not finite; the same object if all are."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -159,30 +184,30 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _written(inputs: dict[str, Any]) -> Any:
-    """Return inputs as JSON. An argument may be infinite, and the net is called with it: ``{"float": "inf"}``."""
+def _inputs_to_json(inputs: dict[str, Any]) -> Any:
+    """Return inputs as values of JSON. An argument that is infinite is kept, as ``{"float": "inf"}``: nets need it."""
 
-    def words(value: Any) -> Any:
+    def encoded(value: Any) -> Any:
         return {"float": repr(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
 
-    return pytree.tree_map(words, inputs)
+    return pytree.tree_map(encoded, inputs)
 
 
-def _read(inputs: dict[str, Any]) -> Any:
-    """Return what :func:`_written` wrote."""
+def _inputs_from_json(inputs: dict[str, Any]) -> Any:
+    """Return the inputs that :func:`_inputs_to_json` was given."""
 
-    def is_number(value: Any) -> bool:
+    def is_encoded(value: Any) -> bool:
         return isinstance(value, dict) and value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan")
 
-    return pytree.tree_map(lambda v: float(v["float"]) if is_number(v) else v, inputs, is_leaf=is_number)
+    return pytree.tree_map(lambda v: float(v["float"]) if is_encoded(v) else v, inputs, is_leaf=is_encoded)
 
 
-def _from_format_1(data: dict[str, Any], source: str) -> None:
-    """Take out of the provenance what has fields of its own since format 2."""
+def _upgrade_format_1(data: dict[str, Any], source: str) -> None:
+    """Move the entries of the provenance that have fields of their own since format 2 into these fields, in place."""
     record = data.get("provenance")
     if not isinstance(record, dict):
-        return  # left out, or refused later
-    data["seed"] = _checked("seed", record.pop("seed", 0), f"{source}, in its provenance")
+        return  # missing, which is allowed, or refused later
+    data["seed"] = _checked_field("seed", record.pop("seed", 0), f"{source}, in its provenance")
     if "front_end" in record:
         data["capture"] = {
             "front_end": record.pop("front_end"),
@@ -195,7 +220,9 @@ def _from_format_1(data: dict[str, Any], source: str) -> None:
         data["block_seconds"] = budget.pop("measured")
 
 
-def _checked(name: str, value: Any, source: str) -> Any:
+def _checked_field(name: str, value: Any, source: str) -> Any:
+    """Return the value of a field as :class:`Plan` has it, or raise :class:`PlanError` if its type is wrong."""
+
     def wrong(expected: str) -> PlanError:
         return PlanError(f"{source}: the field {name!r} should be {expected}, not {type(value).__name__}.")
 
@@ -227,29 +254,34 @@ def _checked(name: str, value: Any, source: str) -> Any:
     elif name == "inputs":
         for argument, spec in value.items():
             _check_spec(f"{source}: the input {argument!r}", spec)
-        return _read(value)
+        return _inputs_from_json(value)
     return value
 
 
 def _read_capture(value: dict[str, Any], source: str) -> Capture:
-    """Return the record; what it lacks has its default."""
-    known = {f.name for f in dataclasses.fields(Capture)}
+    """Return the record of the capture; entries that are missing have their defaults."""
+    entries = {f.name for f in dataclasses.fields(Capture)}
     for name in value:
-        if name not in known:
-            raise PlanError(f"{source}: the field 'capture' has the unknown entry {name!r}{did_you_mean(name, known)}.")
+        if name not in entries:
+            near = did_you_mean(name, entries)
+            raise PlanError(f"{source}: the field 'capture' has the unknown entry {name!r}{near}. Rename or remove it.")
     left_out = value.get("left_out", [])
     flags = [value.get(name, True) for name in ("free_batch", "hosted")]
-    names = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
-    if not names or not all(isinstance(flag, bool) for flag in flags):
+    are_names = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
+    if not are_names or not all(isinstance(flag, bool) for flag in flags):
         raise PlanError(f"{source}: the field 'capture' should have two flags and a list of names: {value!r}.")
-    made = Capture(**{**value, "left_out": tuple(left_out)})
-    if made.front_end not in ("symbolic", "export"):
-        raise PlanError(f"{source}: the front end {made.front_end!r} is neither 'symbolic' nor 'export'.")
-    return made
+    capture = Capture(**{**value, "left_out": tuple(left_out)})
+    if capture.front_end not in ("symbolic", "export"):
+        raise PlanError(f"{source}: the front end {capture.front_end!r} is neither 'symbolic' nor 'export'.")
+    return capture
 
 
 def _check_spec(where: str, spec: Any) -> None:
-    """Check the description of an input: a tensor's shape and dtype, or plain values, nested as the input was."""
+    """Check the description of an input: shape and dtype of a tensor, or plain values, nested as the input was.
+
+    Raises:
+        PlanError: a shape is not a list of sizes, or a dtype is not one of PyTorch's.
+    """
     if isinstance(spec, list):
         for item in spec:
             _check_spec(where, item)
@@ -258,7 +290,7 @@ def _check_spec(where: str, spec: Any) -> None:
         if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
             raise PlanError(f"{where} has the shape {shape!r}, which should be a list of whole numbers.")
         if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise PlanError(f"{where} has the dtype {dtype!r}, which torch does not know.")
+            raise PlanError(f"{where} has the dtype {dtype!r}, which torch does not know. Give one such as 'float32'.")
     elif isinstance(spec, dict):
         for item in spec.values():
             _check_spec(where, item)

@@ -1,4 +1,8 @@
-"""Random numbers: of blocks, drawn from (seed, block, step); and all global streams, seeded, saved and restored."""
+"""All random number streams: a seed per block and step, and the global generators seeded, saved and restored.
+
+A block draws from a stream that depends on (seed, block, step) only. So its draws do not depend on the order in which
+blocks run, nor on what other code draws, and a resumed run draws the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +18,49 @@ from torch import Tensor
 
 
 def block_seed(seed: int, block: int | str, step: int) -> int:
-    """Return the seed of a block's (or a named stream's) draws at a step: 63 bits of a hash of the three."""
+    """Return the seed of a block's draws at a step: 63 bits of the BLAKE2b hash of the three arguments.
+
+    Args:
+        seed: seed of the run.
+        block: index of the block, or the name of another stream.
+        step: number of the step.
+    """
     digest = hashlib.blake2b(f"{seed}/{block}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 @contextmanager
 def block_random(seed: int, block: int, step: int, device: torch.device) -> Iterator[None]:
-    """Seed the draws of the body, and give the global streams their states back afterwards."""
-    number = block_seed(seed, block, step)
-    devices = [device] if _has_stream(device) else []
+    """Seed PyTorch's generators of the CPU and of `device` for the body, and restore their states afterwards."""
+    derived_seed = block_seed(seed, block, step)
+    devices = [device] if _has_generator(device) else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        # Not torch.manual_seed: it would seed every accelerator there is, and only this block's gets its state back.
-        torch.default_generator.manual_seed(number)
-        for mine in devices:
-            state = torch.Generator(mine).manual_seed(number).get_state()
-            torch.get_device_module(mine).set_rng_state(state, mine)
+        # torch.manual_seed would seed every accelerator there is, and only the state of this block's one is restored.
+        torch.default_generator.manual_seed(derived_seed)
+        for accelerator in devices:
+            state = torch.Generator(accelerator).manual_seed(derived_seed).get_state()
+            torch.get_device_module(accelerator).set_rng_state(state, accelerator)
         yield
 
 
 def seed_all(seed: int) -> None:
-    """Seed every global stream: torch (accelerators in use too), ``random`` and NumPy.
+    """Seed every global generator: PyTorch's (those of accelerators in use too), Python's ``random`` and NumPy's.
 
-    ``torch.manual_seed`` would also queue a seed for an accelerator that nobody has used yet.
+    ``torch.manual_seed`` alone would also queue a seed for an accelerator that nobody has used yet.
     """
-    if _accelerators():
+    if _accelerators_in_use():
         torch.manual_seed(seed)
     _seed_cpu(seed)
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the global streams (torch, `device`'s kind, ``random``, NumPy), and give them back as they were."""
+    """Seed the global generators for the body, and restore their states afterwards.
+
+    They are PyTorch's for the CPU and for all devices of `device`'s type, Python's ``random`` and NumPy's.
+    """
     devices = []
-    if _has_stream(device):
+    if _has_generator(device):
         devices = [torch.device(device.type, k) for k in range(torch.get_device_module(device).device_count())]
     states = random_states(devices)
     try:
@@ -61,9 +74,9 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_init(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU stream, from which modules draw their initial weights, and give it back as it was.
+    """Seed PyTorch's CPU generator, which initial weights are drawn from, for the body; restore its state afterwards.
 
-    Not ``torch.manual_seed``: that would seed every accelerator too, and their streams would not be given back.
+    ``torch.manual_seed`` would seed every accelerator too, whose states would not be restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -71,30 +84,30 @@ def seeded_init(seed: int) -> Iterator[None]:
 
 
 def random_states(devices: Iterable[torch.device] | None = None) -> list[Any]:
-    """Return the states of the global streams; loads with ``weights_only=True``.
+    """Return the states of the global generators, in a form that ``torch.load(weights_only=True)`` reads.
 
     Args:
-        devices: accelerators whose streams belong to it; None: all that are in use.
+        devices: the accelerators whose generators are included; None: all that are in use.
 
     Returns:
-        The states of torch's CPU stream, of ``random`` and of NumPy, and a dictionary from device name to state.
+        The states of PyTorch's CPU generator, of ``random`` and of NumPy, and a dictionary from device name to state.
     """
     version, internal, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    # Plain numbers: a tensor made while torch.export records would be a fake one.
+    # Plain numbers, since a tensor that is made while torch.export records would be a fake one.
     numpy_state = [name, np.asarray(keys).tolist(), *[float(r) for r in rest]]
-    wanted = _accelerators() if devices is None else [d for d in devices if _has_stream(d)]
-    accelerators = {str(d): torch.get_device_module(d).get_rng_state(d) for d in wanted}
+    chosen = _accelerators_in_use() if devices is None else [d for d in devices if _has_generator(d)]
+    accelerators = {str(d): torch.get_device_module(d).get_rng_state(d) for d in chosen}
     return [torch.get_rng_state(), [version, list(internal), gauss], numpy_state, accelerators]
 
 
 def restore_random(states: Sequence[Any]) -> None:
-    """Put the global streams into the states that :func:`random_states` returned."""
+    """Put the global generators into the states that :func:`random_states` returned."""
     torch.set_rng_state(states[0])
     version, internal, gauss = states[1]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = states[2]
-    if isinstance(keys, Tensor):  # as files written before plans had format 2 have them
+    if isinstance(keys, Tensor):  # in files written before plans had format 2
         keys = keys.tolist()
     np.random.set_state((name, np.asarray(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
     for device, state in states[3].items():
@@ -102,7 +115,10 @@ def restore_random(states: Sequence[Any]) -> None:
 
 
 def same_random_states(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether nothing was drawn in between. An accelerator that was first used in between counts as no draw."""
+    """Whether nothing was drawn between two calls of :func:`random_states`.
+
+    An accelerator that was first used in between does not count as a draw.
+    """
     accelerators_same = all(
         device in after[3] and torch.equal(state, after[3][device]) for device, state in before[3].items()
     )
@@ -110,11 +126,11 @@ def same_random_states(before: Sequence[Any], after: Sequence[Any]) -> bool:
 
 
 def loader_streams(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a loader and its samplers hold themselves, each once."""
+    """Return the generators that a data loader and its samplers hold themselves, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def stream_states(loader: Any) -> list[Tensor]:
@@ -122,14 +138,15 @@ def stream_states(loader: Any) -> list[Tensor]:
     return [generator.get_state() for generator in loader_streams(loader)]
 
 
-def _has_stream(device: torch.device) -> bool:
+def _has_generator(device: torch.device) -> bool:
+    """Whether draws on a device come from a generator other than the CPU's."""
     return device.type not in ("cpu", "meta")
 
 
-def _accelerators() -> list[torch.device]:
-    """Return the devices with random streams of their own that this process has used."""
+def _accelerators_in_use() -> list[torch.device]:
+    """Return the devices with generators of their own, if this process has used any of them."""
     kind = torch.accelerator.current_accelerator(check_available=False)
-    if kind is None or not _has_stream(kind):
+    if kind is None or not _has_generator(kind):
         return []
     module = torch.get_device_module(kind)
     if not getattr(module, "is_initialized", lambda: True)():

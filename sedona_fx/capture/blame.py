@@ -1,4 +1,4 @@
-"""Which line of the user's code is to blame for an error or a side effect while a forward is recorded."""
+"""Find the line of the user's code that caused an error or a side effect while a forward pass is recorded."""
 
 from __future__ import annotations
 
@@ -17,54 +17,63 @@ from torch import nn
 from sedona_fx.capture.state_watch import StateWatch
 
 _NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, np.__file__, __file__))
-
+"""Folders of code that is not the user's: PyTorch, NumPy, and this one."""
 
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 
 
 def user_line(error: BaseException) -> str:
-    """Return ``", file.py line 12: `if x.sum() > 0:`"`` for the user's own last line in a traceback."""
-    return _line(traceback.extract_tb(error.__traceback__))
+    """Return the user's last line in a traceback, as ``", file.py line 12: `if x.sum() > 0:`"``; ``""`` without one."""
+    return _last_user_line(traceback.extract_tb(error.__traceback__))
 
 
 def current_line() -> str:
-    """Return the same for the line of the user's that is running now."""
-    return _line(traceback.extract_stack())
+    """Return the line of the user's code that is running now, in the form of :func:`user_line`."""
+    return _last_user_line(traceback.extract_stack())
 
 
 def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:
-    """Trace once more, looking at the state after every line of the user's code; return the guilty line in words."""
-    found: list[str] = []
+    """Trace again, comparing the state after every line of the user's code.
+
+    Args:
+        model: whose state is compared, and restored afterwards.
+        retrace: traces the model.
+
+    Returns:
+        The line that changed it, in the form of :func:`user_line`, or ``""``.
+    """
+    guilty: list[str] = []
     watch = StateWatch(model)
-    last: dict[FrameType, int] = {}
+    running: dict[FrameType, int] = {}  # the line that each frame is running
 
     def watch_lines(frame: FrameType, event: str, _: Any) -> Any:
-        if found or not _is_users(frame.f_code.co_filename):
+        if guilty or not _is_users(frame.f_code.co_filename):
             return None
-        # A line is guilty if the state changed while it ran and no deeper line of the user's was blamed before.
-        if frame in last and event in ("line", "return") and watch.changed():
-            line = linecache.getline(frame.f_code.co_filename, last[frame]).strip()
-            found.append(f", {frame.f_code.co_filename} line {last[frame]}: `{line}`")
-        last[frame] = frame.f_lineno
+        # A line is guilty if the state changed while it ran, and no line of the user's that it called was found before.
+        if frame in running and event in ("line", "return") and watch.changed():
+            line = linecache.getline(frame.f_code.co_filename, running[frame]).strip()
+            guilty.append(f", {frame.f_code.co_filename} line {running[frame]}: `{line}`")
+        running[frame] = frame.f_lineno
         return watch_lines
 
     previous = sys.gettrace()
     sys.settrace(watch_lines)
     try:
         retrace()
-    except Exception:  # what was found until then stands
+    except Exception:  # a line that was found before the error is still right
         pass
     finally:
         sys.settrace(previous)
         watch.restore()
-    return found[0] if found else ""
+    return guilty[0] if guilty else ""
 
 
 def _is_users(filename: str) -> bool:
+    """Whether a file is the user's: installed packages count, except for those of `_NOT_USERS`."""
     standard = filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename
     return not standard and not filename.startswith((*_NOT_USERS, "<"))
 
 
-def _line(stack: traceback.StackSummary) -> str:
+def _last_user_line(stack: traceback.StackSummary) -> str:
     frames = [frame for frame in stack if frame.line and _is_users(frame.filename)]
     return f", {frames[-1].filename} line {frames[-1].lineno}: `{frames[-1].line}`" if frames else ""

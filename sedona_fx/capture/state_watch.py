@@ -1,4 +1,22 @@
-"""What must not change while a forward is traced: random states, attributes and tensors of the model."""
+"""Find and undo changes of state while a forward pass is recorded.
+
+A graph contains tensor operations only. Whatever else the forward pass does happens once, while it is recorded, and
+never again in training. So a recording is trusted only if it left all state as it was, and these count as changes:
+
+- A draw from a global random generator (PyTorch's, Python's ``random``, NumPy's) outside of PyTorch's modules: the
+  number would be frozen in the graph.
+- An attribute of a module that was set, deleted or replaced, and an item of a list, dictionary, set or deque among the
+  attributes, however deep: a counter would stop, a cache would keep what it has. Objects of the user's own classes are
+  not looked into. Attributes that ``nn.Module`` itself defines (hooks) are not either: they are most of all containers,
+  and no forward pass writes into them.
+- A parameter or buffer that was replaced, or a tensor that was overwritten in place (seen by its version counter): the
+  update would be missing in the graph.
+
+Values are the same if they are the same object; if they are plain values (numbers, texts, tuples, dtypes, ...) of equal
+type and value; or if they are lists or dictionaries of equal content, since ``torch.export`` puts equal copies in
+place. Attributes named ``_tensor_constant0``, ``_tensor_constant1``, ... are no changes: fx keeps tensors there that a
+forward pass creates.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +25,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,121 +36,142 @@ _CONTAINERS = (dict, list, set, deque)
 _WATCHED = (torch.Tensor, *_CONTAINERS)
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
 _NOTES = (bool, int, float, str, type(None))
-_CONSTANT = re.compile(r"_tensor_constant\d+")  # where fx keeps tensors that a forward makes from nothing
+_CONSTANT = re.compile(r"_tensor_constant\d+")
 _REGISTRIES = {"_parameters": "replaces the parameter", "_buffers": "replaces the buffer"}
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
-# What every nn.Module has for itself (hooks): most of all containers, and nothing that a forward writes to.
-_MACHINERY = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
+class _Container(NamedTuple):
+    """A container, the dotted path to it, and a shallow copy from the start."""
+
+    path: str
+    container: Any
+    copy: Any
+
+    @property
+    def registry(self) -> str:
+        """Its name, if it holds the parameters or the buffers of a module, else another name."""
+        return self.path.rpartition(".")[2]
+
+
+class _Tensor(NamedTuple):
+    """A tensor, the dotted path to it, and its version and a copy from the start."""
+
+    path: str
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor | None  # None for parameters
 
 
 class StateWatch:
-    """Remembers random states, attributes and tensors of a model, says what changed, and puts it back.
-
-    Lists, dictionaries and sets among the attributes are looked into, however deep; objects of the user's own classes
-    are not.
-    """
+    """Remembers the state of a model and of the random generators; says what changed, and puts it back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.random = random_states()
-        self.containers: list[tuple[str, Any, Any]] = []  # where, the container, a shallow copy of it
-        self.tensors: list[tuple[str, torch.Tensor, int, torch.Tensor | None]] = []
+        self._random = random_states()
+        self._containers: list[_Container] = []
+        self._tensors: list[_Tensor] = []
+        self._paths = {path for path, _ in model.named_modules()}
         seen: set[int] = set()
-        self.modules = dict(model.named_modules())
         for path, module in model.named_modules():
             self._remember(path, vars(module), seen)
 
-    def _remember(self, where: str, value: Any, seen: set[int]) -> None:
+    def _remember(self, path: str, value: Any, seen: set[int]) -> None:
         if id(value) in seen:
             return
         if isinstance(value, torch.Tensor):
             seen.add(id(value))
-            # A trace can write to a parameter only behind its back; copies of all of them would cost too much.
-            kept = None if isinstance(value, nn.Parameter) else value.detach().clone()
-            self.tensors.append((where, value, value._version, kept))
+            # A forward pass writes to a parameter only behind autograd's back; copies of all would cost too much.
+            copy = None if isinstance(value, nn.Parameter) else value.detach().clone()
+            self._tensors.append(_Tensor(path, value, value._version, copy))
         elif isinstance(value, _CONTAINERS):
             seen.add(id(value))
-            self.containers.append((where, value, value.copy()))
+            self._containers.append(_Container(path, value, value.copy()))
             for name, inner in _items(value):
-                if not isinstance(inner, _WATCHED) or (isinstance(name, str) and name in _MACHINERY):
-                    continue
-                self._remember(f"{where}.{name}", inner, seen)
+                if isinstance(inner, _WATCHED) and not (isinstance(name, str) and name in _MODULE_INTERNALS):
+                    self._remember(f"{path}.{name}", inner, seen)
 
     def changed(self, *, tensors: bool = True) -> str:
-        """Return what changed since the start, in words, or an empty string.
+        """Return the first change since the start, in words that follow on "the forward", or ``""``.
 
-        Without `tensors`, parameters and buffers may have been replaced: torch.export puts fake ones in their place.
+        Args:
+            tensors: whether parameters and buffers are looked at. ``torch.export`` replaces them by fake tensors.
         """
-        if not same_random_states(self.random, random_states()):
+        if not same_random_states(self._random, random_states()):
             return "draws random numbers outside of PyTorch's modules"
-        for where, container, copy in self.containers:
-            if _untouched(container, copy) or (not tensors and where.rpartition(".")[2] in _REGISTRIES):
+        for entry in self._containers:
+            if _untouched(entry) or (not tensors and entry.registry in _REGISTRIES):
                 continue
-            before, after = dict(_items(copy)), dict(_items(container))
+            before, after = dict(_items(entry.copy)), dict(_items(entry.container))
             for name in (*before, *(n for n in after if n not in before)):
                 if _CONSTANT.fullmatch(str(name)):
                     continue
                 if name not in before or name not in after or not _same(before[name], after[name]):
-                    return f"{_words(where)} {_name(f'{where}.{name}')!r}"
-        for where, tensor, version, _ in self.tensors if tensors else ():
-            if tensor._version != version:
-                return f"overwrites {_name(where)!r}"
+                    what = _REGISTRIES.get(entry.registry, "changes the attribute")
+                    return f"{what} {_readable(f'{entry.path}.{name}')!r}"
+        for watched in self._tensors if tensors else ():
+            if watched.tensor._version != watched.version:
+                return f"overwrites {_readable(watched.path)!r}"
         return ""
 
     def replaced_attributes(self) -> list[tuple[Any, str]] | None:
-        """Return the modules' attributes, as (``vars(module)``, name), that hold another value now.
+        """Return the attributes of modules that have another value now, each as (``vars(module)``, name).
 
-        None if more changed than attributes: what is inside of them, or random states.
+        None if anything else changed: the content of an attribute, or random states. Parameters and buffers are not
+        looked at.
         """
-        own = [entry for entry in self.containers if entry[0].rpartition(".")[2] not in _REGISTRIES]
-        found = []
-        for where, container, copy in own:
-            before, after = dict(_items(copy)), dict(_items(container))
+        replaced = []
+        for entry in self._containers:
+            if entry.registry in _REGISTRIES:
+                continue
+            before, after = dict(_items(entry.copy)), dict(_items(entry.container))
             for name in after:
                 if _CONSTANT.fullmatch(str(name)) or (name in before and _same(before[name], after[name])):
                     continue
-                if where not in self.modules or not isinstance(name, str):
+                if entry.path not in self._paths or not isinstance(name, str):
                     return None
-                found.append((container, name))
-        return found if same_random_states(self.random, random_states()) else None
+                replaced.append((entry.container, name))
+        return replaced if same_random_states(self._random, random_states()) else None
 
     def restore(self) -> str:
-        """Return what changed, after putting everything back."""
+        """Put everything back; return what :meth:`changed` said before."""
         changed = self.changed()
-        for _, container, copy in self.containers:
-            if not _untouched(container, copy):
+        for entry in self._containers:
+            if not _untouched(entry):
+                container = entry.container
                 container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+                (container.extend if isinstance(container, (list, deque)) else container.update)(entry.copy)
         with torch.no_grad():
-            for _, tensor, _, kept in self.tensors:
-                if kept is not None:  # whatever its version says: batch norm does not count its updates
-                    tensor.copy_(kept)
-        restore_random(self.random)
+            for watched in self._tensors:
+                if watched.copy is not None:  # even if the version is the same: batch norm does not count its updates
+                    watched.tensor.copy_(watched.copy)
+        restore_random(self._random)
         return changed
 
     def settle(self) -> None:
-        """Put everything back but what a forward only notes once (a size it has seen, hooks it has installed).
+        """Put everything back, except what a forward pass only notes once: a size it has seen, hooks it has installed.
 
-        Such notes are plain values of attributes. If parameters or buffers changed as well, nothing is kept: then the
-        note might say that they have been initialised.
+        Such notes are attributes whose plain value changed. If a parameter or buffer changed as well, no note is kept:
+        it might say that they have been initialised, which is undone.
         """
-        same = all(kept is None or torch.equal(kept, tensor) for _, tensor, _, kept in self.tensors)
-        overwritten = any(tensor._version != version for _, tensor, version, _ in self.tensors)
+        same_values = all(w.copy is None or torch.equal(w.copy, w.tensor) for w in self._tensors)
+        same_versions = all(w.tensor._version == w.version for w in self._tensors)
         notes = [
-            (container, name, value)
-            for _, container, copy in self.containers
-            if isinstance(container, dict)
-            for name, value in container.items()
-            if isinstance(value, _NOTES) and isinstance(copy.get(name), _NOTES) and (copy.get(name) != value)
+            (entry.container, name, value)
+            for entry in self._containers
+            if isinstance(entry.container, dict)
+            for name, value in entry.container.items()
+            if isinstance(value, _NOTES)
+            and isinstance(entry.copy.get(name), _NOTES)
+            and (entry.copy.get(name) != value)
         ]
         self.restore()
-        for container, name, value in notes if same and not overwritten else ():
+        for container, name, value in notes if same_values and same_versions else ():
             container[name] = value
 
 
 @contextmanager
 def keep_state(model: nn.Module) -> Iterator[None]:
-    """Give a model its attributes and buffers back at the end, and the global random generators their states."""
+    """Restore the model's attributes and buffers and the states of the global random generators on exit."""
     watch = StateWatch(model)
     try:
         yield
@@ -142,21 +181,22 @@ def keep_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keep_parameters(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Give the parameters their numbers back at the end; the function says whether they were overwritten until now."""
-    kept = [(parameter, parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
+    """Restore the values of the model's parameters on exit; the function tells whether any was overwritten so far."""
+    copies = [(parameter, parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
 
     def overwritten() -> bool:
-        return any(p._version != version or not torch.equal(p, value) for p, version, value in kept)
+        return any(p._version != version or not torch.equal(p, value) for p, version, value in copies)
 
     try:
         yield overwritten
     finally:
-        for parameter, _, value in kept:
+        for parameter, _, value in copies:
             if not torch.equal(parameter, value):
                 parameter.data.copy_(value)
 
 
 def _items(container: Any) -> Iterator[tuple[Any, Any]]:
+    """Return (name, item) pairs: the name is a key, an index, or for sets the item itself."""
     if isinstance(container, dict):
         return iter(container.items())
     if isinstance(container, set):
@@ -164,8 +204,9 @@ def _items(container: Any) -> Iterator[tuple[Any, Any]]:
     return iter(enumerate(container))
 
 
-def _untouched(container: Any, copy: Any) -> bool:
-    """Whether a container holds the very same items in the same order as its copy."""
+def _untouched(entry: _Container) -> bool:
+    """Whether a container holds the very same objects in the same order as its copy."""
+    container, copy = entry.container, entry.copy
     if len(container) != len(copy):
         return False
     if isinstance(container, dict):
@@ -174,23 +215,21 @@ def _untouched(container: Any, copy: Any) -> bool:
     return all(map(operator.is_, container, copy))
 
 
-def _name(where: str) -> str:
-    return ".".join(part for part in where.split(".") if part and part not in _REGISTRIES)
-
-
-def _words(where: str) -> str:
-    return _REGISTRIES.get(where.rpartition(".")[2], "changes the attribute")
+def _readable(path: str) -> str:
+    """Return a path as the user knows it, without the names of the registries."""
+    return ".".join(part for part in path.split(".") if part and part not in _REGISTRIES)
 
 
 def _same(before: Any, after: Any) -> bool:
+    """Whether two values count as the same (see the module's docstring)."""
     if before is after:
         return True
-    if type(before) is type(after) and isinstance(before, (list, dict)):  # torch.export puts equal copies in place
+    if type(before) is type(after) and isinstance(before, (list, dict)):
         a, b = list(_items(before)), list(_items(after))
         return len(a) == len(b) and all(j == k and _same(x, y) for (j, x), (k, y) in zip(a, b, strict=True))
     if type(before) is not type(after) or not isinstance(before, _PLAIN):
         return False
     try:
         return bool(before == after)
-    except Exception:  # a tuple with tensors in it
+    except Exception:  # a tuple that holds tensors
         return False

@@ -1,1 +1,5 @@
-"""From a model and a decision to a net: analyse, choose, build."""
+"""From a model and a request to a net.
+
+In the order of the calls: ``request`` checks what the user asked for, ``analyse`` finds the legal cuts, ``decide``
+chooses (with ``choices``: what the user chose), ``provenance`` writes the plan, ``build`` makes the net.
+"""

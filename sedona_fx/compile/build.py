@@ -1,4 +1,4 @@
-"""ANALYSED graphs and a plan -> net: fresh heads, LOWERED graphs, blocks, costs."""
+"""ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block graphs, costs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from sedona_fx import passes
-from sedona_fx.compile.analyse import uncollected
+from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.request import Request
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import block_costs, cost_of_head
+from sedona_fx.ir.modules import first_float_parameter
 from sedona_fx.net.net import Net
 from sedona_fx.net.parts import NetParts
 from sedona_fx.passes.cuts import resolve
@@ -21,22 +22,27 @@ from sedona_fx.plan import Plan
 from sedona_fx.rng import seeded_init
 
 
-@uncollected()
+@gc_paused()
 def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan) -> Net:
-    """ANALYSED -> RELAXED -> PRUNED -> LOWERED -> blocks, in both modes.
+    """ANALYSED -> RELAXED -> PRUNED -> LOWERED -> the graphs of the blocks, in train and in eval mode, and the net.
 
     Args:
         request: the model, the loss and the objectives.
-        analysed: its graphs.
-        heads: for each cut of the plan a name or a factory, or None for no head; drawn from the plan's seed.
+        analysed: the model's graphs.
+        heads: for each cut of the plan the name or factory of its head, or None for no head. Their initial weights are
+            drawn from the plan's seed.
         plan: what was decided.
+
+    Raises:
+        HeadError: a head does not fit at its cut.
+        PlanError: blocks on different devices share a parameter.
     """
-    built = _build_heads(request.model, analysed, heads, plan)
+    modules = _build_heads(request.model, analysed, heads, plan)
+    heads_by_cut = {cut: [head] if head is not None else [] for cut, head in modules.items()}
     devices = [torch.device(name) for name in plan.devices] if plan.devices is not None else None
-    placed = {cut: [head] if head is not None else [] for cut, head in built.items()}
-    lowered = {True: passes.lower_at(analysed.train, placed, devices)}
+    lowered = {True: passes.lower_at(analysed.train, heads_by_cut, devices)}
     same = analysed.eval is analysed.train
-    lowered[False] = lowered[True] if same else passes.lower_at(analysed.eval, placed, devices)
+    lowered[False] = lowered[True] if same else passes.lower_at(analysed.eval, heads_by_cut, devices)
     blocks = {True: passes.partition(lowered[True])}
     blocks[False] = blocks[True] if same else passes.partition(lowered[False])
     cut_nodes = resolve(analysed.train.graph)
@@ -51,7 +57,7 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
             analysed=analysed,
             lowered=lowered,
             blocks=blocks,
-            heads=list(built.values()),
+            heads=list(modules.values()),
             costs=block_costs(analysed.train, ends, head_costs),
             plan=plan,
             loss=request.loss,
@@ -63,11 +69,12 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
 def _build_heads(
     model: nn.Module, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan
 ) -> dict[str, nn.Module | None]:
-    """Return the head of every cut, in the model's dtype, mode and on its device."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-    built: dict[str, nn.Module | None] = {}
+    """Return cut -> head, in the dtype, on the device and in the mode of the model."""
+    parameter = first_float_parameter(model)
+    like = parameter if parameter is not None else torch.empty(())
+    modules: dict[str, nn.Module | None] = {}
     with seeded_init(plan.seed):
         for cut, spec in zip(plan.cuts, heads, strict=True):
             head = build_head(spec, analysed.contexts[cut]) if spec is not None else None
-            built[cut] = head.to(like.device, like.dtype).train(model.training) if head is not None else None
-    return built
+            modules[cut] = head.to(like.device, like.dtype).train(model.training) if head is not None else None
+    return modules

@@ -1,4 +1,4 @@
-"""From what was asked and what the model allows to a decision: by the user's plan, by the user's cuts, or by a search."""
+"""The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ from sedona_fx.search.problem.problem import Decision, Problem, SearchData
 
 
 def decide(request: Request, analysed: Analysed) -> Decision:
-    """Return the cuts and the head of each; within the budget, if there is one.
+    """Return the cuts and the head of each, within the budget if there is one.
+
+    Args:
+        request: what the user asked for.
+        analysed: the model's graphs, with the legal cut points.
 
     Raises:
-        CutError, HeadError, DataError, PlanError: what was asked cannot be had on this model.
+        CutError, HeadError, DataError, PlanError: what was asked for cannot be had on this model or with this data.
+        BudgetError: no plan keeps within the budget.
     """
+    # Without candidates of the user's own, cuts are chosen as if each of them had the head of the first objective.
     heads = request.own_heads[0] if request.own_heads and request.heads is None else request.heads
     chooses = request.plan is None and request.cuts is None
     problem = Problem(
@@ -54,7 +60,12 @@ def decide(request: Request, analysed: Analysed) -> Decision:
 
 
 def _search_data(request: Request, analysed: Analysed) -> SearchData:
-    """Return the data of a search, after a look at whether the search can work at all."""
+    """Return the data of a search that reads some, checked as far as can be without training.
+
+    Raises:
+        HeadError: the request has objectives of the user's own, which such a search cannot compare.
+        DataError: there is no loss, the data cannot be split, or its first validation batch does not fit.
+    """
     search = f"search={request.search_name}"
     if request.own_heads:
         raise HeadError(
@@ -77,15 +88,15 @@ def _search_data(request: Request, analysed: Analysed) -> SearchData:
 
 
 def _named(source: Source, model: nn.Module) -> Source:
-    """Return an epoch of data with every input by its argument name."""
+    """Return the source with every input of a batch under its argument name."""
     return Mapped(source, lambda pair: (Args(**pair[0].bind(model.forward)), pair[1]))
 
 
 @contextmanager
 def as_trained(model: nn.Module) -> Iterator[None]:
-    """Put a model that is in eval mode as a whole into train mode meanwhile: it is searched as it will be trained.
+    """Put a model of which every module is in eval mode into train mode for the body: searched as it will be trained.
 
-    Where some modules train and others do not (a frozen BatchNorm), that is meant, and stays.
+    If only some modules are in eval mode (a frozen BatchNorm), that is taken as intended and kept.
     """
     with keep_modes(model):
         if not any(module.training for module in model.modules()):

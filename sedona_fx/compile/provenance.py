@@ -1,4 +1,4 @@
-"""From a decision to the plan that is saved with the net."""
+"""The plan of a decision: what is saved with the net."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from sedona_fx.search.problem.problem import Decision
 
 
 def plan_of(request: Request, analysed: Analysed, decision: Decision) -> Plan:
-    """Write down a decision and everything that a net needs to be made of it again.
+    """Return the plan of a decision, with everything that is needed to build the net again.
 
-    What depends on this model and this run (capture, seed, inputs, base layers) is always written anew, also where an
-    older plan is applied. The provenance is the decision's own: an applied plan keeps its history.
+    What depends on this model and this run (capture, seed, inputs, base layers) is always recorded anew, even if an
+    older plan is applied. The provenance is the decision's, so an applied plan keeps its history.
+
+    Args:
+        request: what the user asked for.
+        analysed: the model's graphs.
+        decision: the cuts and heads.
     """
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return Plan(

@@ -1,4 +1,4 @@
-"""What the user asked of ``decouple``: checked, named, and in one record."""
+"""What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one record."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ from sedona_fx.search.problem.limits import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Everything that was asked, every default filled in. Made by :func:`read_request`.
+    """Everything that was asked for, with every default filled in. Made by :func:`read_request`.
 
     Attributes:
         model: the copy that the net will own.
-        example: the first batch's inputs, each by its argument name, on the model's device.
-        target: that batch's target, on the model's device.
-        tries_loss: whether to try the loss on that batch (a net that is loaded has no batch to try it on).
-        blocks: K.
-        loss: ``loss(output, target)``.
-        data, val_data: what the search reads.
-        search: the search that chooses where neither `plan` nor `cuts` do.
+        example: the inputs of the first batch, each under its argument name, on the model's device.
+        target: the target of that batch, on the model's device.
+        tries_loss: whether to try the loss on that batch; False for a net that is loaded, which has no batch to try it
+            on.
+        blocks: number of blocks K.
+        loss: ``loss(output, target)``, or None.
+        data, val_data: what the search reads, as the user passed it.
+        search: the search that chooses unless `plan` or `cuts` do.
         search_name: that search as the user wrote it, for messages.
-        cuts: the user's own cuts, as (module path, ``"end"`` or ``"beginning"``); None: none were named.
+        cuts: the user's own cuts as (module path, ``"end"`` or ``"beginning"``), or None.
         heads: the user's candidates.
-        objectives: for each block but the last the user's own objective; None: the model's loss.
-        plan: the plan to apply.
-        limits: what the plan may cost.
-        devices: one device name for each block; None: all blocks where the model is.
+        objectives: for each block but the last the user's own objective, or None for the model's loss.
+        plan: the plan to apply, or None.
+        limits: what the plan may cost; None: anything.
+        devices: one device name for each block. None: all blocks are on the model's device.
         output: key of the primary output; None: by rule.
         root, leaf_modules, no_cut, max_live, seed, progress: as in :func:`sedona_fx.decouple`.
     """
@@ -76,18 +77,18 @@ class Request:
 
     @property
     def own_heads(self) -> list[HeadSpec]:
-        """The heads that come with the user's own objectives."""
+        """The heads of the user's own objectives."""
         return [objective.head for objective in self.objectives if objective is not None]
 
     @property
     def where(self) -> Where:
-        """Where cuts may stand."""
+        """Where the user allows cuts."""
         named = self.plan.cuts if self.plan is not None else self.cuts or ()
         return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
 
     @property
     def searches(self) -> bool:
-        """Whether a search has to read data."""
+        """Whether a search that reads data chooses the cuts."""
         return self.plan is None and self.cuts is None and self.search.needs_data and self.blocks > 1
 
 
@@ -114,26 +115,26 @@ def read_request(
     progress: bool,
     inplace: bool,
 ) -> Request:
-    """Check the arguments of :func:`sedona_fx.decouple` one by one and fill in what follows from others.
+    """Check the arguments of :func:`sedona_fx.decouple` one by one, and derive those that follow from others.
 
     Raises:
-        SedonaError: an argument that cannot be right, whatever the model's graph looks like.
+        SedonaError: an argument is wrong whatever the model's graph looks like.
     """
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         raise CutError(f"blocks={blocks!r}: give a whole number, at least 1 (1 is backpropagation).")
     if loss is not None and not callable(loss):
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
-    chosen = _search_of(search)
-    applied = _plan_of(plan)
-    limits = Limits.of(budget, applied)
-    named = named_cuts(cuts)
-    if applied is not None:
-        blocks, devices = applied.blocks, devices if devices is not None else applied.devices
-        output, root = output if output is not None else applied.output, root or applied.root
-    elif named is not None:
-        blocks = len(named) + 1
-    places = _devices(devices, blocks)
-    owned = own(model, inplace=inplace)
+    search_object = _search_of(search)
+    plan = _plan_of(plan)
+    limits = Limits.of(budget, plan)
+    cut_specs = named_cuts(cuts)
+    if plan is not None:
+        blocks, devices = plan.blocks, devices if devices is not None else plan.devices
+        output, root = output if output is not None else plan.output, root or plan.root
+    elif cut_specs is not None:
+        blocks = len(cut_specs) + 1
+    device_names = _device_names(devices, blocks)
+    owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     inputs, target = first_pair(data)
     return Request(
@@ -145,14 +146,14 @@ def read_request(
         loss=loss,
         data=data,
         val_data=val_data,
-        search=chosen,
+        search=search_object,
         search_name=repr(search),
-        cuts=named,
+        cuts=cut_specs,
         heads=heads,
         objectives=one_a_block(local_loss, blocks),
-        plan=applied,
+        plan=plan,
         limits=limits,
-        devices=places,
+        devices=device_names,
         output=output,
         root=root,
         leaf_modules=leaf_modules,
@@ -174,12 +175,12 @@ def request_to_load(
     data: Any,
     inplace: bool,
 ) -> Request:
-    """Return what :func:`sedona_fx.load` asks for: the saved plan, on a model whose own weights do not matter.
+    """Return the request of :func:`sedona_fx.load`: the saved plan, on a model whose own weights do not matter.
 
-    The saved weights fit the graphs whatever the first batch is, so that without `data` noise in the shapes of the
-    plan's inputs serves as the example, and no target is tried.
+    The saved weights fit the graphs whatever the first batch is. So without `data` the example is noise in the shapes
+    of the plan's inputs; the loss is not tried.
     """
-    owned = own(model, inplace=inplace)
+    owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     if data is None:
         example = example_like(plan.inputs, device)
@@ -212,10 +213,17 @@ def request_to_load(
     )
 
 
-def own(model: nn.Module, *, inplace: bool) -> nn.Module:
-    """Return the copy of the model that the net will own; with `inplace` it shares the tensors."""
+def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
+    """Return the copy of the model that the net will own; with `inplace` it shares the tensors.
+
+    Raises:
+        DataError: `model` is not a module, or cannot be copied.
+    """
     if not isinstance(model, nn.Module):
-        raise DataError(f"decouple takes an nn.Module, not {type(model).__name__}.")
+        raise DataError(
+            f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
+            "it."
+        )
     try:
         return share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:
@@ -231,11 +239,17 @@ def _plan_of(plan: Any) -> Plan | None:
         return Plan.load(plan)
     if plan is None or isinstance(plan, Plan):
         return plan
-    raise PlanError(f"plan={plan!r} is neither a Plan nor the path of one.")
+    raise PlanError(
+        f"plan={plan!r} is neither a Plan nor the path of one: give net.plan, or a file that plan.save(path) wrote."
+    )
 
 
-def _devices(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
-    """Return the devices as a plan names them, each of which has been tried."""
+def _device_names(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
+    """Return the devices as a plan names them, after trying each of them.
+
+    Raises:
+        PlanError: there is not one device for each block, or one cannot be used.
+    """
     if devices is None:
         return None
     if isinstance(devices, (str, torch.device)) or len(devices) != blocks:
@@ -246,7 +260,10 @@ def _devices(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple
             torch.empty(0, device=device)
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise PlanError(f"devices names {str(device)!r}, which cannot be used here: {reason}") from None
+            raise PlanError(
+                f"devices names {str(device)!r}, which cannot be used here: {reason.rstrip('.')}. Name devices of this "
+                "machine, or leave out devices=."
+            ) from None
     return tuple(str(device) for device in devices)
 
 

@@ -1,4 +1,4 @@
-"""Inference with heads: stop at the first one that is sure, or ask several."""
+"""Inference with heads: early exit at the first head that is confident, and ensembles of the last heads."""
 
 from __future__ import annotations
 
@@ -19,28 +19,37 @@ from sedona_fx.runtime.run import hand_on, last_readers
 
 
 class Exit(NamedTuple):
-    """What an :class:`EarlyExit` gives: the primary output, and for each example (N,) the block it left at."""
+    """What an :class:`EarlyExit` returns.
+
+    Attributes:
+        output: the primary output, (N, ...), each example's from the block at which it left.
+        blocks: index of that block, (N,) int64.
+    """
 
     output: Tensor
     blocks: Tensor
 
 
 class EarlyExit(nn.Module):
-    """Runs the blocks in order and lets each example leave at the first head that is sure of it.
+    """Runs the blocks in order and lets each example leave at the first head that is confident about it.
 
-    A head is sure of an example if the largest probability of its softmax over classes reaches `threshold` (for dense
-    maps and tokens: the mean of it over positions). Examples that left are not computed further, where every value that
-    crosses a boundary has the batch as its first dimension; else the whole batch goes on until all are sure.
+    A head is confident about an example if the largest probability of its softmax over classes is at least `threshold`
+    (for dense maps and tokens: the mean over positions of the largest probability). Examples that have left are not
+    computed any further if every value that crosses a boundary has the batch as its first dimension; otherwise the
+    whole batch is computed until every example has left. At the last block all of them do.
 
-    Made by ``net.early_exit(threshold)``; in eval mode, without gradients, sharing the net's tensors.
+    Made by ``net.early_exit(threshold)``. It is in eval mode, computes no gradients, and shares the net's tensors.
 
     Args:
-        blocks: of the net; all but the last have heads for the model's task.
-        threshold: in (0, 1].
-        key: of the primary output in what the model returns.
-        bind: from the arguments of a call to the net's inputs by name.
-        capture: how the graphs were made: whether they take batches of any size.
-        example: a batch, to find out which values hold one row per example.
+        blocks: of the net; all but the last need heads for the model's task.
+        threshold: probability in (0, 1].
+        key: key of the primary output in what the model returns.
+        bind: returns the net's inputs by name for the arguments of a call.
+        capture: how the graphs were made, which says whether they take batches of any size.
+        example: a batch, used to find out which values hold one row per example.
+
+    Raises:
+        HeadError: `threshold` is not in (0, 1], or a block but the last has no head for the model's task.
     """
 
     def __init__(
@@ -67,32 +76,39 @@ class EarlyExit(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Exit:
-        """Return the primary output, each example's from where it left, and these blocks."""
-        given = Args(*args, **kwargs)
-        values: dict[str, Any] = self._bind(given)
-        rows: Tensor | None = None  # of the examples still inside; None: all
+        """Return the primary output of each example and the block at which it left.
+
+        Args:
+            args: as for the model.
+            kwargs: as for the model.
+
+        Raises:
+            DataError: the net was traced with other arguments.
+            HeadError: the primary output has fewer than two dimensions.
+        """
+        values: dict[str, Any] = self._bind(Args(*args, **kwargs))
+        rows: Tensor | None = None  # indices of the examples that have not left; None: of all
         output = blocks = None
         for index in range(len(self.blocks)):
             primary = self._run(index, values)
             if output is None or blocks is None:
                 output = torch.empty_like(primary)
                 blocks = torch.full((len(primary),), -1, device=primary.device)
-            inside = blocks < 0 if rows is None else rows
-            sure = _confidence(primary) >= self.threshold
+            confident = _confidence(primary) >= self.threshold
             if index == len(self.blocks) - 1:
-                sure = torch.ones_like(sure)
-            primary, sure = primary.to(output.device), sure.to(output.device)
+                confident = torch.ones_like(confident)
+            primary, confident = primary.to(output.device), confident.to(output.device)
             if self._batched is None:
-                leaving = inside & sure
+                leaving = (blocks < 0) & confident
                 output[leaving], blocks[leaving] = primary[leaving], index
                 done = not (blocks < 0).any()
             else:
-                places = inside.nonzero().flatten() if rows is None else rows
-                output[places[sure]], blocks[places[sure]] = primary[sure], index
-                rows = places[~sure]
+                rows = (blocks < 0).nonzero().flatten() if rows is None else rows
+                output[rows[confident]], blocks[rows[confident]] = primary[confident], index
+                rows = rows[~confident]
                 done = not len(rows)
                 for name in self._batched & values.keys():
-                    values[name] = values[name][(~sure).to(values[name].device)]
+                    values[name] = values[name][(~confident).to(values[name].device)]
             if done:
                 break
         assert output is not None
@@ -100,39 +116,53 @@ class EarlyExit(nn.Module):
         return Exit(output, blocks)
 
     def _run(self, index: int, values: dict[str, Any]) -> Tensor:
-        """Run a block; its exports go to `values`, its head's or the model's primary output is returned."""
+        """Run a block, add its exports to `values`, and return the primary output of its head or of the model."""
         graph = self._graphs[index]
         exports, local = self.blocks[index](*[values[name] for name in graph.inputs])
         hand_on(values, dict(zip(graph.exports, exports, strict=True)), index, self._last_reader)
         return local if isinstance(local, Tensor) else pick(local, self._key)
 
     def _find_batched(self, example: Args) -> set[str] | None:
-        """Return the values that hold one row per example, or None if others depend on the number of examples too."""
+        """Return the names of the values that hold one row per example.
+
+        They are found by running batches of two and of three examples. None if the shape of another value depends on
+        the number of examples as well: then no rows can be left out.
+        """
         if (example.batch_size() or 0) < 3:
             example = example.map(lambda t: t[:1].expand(3, *t.shape[1:]) if t.dim() else t)
         two, three = (self._shapes(example.first(count)) for count in (2, 3))
         changing = {name for name in two if two[name] != three[name]}
-        rows = {n for n in changing if len(two[n]) == 1 and two[n][0][:1] == (2,) and three[n][0][:1] == (3,)}
-        rest = all(two[name][0][1:] == three[name][0][1:] for name in rows)
-        return rows if rows == changing and rest else None
+        batched = {n for n in changing if len(two[n]) == 1 and two[n][0][:1] == (2,) and three[n][0][:1] == (3,)}
+        same_rows = all(two[name][0][1:] == three[name][0][1:] for name in batched)
+        return batched if batched == changing and same_rows else None
 
     @torch.no_grad()
     def _shapes(self, example: Args) -> dict[str, list[tuple[int, ...]]]:
+        """Return the shapes of the tensors in every value that a block reads."""
         values: dict[str, Any] = self._bind(example)
-        found: dict[str, list[tuple[int, ...]]] = {}
+        shapes: dict[str, list[tuple[int, ...]]] = {}
         for index in range(len(self.blocks)):
             for name, value in values.items():
                 leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-                found[name] = [tuple(leaf.shape) for leaf in leaves]
+                shapes[name] = [tuple(leaf.shape) for leaf in leaves]
             self._run(index, values)
-        return found
+        return shapes
 
 
 def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: int) -> fx.GraphModule:
-    """Return a graph of the summed log-softmax of the last `count` heads, the model's own output one of them.
+    """Return a graph of the sum of the log-softmax of the last `count` heads, the model's own output being one of them.
 
-    SEDONA's ensemble (Pyeon et al. 2021, section 4.4: the last two heads). Logits over dimension 1, or over the last of
-    three; heads before these do not run. In eval mode, sharing the net's tensors.
+    It is SEDONA's ensemble (Pyeon et al., ICLR 2021, section 4.4: the last two heads). The softmax is over dimension 1,
+    or over the last of three. Heads before these are not run. The graph is in eval mode and shares the net's tensors.
+
+    Args:
+        lowered: the LOWERED eval graph of the net; it is not changed.
+        blocks: of the net.
+        key: key of the primary output in what the model returns.
+        count: number of heads, from 1 (the model's own output alone) to the number of blocks.
+
+    Raises:
+        HeadError: `count` is out of range, or one of these blocks has no head for the model's task.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(blocks):
         raise HeadError(
@@ -146,14 +176,14 @@ def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: 
     with graph.inserting_before(result):
         primary = outputs[-1]
         if key is not None and not (isinstance(primary, fx.Node) and info(primary).is_tensor):
-            known = not isinstance(primary, fx.Node)
-            primary = pick(primary, key) if known else graph.call_function(pick, (primary, key))
+            is_node = isinstance(primary, fx.Node)
+            primary = graph.call_function(pick, (primary, key)) if is_node else pick(primary, key)
         total = None
         for node in [*(outputs[index] for index in chosen), primary]:
             logs = graph.call_function(log_probabilities, (node,))
             total = logs if total is None else graph.call_function(torch.add, (total, logs))
-            for made in (logs, total):
-                copy_info(result, made, block=len(blocks) - 1)
+            for new_node in (logs, total):
+                copy_info(result, new_node, block=len(blocks) - 1)
     result.args = (total,)
     for node in list(graph.nodes):
         if info(node).boundary and node.target is torch.detach:
@@ -165,27 +195,33 @@ def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: 
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Return the log-softmax over classes."""
+    """Return the log-softmax over classes, in the shape of `logits`."""
     return torch.log_softmax(logits, class_dim(logits))
 
 
 def class_dim(logits: Tensor) -> int:
-    """Return which dimension of a primary output holds the classes: (N, C), (N, T, C), or (N, C, ...)."""
+    """Return the dimension of a primary output that holds the classes: (N, C), (N, T, C), or (N, C, ...)."""
     return 2 if logits.dim() == 3 else 1
 
 
 def _confidence(logits: Tensor) -> Tensor:
-    """Return how sure a head is of each example, (N,)."""
+    """Return the probability of the likeliest class for each example, (N,): the mean over positions if it has any."""
     if logits.dim() < 2:
         raise HeadError(
-            f"early_exit asks heads for probabilities of classes, and they give {shape_text(logits.shape)}."
+            f"early_exit asks heads for probabilities of classes, and they give {shape_text(logits.shape)}. It is for "
+            "models that classify, with an output (N, classes) or more dimensions; call net(...) for this one."
         )
     largest = torch.softmax(logits.float(), class_dim(logits)).amax(class_dim(logits))
     return largest.flatten(1).mean(1) if largest.dim() > 1 else largest
 
 
 def _require_task_heads(blocks: Sequence[Block], who: str) -> None:
+    """Raise :class:`HeadError` if a block has no head, or one that does not imitate the model's output."""
     for block in blocks:
         if block.head is None or block.objective is not None:
             what = "no head" if block.head is None else "an objective of its own (local_loss=)"
-            raise HeadError(f"{who} asks the heads for the model's output, and block {block.index} has {what}.")
+            advice = "with heads (leave out heads=False)" if block.head is None else "without local_loss= for it"
+            raise HeadError(
+                f"{who} asks the heads for the model's output, and block {block.index} has {what}. Decouple the model "
+                f"{advice}."
+            )

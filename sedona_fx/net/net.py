@@ -1,4 +1,4 @@
-"""What ``decouple`` returns: the user's model as K blocks that train without waiting for each other."""
+"""The decoupled net: the user's model as K blocks that train without waiting for each other."""
 
 from __future__ import annotations
 
@@ -30,14 +30,29 @@ from sedona_fx.runtime.engine import Batch, Engine, OnBlock, StepOptions
 class Net(nn.Module):
     """A decoupled net. Made by :func:`sedona_fx.decouple` or :func:`sedona_fx.load`.
 
-    ``net(x)`` has the model's own signature and gives the model's own result; it runs no head. The net owns the one
-    copy of the model's parameters (``net.model``) and the heads (``net.heads``); ``net.parameters()`` gives both.
+    ``net(x)`` takes the arguments of the model and returns what the model returns; it runs no head. The net owns the
+    only copy of the model's parameters (``net.model``) and the heads (``net.heads``), and ``net.parameters()`` yields
+    those of both. What is public is for users and for authors of schedules:
+
+    - to run it: ``net(...)`` or :meth:`call`; to train it in a loop of your own: :meth:`backward`, or :meth:`losses`;
+    - to get something out of it: ``print(net)``, :meth:`save`, :meth:`load_weights`, :meth:`original_state_dict`,
+      :meth:`to_onnx`, :meth:`inference_module`, :meth:`early_exit`, :meth:`ensemble`;
+    - to look at it: `plan`, `costs`, `blocks`, `graph_module`, :meth:`lowered`, `capture`, :meth:`shared_parameters`;
+    - to write a schedule: :meth:`batch` (checks the arguments of a step), `blocks`, `engine`, `variants`, `steps`,
+      `example`; :meth:`bind` gives the inputs alone.
 
     Attributes:
+        model: the net's copy of the user's model. Its modules are the ones that all graphs run.
+        heads: index of the block, as text -> its auxiliary head.
         plan: everything that was decided.
-        blocks: the K blocks.
-        graph_module: the LOWERED train graph; it returns ``(local output, ..., output)``.
-        steps: training steps taken; with the seed it decides the draws of every block.
+        costs: FLOPs, parameters and activation bytes of each block, its head included, for the example batch.
+        blocks: the K blocks, nearest the input first, each with its graphs, its head and its device.
+        steps: training steps taken. With the seed it determines the random draws of every block; a schedule adds 1 at
+            the end of each step.
+        engine: runs the blocks: takes their local losses, walks back inside of a block, passes activations on without
+            their graph, and protects from losses that are not finite (``engine.guard``).
+        variants: the blocks in other forms: without heads, split in two, or with the outputs of their base layers.
+        example: the batch that the model was traced with, every input under its argument name.
     """
 
     def __init__(self, parts: NetParts) -> None:
@@ -48,14 +63,15 @@ class Net(nn.Module):
         self.training = self.heads.training = model.training
         self.steps = 0
         self.plan, self.costs = plan, list(parts.costs)
-        self._graphs, self._example = dict(parts.lowered), parts.analysed.example
-        # Modules whose own code depends on their training flag: the graph holds for these flags alone.
+        self.example = parts.analysed.example
+        self._graphs = dict(parts.lowered)
+        # Modules whose own code depends on their training flag: each graph is right only for these flags.
         self._flagged = [(path, model.get_submodule(path), flags) for path, flags in parts.analysed.mode_paths.items()]
         placeholders = [str(node.target) for node in self._graphs[True].graph.nodes if node.op == "placeholder"]
         self._signature = Signature(model.forward, plan.inputs, placeholders, parts.analysed.capture)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
         devices = _devices(plan, model)
-        self._blocks = tuple(
+        self.blocks = tuple(
             Block(*block_parts)
             for block_parts in zip(
                 parts.blocks[True],
@@ -66,91 +82,100 @@ class Net(nn.Module):
                 strict=True,
             )
         )
-        self.engine = Engine(self._blocks, parts.analysed.output, parts.loss, plan.seed)
+        self.engine = Engine(self.blocks, parts.analysed.output, parts.loss, plan.seed)
         analysed_graphs = {True: parts.analysed.train, False: parts.analysed.eval}
-        self.variants = Variants(analysed_graphs, self._blocks, plan.cuts, device_of(model))
+        self.variants = Variants(analysed_graphs, self.blocks, plan.cuts, device_of(model))
         self._plain = self._without_heads()
         if plan.devices is not None:
             traced_on = device_of(model)
-            place(self._blocks, model)
+            place(self.blocks, model)
             relink(self._all_graphs(), model)
             redirect(self._own_graphs(), devices, traced_on)
 
     def _without_heads(self) -> dict[bool, fx.GraphModule]:
-        """Return the graphs of both modes as the user's model has them: no heads, no boundaries."""
+        """Return the graphs of both modes as they were traced: without heads and boundaries."""
         moves = self.plan.devices is not None
-        plain = {True: direct_children(strip(self._graphs[True], keep_moves=moves))}
-        same = self._graphs[False] is self._graphs[True]
-        plain[False] = plain[True] if same else direct_children(strip(self._graphs[False], keep_moves=moves))
-        return plain
+        graphs = dict.fromkeys(self._graphs.values())  # one, if the modes do not differ
+        plain = {graph: direct_children(strip(graph, keep_moves=moves)) for graph in graphs}
+        return {mode: plain[graph] for mode, graph in self._graphs.items()}
 
-    # ---- the model's own face -------------------------------------------------------------------------------------
+    # ---- run --------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return exactly what the model returns for these arguments, in the net's mode."""
         return self._run(Args(*args, **kwargs))
 
     def call(self, inputs: Any) -> Any:
-        """Like ``net(...)``, for inputs as data loaders give them (a tuple, a mapping, or one argument)."""
+        """Return ``net(...)`` for inputs as data loaders give them: a tuple, a mapping, or the single argument."""
         return self._run(Args.of(inputs))
 
     def _run(self, args: Args) -> Any:
         self._check_modes()
         values = self.bind(args)
-        if self.capture.hosted:  # the host's own code is at hand, and runs its way to `root` once
+        if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
             return self.model(**{name: value for name, value in values.items() if value is not None})
         graph = self._plain[self.training]
         return graph(*[values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"])
 
     def train(self, mode: bool = True) -> Net:
-        """Set the mode as the user's own ``model.train(mode)`` does, overrides included; heads follow."""
+        """Set the mode by the model's own ``train(mode)``, with whatever it overrides; heads follow."""
         self.training = mode
         self.model.train(mode)
         self.heads.train(mode)
         return self
 
-    # ---- training ---------------------------------------------------------------------------------------------------
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The K blocks, nearest the input first."""
-        return self._blocks
-
-    @property
-    def graph_module(self) -> fx.GraphModule:
-        """The LOWERED train graph."""
-        return self._graphs[True]
-
-    def losses(self, x: Any, y: Any) -> list[Tensor]:
-        """Return the K local losses of a batch, graphs kept; gradients do not cross between blocks."""
-        return self.engine.local_losses(self.batch(x, y))
+    # ---- train ------------------------------------------------------------------------------------------------------
 
     def backward(
         self, x: Any, y: Any, scaler: Any = None, weight: float = 1.0, *, on_block: OnBlock | None = None
     ) -> StepResult:
-        """Fill ``.grad`` block by block: forward, local loss, backward, free. The drop-in for ``loss.backward()``.
+        """Fill ``.grad`` block by block (forward, local loss, backward, free), in place of ``loss.backward()``.
 
         Args:
-            x: inputs (a tuple is positional, a mapping is keywords, anything else is one argument).
-            y: target, handed to the loss.
-            scaler: a ``torch.amp.GradScaler``; the losses are scaled, ``scaler.step(optimizer)`` stays with the caller.
-            weight: factor of the losses, for accumulation: ``1 / number of micro-batches``.
-            on_block: called with a block's index as soon as its gradients are complete and its loss is known to be
+            x: inputs: a tuple of positional arguments, a mapping of keyword arguments, or else the single argument.
+            y: target, passed to the loss.
+            scaler: a ``torch.amp.GradScaler`` that scales the losses; the caller calls ``scaler.step(optimizer)``.
+            weight: factor of the losses. To accumulate gradients, 1 / number of micro-batches.
+            on_block: called with the index of a block as soon as its gradients are complete and its loss is known to be
                 finite.
 
         Returns:
-            The K local losses (without `weight`) and the output, detached. Inside ``torch.autocast``, forward runs
-            under it and backward outside of it.
+            The K local losses (without `weight`) and the output, detached. Inside ``torch.autocast`` the forward pass
+            runs under it, and the backward pass does not.
 
         Raises:
-            NonFiniteLossError: naming block and step, before it returns: no optimizer has stepped then, and the
-                buffers of all blocks (with `on_block`, of the failing one) are as before. Gradients may be half there:
-                ``zero_grad`` before the next batch.
+            NonFiniteLossError: a loss is not finite; with block and step. It is raised before the method returns, so no
+                optimizer has stepped on it. The buffers of all blocks (with `on_block`: of that block) are as before.
+                Gradients may be incomplete: call ``zero_grad`` before the next batch.
         """
-        scalers = [scaler] * len(self._blocks) if scaler is not None else None
+        scalers = [scaler] * len(self.blocks) if scaler is not None else None
         result = self.engine.backward(self.batch(x, y), StepOptions(weight=weight, scalers=scalers), on_block)
         self.steps += 1
         return result
+
+    def losses(self, x: Any, y: Any) -> list[Tensor]:
+        """Return the K local losses of a batch with their graphs; no gradient crosses between blocks."""
+        return self.engine.local_losses(self.batch(x, y))
+
+    def batch(self, x: Any, y: Any) -> Batch:
+        """Return a batch as the engine takes it, with the number of this step.
+
+        Raises:
+            DataError: the net was traced with other arguments.
+            ScheduleError: a module is in a mode that the graph was not made for.
+        """
+        self._check_modes()
+        return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
+
+    def bind(self, args: Args) -> dict[str, Any]:
+        """Return the net's inputs by argument name.
+
+        Raises:
+            DataError: the net was traced with other arguments.
+        """
+        return self._signature.bind(args, self.blocks[0].device if self.plan.devices is None else None)
+
+    # ---- look -------------------------------------------------------------------------------------------------------
 
     @property
     def capture(self) -> Capture:
@@ -158,87 +183,75 @@ class Net(nn.Module):
         return self._signature.capture
 
     @property
-    def example(self) -> Args:
-        """The batch that the net was traced with."""
-        return self._example
+    def graph_module(self) -> fx.GraphModule:
+        """The LOWERED train graph: the model with its heads; it returns ``(local output, ..., output)``."""
+        return self._graphs[True]
 
     def lowered(self, *, training: bool) -> fx.GraphModule:
         """Return the LOWERED graph of a mode."""
         return self._graphs[training]
 
-    def bind(self, args: Args) -> dict[str, Any]:
-        """Return the net's inputs by argument name.
-
-        Raises:
-            DataError: they are not what the net was traced with.
-        """
-        return self._signature.bind(args, self._blocks[0].device if self.plan.devices is None else None)
-
-    def batch(self, x: Any, y: Any) -> Batch:
-        """Return a batch as the engine takes it, after a look at its arguments and at the modes of the modules."""
-        self._check_modes()
-        return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
-
-    # ---- getting things out -----------------------------------------------------------------------------------------
-
-    def inference_module(self) -> fx.GraphModule:
-        """Return the eval graph without heads and boundaries, in eval mode; it shares this net's tensors."""
-        return direct_children(share_copy(strip(self._graphs[False]))).eval()
-
-    def early_exit(self, threshold: float) -> EarlyExit:
-        """Return a module that stops at the first head that is sure: it gives the output, and the blocks left at."""
-        return EarlyExit(
-            self._blocks,
-            threshold,
-            key=self.engine.output.key,
-            bind=self.bind,
-            capture=self.capture,
-            example=self._example,
-        )
-
-    def ensemble(self, n: int) -> fx.GraphModule:
-        """Return a graph of the last `n` heads' summed log-softmax, the model's own output one of them."""
-        return ensemble(self._graphs[False], self._blocks, self.engine.output.key, n)
-
-    def original_state_dict(self) -> dict[str, Any]:
-        """Return the state of the user's model; loads with ``strict=True`` into a fresh copy of it."""
-        return self.model.state_dict()
-
-    def to_onnx(self, path: str | Path) -> Path:
-        """Write the inference graph with a dynamic batch and check it against ONNX Runtime."""
-        if self.capture.hosted:
-            raise ExportError(
-                f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the sub-module, "
-                f"net.model.get_submodule({self.plan.root!r}), by itself."
-            )
-        return to_onnx(
-            self.inference_module(), self._example, path, name=self.plan.model, free_batch=self.capture.free_batch
-        )
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``plan.json`` and ``weights.pt`` (model and heads) into a folder; files are replaced whole."""
-        self.plan.save(Path(folder) / "plan.json")
-        save_weights(Path(folder) / "weights.pt", {"model": self.model, "heads": self.heads}, self.steps)
-
-    def load_weights(self, path: str | Path) -> None:
-        """Read ``weights.pt`` as :meth:`save` wrote it.
-
-        Raises:
-            CheckpointError: unreadable, or of another net; nothing is loaded then.
-        """
-        self.steps = load_weights(path, {"model": self.model, "heads": self.heads})
-
     def shared_parameters(self) -> dict[str, list[int]]:
-        """Return the parameters that several blocks use, by name, each with its blocks; the last one steps it."""
+        """Return name -> blocks for the parameters that several blocks use; the last of them steps the parameter."""
         users: dict[nn.Parameter, list[int]] = {}
-        for block in self._blocks:
+        for block in self.blocks:
             for parameter in block.base_parameters():
                 users.setdefault(parameter, []).append(block.index)
         return {name: users[p] for name, p in self.model.named_parameters() if len(users.get(p, ())) > 1}
 
     def __repr__(self) -> str:
-        devices = [block.device for block in self._blocks]
+        devices = [block.device for block in self.blocks]
         return net_report(self.plan, self.costs, devices, self.shared_parameters())
+
+    # ---- save and export --------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``plan.json`` and ``weights.pt`` (model and heads) to a folder; each file is replaced as a whole."""
+        self.plan.save(Path(folder) / "plan.json")
+        save_weights(Path(folder) / "weights.pt", {"model": self.model, "heads": self.heads}, self.steps)
+
+    def load_weights(self, path: str | Path) -> None:
+        """Load a ``weights.pt`` that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: the file cannot be read, or belongs to another net; nothing is loaded then.
+        """
+        self.steps = load_weights(path, {"model": self.model, "heads": self.heads})
+
+    def original_state_dict(self) -> dict[str, Any]:
+        """Return the state dict of the user's model; it loads with ``strict=True`` into the user's class."""
+        return self.model.state_dict()
+
+    def to_onnx(self, path: str | Path) -> Path:
+        """Write the inference graph with a dynamic batch, and check the file against PyTorch in ONNX Runtime.
+
+        Raises:
+            MissingExtraError: the packages of the extra ``onnx`` are not installed.
+            ExportError: the graph cannot be exported, or the file computes something else.
+        """
+        if self.capture.hosted:
+            raise ExportError(
+                f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the "
+                f"sub-module, net.model.get_submodule({self.plan.root!r}), by itself."
+            )
+        return to_onnx(
+            self.inference_module(), self.example, path, name=self.plan.model, free_batch=self.capture.free_batch
+        )
+
+    def inference_module(self) -> fx.GraphModule:
+        """Return the eval graph without heads and boundaries, in eval mode; it shares the net's tensors."""
+        return direct_children(share_copy(strip(self._graphs[False]))).eval()
+
+    def early_exit(self, threshold: float) -> EarlyExit:
+        """Return a module in which each example leaves at the first head whose confidence reaches `threshold`."""
+        key = self.engine.output.key
+        return EarlyExit(self.blocks, threshold, key=key, bind=self.bind, capture=self.capture, example=self.example)
+
+    def ensemble(self, n: int) -> fx.GraphModule:
+        """Return a graph of the summed log-softmax of the last `n` heads, the model's own output being one of them."""
+        return ensemble(self._graphs[False], self.blocks, self.engine.output.key, n)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         twin = type(self).__new__(type(self))
@@ -247,29 +260,28 @@ class Net(nn.Module):
         rehost(twin._all_graphs(), twin.model)
         return twin
 
-    # ---- below the surface ------------------------------------------------------------------------------------------
-
     def _apply(self, fn: Any, recurse: bool = True) -> Net:
-        """Move or convert all tensors, as ``net.to(...)`` does, and show every graph the tensors that were replaced."""
-        before = self._blocks[0].device
+        """Move or convert all tensors, as ``net.to(...)`` asks, and let every graph read the tensors that are new."""
+        before = self.blocks[0].device
         super()._apply(fn, recurse)
-        for block, device in zip(self._blocks, _devices(self.plan, self.model), strict=True):
+        for block, device in zip(self.blocks, _devices(self.plan, self.model), strict=True):
             block.device = device
         relink(self._all_graphs(), self.model, fn)
-        if self._blocks[0].device != before:
-            devices = [block.device for block in self._blocks]
+        if self.blocks[0].device != before:
+            devices = [block.device for block in self.blocks]
             redirect([*self._own_graphs(), *self.variants.graphs()], devices, before)
             self.variants.traced_on = devices[0]
         return self
 
     def _own_graphs(self) -> list[fx.GraphModule]:
-        blocks = [m for block in self._blocks for m in (block.module, block.eval_module)]
+        blocks = [m for block in self.blocks for m in (block.module, block.eval_module)]
         return [*blocks, *self._plain.values(), *self._graphs.values()]
 
     def _all_graphs(self) -> list[fx.GraphModule]:
         return [*self._own_graphs(), *self.variants.graphs()]
 
     def _check_modes(self) -> None:
+        """Raise :class:`ScheduleError` if a module's training flag is not the one that the graph was made for."""
         for path, module, (in_train, in_eval) in self._flagged:
             if module.training != (in_train if self.training else in_eval):
                 raise ScheduleError(
@@ -281,6 +293,7 @@ class Net(nn.Module):
 
 
 def _devices(plan: Plan, model: nn.Module) -> list[torch.device]:
+    """Return the device of each block: the plan's, or the model's for all."""
     if plan.devices is not None:
         return [torch.device(name) for name in plan.devices]
     return [device_of(model)] * plan.blocks

@@ -1,4 +1,4 @@
-"""What a net is made of, in one record."""
+"""The record of everything that a net is built from."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from sedona_fx.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class NetParts:
-    """Everything that :class:`~sedona_fx.Net` is made of.
+    """What :class:`~sedona_fx.Net` is built from. Made by :func:`sedona_fx.compile.build.build`.
 
     Attributes:
         model: the module whose tensors all graphs read; the net owns it.
-        analysed: the graphs before cutting, from which schedules make other forms of the blocks.
-        lowered: the LOWERED graph of each mode (True: train); one object where the modes do not differ.
-        blocks: the K block graphs of each mode.
+        analysed: the graphs before cutting, from which other variants of the blocks are made.
+        lowered: mode (True: train) -> LOWERED graph; one object if the modes do not differ.
+        blocks: mode -> the K block graphs.
         heads: the auxiliary head of each of the K-1 cuts, or None.
-        costs: of the K blocks, heads included.
+        costs: of the K blocks, heads included, for the example batch.
         plan: what was decided.
-        loss: ``loss(output, target)``; None: schedules cannot train.
+        loss: ``loss(output, target)``. None: schedules cannot train the net.
         objectives: for each of the first K-1 blocks the user's own objective, or None for the model's loss.
     """
 

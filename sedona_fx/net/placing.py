@@ -1,7 +1,9 @@
-"""Where the tensors of a net live, and that every graph sees them there.
+"""Move the tensors of a net between devices, and keep every graph consistent with that.
 
-Graphs share the model's modules, but what they read by name (``get_attr``) they hold themselves: whoever replaces a
-tensor of the model shows it to them.
+Graphs share the model's modules, so a tensor that is replaced inside of a module is replaced for all of them. Tensors
+that a graph reads by name (``get_attr`` nodes) are registered in the graph module itself, and so are the constants that
+fx makes: code that replaces tensors of the model has to replace these as well (:func:`relink`). Devices that operators
+name are part of the graph (:func:`redirect`).
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ from sedona_fx.runtime.block import Block
 def relink(
     graphs: Iterable[fx.GraphModule], model: nn.Module, change: Callable[[Tensor], Tensor] | None = None
 ) -> None:
-    """Let every ``get_attr`` of the graphs read the model's present tensor.
+    """Make every ``get_attr`` node of the graphs read the tensor that the model has now.
 
     Args:
-        graphs: of one net.
+        graphs: graphs of one net; their modules are changed in place.
         model: the module whose tensors they read.
-        change: what was done to the model's tensors, for constants, which only the graphs hold.
+        change: what was done to the model's tensors (such as a move to a device), to be done to the constants as well,
+            which only the graphs hold. None: constants stay as they are.
     """
-    changed: dict[int, Tensor] = {}
-    kept: list[Tensor] = []  # an id names an object only while it lives
+    changed_by_id: dict[int, Tensor] = {}  # constants that graphs share stay shared
+    alive: list[Tensor] = []  # an id identifies an object only while it is alive
     for gm in {id(gm): gm for gm in graphs}.values():
         done: set[str] = set()
         for node in gm.graph.nodes:
@@ -38,21 +41,26 @@ def relink(
                 continue
             done.add(target)
             path, _, name = target.rpartition(".")
-            ours = gm.get_submodule(path)
-            theirs = model.get_submodule(path) if _has_module(model, path) else nn.Module()
-            if name in theirs._parameters:
-                ours._parameters[name] = theirs._parameters[name]
-            elif name in theirs._buffers:
-                ours._buffers[name] = theirs._buffers[name]
-            elif change is not None and isinstance(constant := ours._buffers.get(name), Tensor):
-                kept.append(constant)
-                ours._buffers[name] = changed.setdefault(id(constant), change(constant))
+            in_graph = gm.get_submodule(path)
+            in_model = model.get_submodule(path) if _has_module(model, path) else nn.Module()
+            if name in in_model._parameters:
+                in_graph._parameters[name] = in_model._parameters[name]
+            elif name in in_model._buffers:
+                in_graph._buffers[name] = in_model._buffers[name]
+            elif change is not None and isinstance(constant := in_graph._buffers.get(name), Tensor):
+                alive.append(constant)
+                in_graph._buffers[name] = changed_by_id.setdefault(id(constant), change(constant))
 
 
 def redirect(graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], before: torch.device) -> None:
-    """Let operators that name a device (``arange(device=cpu)``, as captured programs have them) name their block's.
+    """Replace the device that operators name by the device of their block, and move the constants there.
 
-    The constants of a graph are moved as well: each graph has its own.
+    Captured programs contain such operators (``arange(device=cpu)``). Every graph has constants of its own.
+
+    Args:
+        graphs: graphs of one net, changed in place.
+        devices: of the blocks. Nodes that belong to no block count as the first block's.
+        before: the device to be replaced; operators that name another one are left alone.
     """
 
     def moved(value: Any, device: torch.device) -> Any:
@@ -77,25 +85,29 @@ def redirect(graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], 
 
 
 def place(blocks: Sequence[Block], model: nn.Module) -> None:
-    """Move the tensors of every block to its device. What several blocks read lives with the first of them.
+    """Move the tensors of every block to its device. A buffer that several blocks read is moved to the first one's.
+
+    Args:
+        blocks: of one net, each with its device.
+        model: the module that owns the tensors; they are replaced there too.
 
     Raises:
-        PlanError: a parameter of blocks on different devices.
+        PlanError: blocks on different devices share a parameter.
     """
-    homes: dict[int, Block] = {}
+    first_users: dict[int, Block] = {}
     for block in blocks:
         for name, parameter in block.module.named_parameters():
-            home = homes.setdefault(id(parameter), block)
-            if home.device != block.device:
+            user = first_users.setdefault(id(parameter), block)
+            if user.device != block.device:
                 raise PlanError(
-                    f"the parameter {name!r} is shared by block {home.index} on {home.device} and block {block.index} "
+                    f"the parameter {name!r} is shared by block {user.index} on {user.device} and block {block.index} "
                     f"on {block.device}: give both blocks the same device, or cut elsewhere."
                 )
     for block in reversed(blocks):
         for name, parameter in list(block.module.named_parameters()):
             moved = parameter.data.to(block.device)
             if torch._has_compatible_shallow_copy_type(parameter.data, moved):
-                parameter.data = moved  # the object stays the user's, with inplace=True
+                parameter.data = moved  # with inplace=True it stays the user's own Parameter object
             else:
                 replacement = nn.Parameter(moved, requires_grad=parameter.requires_grad)
                 _put(name, replacement, (block.module, block.eval_module, model))
@@ -106,12 +118,12 @@ def place(blocks: Sequence[Block], model: nn.Module) -> None:
 
 
 def _is_constant(name: str) -> bool:
-    """Whether fx gave a tensor that the forward makes from nothing this name."""
+    """Whether this is the name that fx gives to a tensor which the forward pass creates itself."""
     return name.startswith("_tensor_constant")
 
 
 def _put(name: str, tensor: Tensor, owners: Iterable[nn.Module]) -> None:
-    """Register a tensor in the place of the one of that name, wherever there is one."""
+    """Replace the parameter or buffer of that name by `tensor` in every owner that has one."""
     path, _, leaf = name.rpartition(".")
     for owner in owners:
         if _has_module(owner, path):

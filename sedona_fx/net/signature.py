@@ -1,4 +1,8 @@
-"""What a net may be called with: the arguments, sizes and devices that its graphs were made for."""
+"""The arguments of a net: bound by name, and checked against the ones that its graphs were made for.
+
+A graph is right for the arguments it was traced with. An argument without tensors (a flag, a scale) is part of the
+graph, and ``torch.export`` fixes all sizes except that of the batch: a call with others would compute something else.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,16 @@ from sedona_fx.plan import Capture
 
 
 class Signature:
-    """Binds the arguments of a call by name and refuses what the graphs of a net cannot take.
+    """Binds the arguments of a call by name, and refuses those that the graphs of a net cannot take.
 
     Args:
-        forward: the model's own; says what the arguments are called.
-        inputs: a plan's description of the batch that the graphs were made with.
-        placeholders: the arguments that the graphs read; all others are part of the graphs.
+        forward: the model's own method, which names the arguments.
+        inputs: the description of the batch that the graphs were made with, as in a plan.
+        placeholders: names of the arguments that the graphs read; all others are part of the graphs.
         capture: how the graphs were made.
+
+    Attributes:
+        fixed: names of the arguments that are part of the graphs.
     """
 
     def __init__(
@@ -39,36 +46,40 @@ class Signature:
         """Return argument name -> value.
 
         Args:
-            args: of the call.
-            device: where tensors have to be; None: anywhere.
+            args: the arguments of the call.
+            device: the device that tensors have to be on; None: any.
 
         Raises:
-            DataError: arguments that the net was not traced with, or other sizes, values or devices.
+            DataError: the net was traced with other arguments, or with other sizes, values or devices.
         """
-        given, wanted = args.bind(self.forward), self.inputs
-        for name in given.keys() - wanted.keys():
+        values = args.bind(self.forward)
+        for name in values.keys() - self.inputs.keys():
             raise DataError(
                 f"the net was traced without the argument {name!r}; give it in the first batch handed to decouple."
             )
-        for name in wanted.keys() - given.keys():
-            if (
-                not self.capture.hosted
-                or inspect.signature(self.forward).parameters[name].default is inspect.Parameter.empty
-            ):
-                raise DataError(f"the argument {name!r} is missing; the net was traced with {sorted(wanted)}.")
-            given[name] = None  # the host's own code does without, as with a detector's targets in evaluation
-        for name in self.fixed:
-            if not same_plain(given[name], wanted[name]):
+        for name in self.inputs.keys() - values.keys():
+            if not (self.capture.hosted and self._has_default(name)):
                 raise DataError(
-                    f"the argument {name!r} is {given[name]!r}, the net was traced with {wanted[name]!r}: arguments "
-                    "without tensors are part of the graph. Hand what changes from batch to batch as a tensor."
+                    f"the argument {name!r} is missing; the net was traced with {sorted(self.inputs)}. Give it in "
+                    "every batch, or leave it out of the first batch handed to decouple."
                 )
-        for name, value in given.items():
+            values[name] = None  # the host's own code handles its absence, such as a detector's targets in evaluation
+        for name in self.fixed:
+            if not same_plain(values[name], self.inputs[name]):
+                raise DataError(
+                    f"the argument {name!r} is {values[name]!r}, the net was traced with {self.inputs[name]!r}: "
+                    "arguments without tensors are part of the graph. Hand what changes from batch to batch as a "
+                    "tensor."
+                )
+        for name, value in values.items():
             if isinstance(value, Tensor):
-                self._check(name, value, device)
-        return given
+                self._check_tensor(name, value, device)
+        return values
 
-    def _check(self, name: str, tensor: Tensor, device: torch.device | None) -> None:
+    def _has_default(self, name: str) -> bool:
+        return inspect.signature(self.forward).parameters[name].default is not inspect.Parameter.empty
+
+    def _check_tensor(self, name: str, tensor: Tensor, device: torch.device | None) -> None:
         if device is not None and tensor.device != device:
             raise DataError(
                 f"the input {name!r} is on {tensor.device}, the model is on {device}: move the one with "
@@ -77,16 +88,20 @@ class Signature:
         if self.capture.fixed_sizes:
             free, traced = int(self.capture.free_batch), list(self.inputs[name]["shape"])
             if list(tensor.shape)[free:] != traced[free:]:
-                wanted = ", ".join(map(str, ["any"] * free + traced[free:]))
+                sizes = ", ".join(map(str, ["any"] * free + traced[free:]))
                 raise DataError(
                     f"the input {name!r} has the shape {shape_text(tensor.shape)}, but the model was traced with "
-                    f"({wanted}): of a model captured by torch.export only the size of the batch is free. Pad or crop "
+                    f"({sizes}): of a model captured by torch.export only the size of the batch is free. Pad or crop "
                     "the input, or decouple the model anew for this size."
                 )
 
 
 def described(example: Args) -> dict[str, Any]:
-    """Return a plan's description of the inputs: by argument name, shape and dtype in place of every tensor."""
+    """Return the description of a batch that a plan keeps: by argument name, shape and dtype in place of every tensor.
+
+    Args:
+        example: the batch, every input under its argument name.
+    """
 
     def spec(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -97,12 +112,12 @@ def described(example: Args) -> dict[str, Any]:
 
 
 def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
-    """Make an example batch from a plan's description of the inputs: zeros for integers, seeded noise for floats."""
+    """Return a batch that fits a plan's description of the inputs: zeros for integers, seeded noise for floats."""
     generator = torch.Generator().manual_seed(0)
 
     def make(spec: Any) -> Any:
         if not is_spec(spec):
-            return spec  # an argument without tensors
+            return spec  # a plain value
         dtype = getattr(torch, spec["dtype"])
         if dtype.is_floating_point:
             return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)

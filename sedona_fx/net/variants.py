@@ -1,4 +1,4 @@
-"""The graphs of a net's blocks in the forms that schedules need, made when they are asked for."""
+"""Variants of a net's blocks that schedules need, such as blocks without heads; made when they are first asked for."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from sedona_fx.passes.cuts import resolve
 from sedona_fx.runtime.block import Block
 
 Modes = dict[bool, list[BlockGraph]]
+"""Mode (True: train) -> the graph of each block."""
 
 
 class Variants:
-    """Other forms of a net's blocks. They share its modules; who replaces tensors shows them :meth:`graphs`.
+    """The variants of a net's blocks. They share the net's modules, and each is made once.
+
+    Code that replaces tensors of the net has to apply the change to :meth:`graphs` as well
+    (:mod:`sedona_fx.net.placing`).
 
     Args:
-        analysed: the ANALYSED graphs, by mode.
-        blocks: the net's.
+        analysed: mode (True: train) -> ANALYSED graph.
+        blocks: of the net.
         cuts: names of the chosen cut points.
         traced_on: the device that operators of the ANALYSED graphs name.
     """
@@ -36,21 +40,23 @@ class Variants:
         cuts: Sequence[str],
         traced_on: torch.device,
     ) -> None:
-        self.analysed, self._blocks, self._cuts, self.traced_on = dict(analysed), tuple(blocks), tuple(cuts), traced_on
+        self.analysed, self.traced_on = dict(analysed), traced_on
+        self._blocks, self._cuts = tuple(blocks), tuple(cuts)
         self._headless: Modes | None = None
         self._layers: Modes | None = None
         self._layer_names: dict[bool, list[tuple[str, ...]]] = {}
         self._segments: dict[tuple[int, bool], dict[bool, list[list[BlockGraph]]]] = {}
 
     def graphs(self) -> list[fx.GraphModule]:
-        """Return every graph made so far, and those to make others from."""
-        modes = [m for m in (self._headless, self._layers) if m is not None]
-        made = [graph for mode in modes for graphs in mode.values() for graph in graphs]
-        made += [g for modes in self._segments.values() for blocks in modes.values() for parts in blocks for g in parts]
-        return [*self.analysed.values(), *(graph.module for graph in made)]
+        """Return the graphs of all variants made so far, and the ANALYSED graphs that others will be made from."""
+        variants = [modes for modes in (self._headless, self._layers) if modes is not None]
+        graphs = [graph for modes in variants for blocks in modes.values() for graph in blocks]
+        for split in self._segments.values():
+            graphs += [part for blocks in split.values() for parts in blocks for part in parts]
+        return [*self.analysed.values(), *(graph.module for graph in graphs)]
 
     def headless(self) -> Modes:
-        """Return the blocks without their heads."""
+        """Return the blocks without their heads, for schedules that propagate gradients between blocks."""
         if self._headless is None:
             self._headless = {
                 mode: [without_head(block.graph(mode)) for block in self._blocks] for mode in (True, False)
@@ -58,23 +64,26 @@ class Variants:
         return self._headless
 
     def with_layers(self) -> Modes:
-        """Return the blocks with the values behind their base layers among the exports."""
+        """Return the blocks with the outputs of their base layers among the exports, for losses that read them."""
         if self._layers is None:
             self._layers = {}
             for mode in (True, False):
-                made = [show_layers(block.graph(mode), self._layers_of(mode)) for block in self._blocks]
-                self._layers[mode] = [graph for graph, _ in made]
-                self._layer_names[mode] = [names for _, names in made]
+                shown = [show_layers(block.graph(mode), self._layers_of(mode)) for block in self._blocks]
+                self._layers[mode] = [graph for graph, _ in shown]
+                self._layer_names[mode] = [names for _, names in shown]
         return self._layers
 
     def layer_names(self, block: int, training: bool) -> tuple[str, ...]:
-        """Return the names of the values behind a block's base layers, among the exports of :meth:`with_layers`."""
+        """Return the names that the outputs of a block's base layers have among the exports of :meth:`with_layers`."""
         self.with_layers()
         return self._layer_names[training][block]
 
     def base_layers(self) -> list[list[str]]:
-        """Return the ends of the base layers of each block, in order. A block's own end counts, whatever it is; that of
-        the last block, the output, is ``""``."""
+        """Return for each block the names of the cut points that end its base layers, in order.
+
+        The end of a block counts as the end of a base layer, even where it is none. The end of the last block, which is
+        the model's output, is ``""``.
+        """
         chosen = {str(info(resolve(self.analysed[True].graph)[cut]).cut) for cut in self._cuts}
         blocks: list[list[str]] = [[]]
         layers = set(self._layers_of(True))
@@ -87,12 +96,18 @@ class Variants:
         return blocks
 
     def segments(self, reach: int, *, shown: bool = False) -> dict[bool, list[list[BlockGraph]]]:
-        """Return each block but the last as its body and its tail of `reach` base layers; as one, where that is all.
+        """Return the blocks in parts: each block but the last is split before its last `reach` base layers.
 
-        With `shown`, the values behind base layers are among their exports, as in :meth:`with_layers`.
+        Args:
+            reach: number of base layers in the second part.
+            shown: whether the outputs of base layers are among the exports, as in :meth:`with_layers`.
+
+        Returns:
+            Mode -> for each block its parts, two graphs. A block of exactly `reach` base layers has a single part, and
+            so has the last block.
 
         Raises:
-            ScheduleError: a block is shorter.
+            ScheduleError: a block other than the last has fewer base layers than `reach`.
         """
         if (reach, shown) not in self._segments:
             starts = []
@@ -105,20 +120,25 @@ class Variants:
                         f"the block below. Take reach={shortest} or less, or fewer blocks."
                     )
                 starts.append(layers[-reach - 1] if reach < len(layers) else None)
-            made = {mode: self._split(mode, starts) for mode in (True, False)}
+            split = {mode: self._split(mode, starts) for mode in (True, False)}
             if shown:
-                made = {
+                split = {
                     mode: [[show_layers(part, self._layers_of(mode))[0] for part in parts] for parts in blocks]
-                    for mode, blocks in made.items()
+                    for mode, blocks in split.items()
                 }
-            self._segments[reach, shown] = made
+            self._segments[reach, shown] = split
         return self._segments[reach, shown]
 
     def _layers_of(self, training: bool) -> list[str]:
         return passes.base_layers(self.analysed[training])
 
     def _split(self, mode: bool, starts: Sequence[str | None]) -> list[list[BlockGraph]]:
-        """Lower and partition anew with a cut before each tail as well; heads stay where they were."""
+        """Lower and partition the graph again with additional cuts; heads stay at the ends of the blocks.
+
+        Args:
+            mode: True for train.
+            starts: for each block but the last the cut point before its second part, or None for a single part.
+        """
         gm, heads, devices = self.analysed[mode], dict[str, list[nn.Module]](), list[torch.device]()
         for block, cut, start in itertools.zip_longest(self._blocks, self._cuts, starts):
             if start is not None:

@@ -1,7 +1,8 @@
 """model -> TRACED: record what the model's forward does, once in train mode and once in eval mode.
 
-Two front ends, one graph: symbolic tracing first, ``torch.export`` where it fails. A recording is trusted only after
-checks: making it drew no random number and changed no state, and one forward in each mode gives exactly what the model
+There are two front ends, which make the same kind of graph: symbolic tracing is tried first, ``torch.export`` if it
+fails. A recording is trusted only after checks, since either can be silently wrong: making it drew no random number and
+changed no state (:mod:`sedona_fx.capture.state_watch`), and one forward pass in each mode gives exactly what the model
 gives, buffers included (:mod:`sedona_fx.capture.proof`).
 """
 
@@ -35,17 +36,22 @@ WAYS_OUT = (
     "run as it is; or move the decision out of forward (into __init__, or into torch.where)."
 )
 Recorder = Callable[[], tuple[fx.GraphModule, list[nn.Module]]]
+"""Records the model in its present mode; returns the graph and the modules that read their ``training`` flag."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """The train graph and the eval graph of a model; one object where the two do not differ.
+    """The graphs of a model in both modes. Made by :func:`trace`.
 
-    ``mode_paths`` maps the modules that look at their own ``training`` flag while the graph is made to what that flag
-    was in train mode and in eval mode: a graph is chosen for the net at once, so they must keep these flags. It is
-    empty where the modes do not differ. ``output`` is what the model returned in train mode for the first two examples.
-    ``capture`` says how they were recorded: which front end, which sizes are free, whether the code around `root` runs
-    as Python, and which fields of the output (``"past_key_values (DynamicCache)"``) a graph cannot give.
+    Attributes:
+        train: the train graph.
+        eval: the eval graph; the same object as `train` if the two do not differ.
+        mode_paths: path of each module that read its own ``training`` flag while the graphs were recorded -> that flag
+            in train mode and in eval mode. It must keep these flags, since a graph is chosen for the net at once. Empty
+            if the modes do not differ.
+        output: what the model returned in train mode for the first two examples.
+        capture: how the graphs were recorded: which front end, which sizes are free, whether the code around `root`
+            runs as Python, and which fields of the output (``"past_key_values (DynamicCache)"``) a graph cannot give.
     """
 
     train: fx.GraphModule
@@ -56,58 +62,63 @@ class Traced:
 
 
 def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
-    """Trace a model in train and in eval mode and prove both graphs against it.
+    """Trace a model in train and in eval mode, and prove that both graphs compute what it computes.
+
+    Before: an ``nn.Module``. After: TRACED graphs whose tensors *are* the model's, each node with its module path and
+    with a site name that is the same in both graphs.
 
     Args:
         model: the copy that the net will own. Its parameters, buffers and modes are as before afterwards.
-        example: one batch; a few of its examples are run through the model and through both graphs. Arguments that
-            hold no tensor are part of the graph.
-        leaf_modules: module paths that stay whole, which only symbolic tracing can do.
-        root: module path of the part to be cut. If the code around it cannot be traced, it runs as it is
+        example: one batch. A few of its examples are run through the model and through both graphs. Arguments without
+            tensors become part of the graphs.
+        leaf_modules: module paths that are kept whole, which only symbolic tracing can do.
+        root: module path of the part to be cut. If the code around it cannot be traced, it runs as Python
             (:mod:`sedona_fx.capture.host`).
 
-    Returns:
-        Graphs whose tensors *are* the model's, each node with its module path and a site name that is the same in
-        both graphs.
-
     Raises:
-        TraceError: the forward cannot be recorded, or the recording does not do what the model does; with the line.
+        TraceError: the forward cannot be recorded, or the recording does not compute what the model computes; with the
+            line of the user's code or the first module that differs.
+        DataError: the model itself cannot run the example.
     """
     leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
-    given = example.bind(model.forward)
+    inputs = example.bind(model.forward)
     try:
-        return _prove(model, example, lambda: record_symbolically(model, given, leaves), "symbolic", lambda: True)
+        return _record_both(
+            model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True
+        )
     except TraceError as error:
-        first = error
+        symbolic_error = error
     if root:
         return _trace_root(model, example, leaf_modules, root)
     if leaves:
-        raise TraceError(f"{first} {WAYS_OUT}") from first
+        raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
     watch = _settle(model, example)
-    free: list[bool] = []
+    free_batches: list[bool] = []  # of the recordings made so far
 
     def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        gm, reads, free_batch = record_by_export(model, given)
-        free.append(free_batch)
-        return gm, reads
+        gm, mode_readers, free_batch = record_by_export(model, inputs)
+        free_batches.append(free_batch)
+        return gm, mode_readers
 
     try:
-        return _prove(model, example, record, "export", lambda: all(free))
-    except TraceError as second:
+        return _record_both(model, example, record, "export", lambda: all(free_batches))
+    except TraceError as export_error:
         watch.restore()
-        raise TraceError(f"{first} torch.export cannot record it either: {second} {WAYS_OUT}") from first
+        raise TraceError(
+            f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
+        ) from symbolic_error
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
-    """Trace a sub-module by what enters it, and put the untraced host around its graphs."""
-    given = example.bind(model.forward)
+    """Trace a sub-module with what enters it, and put the untraced code around it into the graphs as two calls."""
+    inputs = example.bind(model.forward)
     seen = {training: watch_root(model, example, root, training=training) for training in (True, False)}
-    inner = [path.removeprefix(f"{root}.") for path in leaf_modules if path.startswith(f"{root}.")]
+    inner_leaves = [path.removeprefix(f"{root}.") for path in leaf_modules if path.startswith(f"{root}.")]
     entering = Args(**map_tensors(lambda t: t.detach(), seen[True].given))
-    traced = trace(model.get_submodule(root), entering, leaf_modules=inner)
-    reads = reads_of(model, root, seen[True])
+    traced = trace(model.get_submodule(root), entering, leaf_modules=inner_leaves)
+    host_reads = reads_of(model, root, seen[True])
     train, evaluation = (
-        graph_around(model, root, gm, given, seen[training], reads, training=training)
+        graph_around(model, root, gm, inputs, seen[training], host_reads, training=training)
         for training, gm in ((True, traced.train), (False, traced.eval))
     )
     name_sites(train.graph)
@@ -116,14 +127,20 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     output = check_equal_forward(model, verify(train, Phase.TRACED), few, training=True)
     check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False)
     mode_paths = {f"{root}.{path}" if path else root: flags for path, flags in traced.mode_paths.items()}
-    return Traced(train, evaluation, mode_paths, output, replace(traced.capture, hosted=True))
+    return Traced(
+        train=train,
+        eval=evaluation,
+        mode_paths=mode_paths,
+        output=output,
+        capture=replace(traced.capture, hosted=True),
+    )
 
 
 def _settle(model: nn.Module, example: Args) -> StateWatch:
     """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
 
     Returns:
-        What it takes to put back the notes, too.
+        The watch from before that, which can restore the state without the notes.
     """
     watch = StateWatch(model)
     with keep_parameters(model):
@@ -133,22 +150,31 @@ def _settle(model: nn.Module, example: Args) -> StateWatch:
     return watch
 
 
-def _prove(
+def _record_both(
     model: nn.Module, example: Args, record: Recorder, front_end: FrontEnd, free_batch: Callable[[], bool]
 ) -> Traced:
-    """Record both modes, name the nodes of both graphs alike, and hold the graphs against the model."""
+    """Record both modes, give the nodes of both graphs the same site names, and compare the graphs with the model.
+
+    Args:
+        model: as for :func:`trace`.
+        example: as for :func:`trace`.
+        record: the front end.
+        front_end: its name.
+        free_batch: whether the graphs take batches of any size; called when they have been recorded.
+    """
     with keep_modes(model):
         model.train()
-        train, reads = record()
-        flags = {module: module.training for module in reads}
+        train, mode_readers = record()
+        train_flags = {module: module.training for module in mode_readers}
         model.eval()
-        evaluation, reads = record()
+        evaluation, mode_readers = record()
         name_sites(train.graph)
         match_sites(train.graph, evaluation.graph)
         same = same_graphs(train, evaluation)
         evaluation = train if same else evaluation
-        paths = {} if same else {m: path for path, m in model.named_modules() if m in flags or m in reads}
-        mode_paths = {path: (flags.get(m, True), m.training) for m, path in paths.items()}
+        readers = {m: path for path, m in model.named_modules() if m in train_flags or m in mode_readers}
+        # For a module that read its flag in eval mode only, the flag in train mode is the one that train() sets.
+        mode_paths = {} if same else {path: (train_flags.get(m, True), m.training) for m, path in readers.items()}
     few = example.first(2) if free_batch() else example
     output, left_out = without_objects(check_equal_forward(model, verify(train, Phase.TRACED), few, training=True))
     eval_output, _ = without_objects(check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False))
@@ -156,4 +182,4 @@ def _prove(
     if not same:
         retype(evaluation, eval_output)
     capture = Capture(front_end=front_end, free_batch=free_batch(), left_out=left_out)
-    return Traced(train, evaluation, mode_paths, output, capture)
+    return Traced(train=train, eval=evaluation, mode_paths=mode_paths, output=output, capture=capture)

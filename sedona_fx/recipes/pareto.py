@@ -1,4 +1,4 @@
-"""The front of validation loss against cost: plans at every level of cost, trained for a short while side by side."""
+"""The front of validation loss against cost: plans at every level of a cost, trained for a short while side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ from sedona_fx.search.trials.plan_tree import PlanTree
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A plan, what it costs (bytes, FLOPs or seconds), and its validation loss after the short training."""
+    """A plan that was tried.
+
+    Attributes:
+        plan: the plan.
+        cost: its cost in bytes, FLOPs or seconds.
+        loss: validation loss of its final output after the short training.
+    """
 
     plan: Plan
     cost: float
@@ -41,13 +47,14 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class Front:
-    """What :func:`pareto` found.
+    """The result of :func:`pareto`. ``print(front)`` shows it as a table.
 
     Attributes:
-        cost: the measure, one of the limits' names.
-        points: the plans that no tried plan beats in both, from the cheapest to the best.
-        tried: all plans, from the cheapest on.
-        steps: training steps that each of them got.
+        cost: what was measured, a name of :class:`~sedona_fx.search.Limits`.
+        points: the plans for which no other plan that was tried is better in cost or loss and no worse in the other,
+            from the cheapest to the best.
+        tried: all plans, from the cheapest to the dearest.
+        steps: training steps of each plan.
     """
 
     cost: str
@@ -56,7 +63,14 @@ class Front:
     steps: int
 
     def plot(self, path: str | Path) -> Path:
-        """Draw the front as a PNG, its points numbered as in the table of ``print(front)``; return the path."""
+        """Draw the front as a PNG file, with the points numbered as in the table of ``print(front)``.
+
+        Returns:
+            The path.
+
+        Raises:
+            MissingExtraError: the packages of the extra ``report`` are not installed.
+        """
         front = [(point.cost, point.loss) for point in self.points]
         tried = [(point.cost, point.loss) for point in self.tried]
         plan = self.points[0].plan
@@ -69,8 +83,8 @@ class Front:
             [str(k), f"{value:.4g}", f"{point.loss:.4f}", ", ".join(point.plan.cuts), ", ".join(_heads(point.plan))]
             for k, (value, point) in enumerate(zip(values, self.points, strict=True), start=1)
         ]
-        head = ["", f"{self.cost.replace('_', ' ')}, {unit}", "validation loss", "cuts", "heads"]
-        return f"{len(self.points)} of {len(self.tried)} plans, {self.steps} steps each\n{table(head, rows)}"
+        titles = ["", f"{self.cost.replace('_', ' ')}, {unit}", "validation loss", "cuts", "heads"]
+        return f"{len(self.points)} of {len(self.tried)} plans, {self.steps} steps each\n{table(titles, rows)}"
 
 
 def pareto(
@@ -86,34 +100,35 @@ def pareto(
     progress: bool = True,
     **options: Any,
 ) -> Front:
-    """Return plans from the cheapest to the best: the front of validation loss against a cost.
+    """Find the front of validation loss against a cost: plans from the cheapest to the best.
 
-    The range of the cost is cut into `points` levels. For each, the exact programme over cuts and heads draws plans
-    that keep within it, by random scores. All of them train greedily, from the same first weights, on the same batches;
-    blocks that plans have in common train once. Losses are of the final output after the short training: they order
-    plans, they are not what a full training reaches.
+    The range of the cost is divided into `points` levels. For each level, the exact dynamic program over cuts and heads
+    draws plans that keep within it, as the best ones for random scores. All plans are then trained greedily from the
+    same initial weights on the same batches, and blocks that plans have in common are trained once. The losses, of the
+    final output after this short training, rank the plans; they are not what a full training reaches.
 
     Args:
-        model: as in :func:`~sedona_fx.decouple`; not touched.
-        data: as there, several batches.
-        blocks: K, at least 2.
-        cost: ``"activation_bytes"``, ``"block_flops"``, ``"block_seconds"`` (measured) or ``"head_flops"``, as
-            :class:`~sedona_fx.search.Limits` defines them.
-        search: how plans train: ``"rollout"``, or a configured ``Rollout``, of which the steps (None: an epoch of the
-            weights' data), the settings of SGD and the validation batches are read.
-        points: levels of the cost, at least 2.
-        plans_a_point: plans to try at each.
-        seed: of the plans, the weights of heads, and the draws in training.
-        progress: show a bar.
+        model: as in :func:`~sedona_fx.decouple`. It is not changed.
+        data: as in ``decouple``; several batches.
+        blocks: number of blocks K, at least 2.
+        cost: ``"activation_bytes"``, ``"block_flops"``, ``"block_seconds"`` (measured on this machine) or
+            ``"head_flops"``, as :class:`~sedona_fx.search.Limits` defines them.
+        search: how plans are trained: ``"rollout"``, or a configured ``Rollout``, of which the steps (None: an epoch of
+            the data for weights), the settings of SGD and the validation batches are used.
+        points: number of levels of the cost, at least 2.
+        plans_a_point: number of plans to try at each level, at least 1.
+        seed: seeds the plans, the initial weights of heads, and the random draws in training.
+        progress: whether to show a progress bar.
         options: further arguments of ``decouple``: ``loss``, ``heads``, ``val_data``, ``budget``, ...
 
     Returns:
-        The front; each of its plans can be given to ``decouple(plan=...)``.
+        The front. Each of its plans can be given to ``decouple(plan=...)``.
 
     Raises:
-        CutError: a cost or a search that is not known, a single block, or no heads.
-        SearchDivergedError: every plan's loss turned infinite.
-        SedonaError: what ``decouple`` raises.
+        CutError: the cost or the search is not known, or there is a single block, no level, or no heads.
+        DataError: there is no loss.
+        SearchDivergedError: the loss of every plan was not finite.
+        SedonaError: whatever else ``decouple`` raises.
     """
     if cost not in MEASURES:
         raise CutError(f"cost={cost!r} is not known{did_you_mean(str(cost), MEASURES)}; one of {list(MEASURES)}.")
@@ -129,27 +144,29 @@ def pareto(
         if options.get(name) is not None:
             raise CutError(f"{name}=... leaves nothing to choose; leave it out to see the front.")
     if "loss" in options and options["loss"] is None:
-        raise DataError("the front is made of short runs, which need data and a loss.")
-    trials = _Trials(cost, settings, points, plans_a_point)
+        raise DataError("the front is made of short runs, which need data and a loss: hand loss=..., or leave it out.")
+    trials = _Trials(measure=cost, settings=settings, levels=points, plans_per_level=plans_a_point)
     net = decouple(model, data, blocks=blocks, search=trials, seed=seed, progress=progress, **options)
     tried = []
-    for decision, value, loss in trials.outcome:
-        heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
-        found = {**net.plan.provenance, **decision.provenance}
+    for trial in trials.outcome:
+        decision = trial.decision
         plan = replace(
             net.plan,
             cuts=tuple(decision.cuts),
-            heads=heads,
+            heads=tuple(head_name(spec) if spec is not None else None for spec in decision.heads),
             block_seconds=decision.block_seconds,
-            provenance=found,
+            provenance={**net.plan.provenance, **decision.provenance},
         )
-        tried.append(FrontPoint(plan, value, loss))
+        tried.append(FrontPoint(plan, trial.cost, trial.loss))
     tried.sort(key=lambda point: (point.cost, point.loss))
-    return Front(cost, tuple(non_dominated(tried)), tuple(tried), trials.steps)
+    return Front(cost=cost, points=tuple(non_dominated(tried)), tried=tuple(tried), steps=trials.steps)
 
 
 def non_dominated(tried: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """Return the points that no other one beats in cost and equals in loss, or the reverse; the cheapest first."""
+    """Return the points with finite loss of which no other is better in cost or loss and no worse in the other.
+
+    The cheapest comes first. Of points that are equal in both, one is returned.
+    """
     front: list[FrontPoint] = []
     for point in sorted(tried, key=lambda p: (p.cost, p.loss)):
         if math.isfinite(point.loss) and (not front or point.loss < front[-1].loss):
@@ -157,16 +174,25 @@ def non_dominated(tried: Sequence[FrontPoint]) -> list[FrontPoint]:
     return front
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One plan that was tried, with its cost and its validation loss."""
+
+    decision: Decision
+    cost: float
+    loss: float
+
+
 @dataclass
 class _Trials(Search):
-    """A search that tries plans at all levels of a cost, keeps what came out, and decides for the best."""
+    """A search that tries plans at all levels of a cost and decides for the best; `outcome` keeps all of them."""
 
     measure: str
     settings: Rollout
     levels: int
-    each: int
+    plans_per_level: int
     steps: int = 0
-    outcome: list[tuple[Decision, float, float]] = field(default_factory=list)
+    outcome: list[_Trial] = field(default_factory=list)
 
     needs_data: ClassVar[bool] = True
 
@@ -177,22 +203,23 @@ class _Trials(Search):
     def decide(self, problem: Problem) -> Decision:
         data = problem.require_data("pareto")
         problem.require_heads("pareto")
-        choices = plans_by_level(problem, self.measure, self.levels, self.each)
-        scores = self._train(problem, data, choices)
+        choices = plans_by_level(problem, self.measure, self.levels, self.plans_per_level)
+        losses = self._train(problem, data, choices)
         costs = plan_costs(problem)
-        for choice, loss in scores.items():
+        for choice, loss in losses.items():
             plan = tuple((problem.position(place), head) for place, head in choice)
-            value = costs.value(self.measure, plan)
-            about = {"search": "pareto", "measure": self.measure, "cost": value, "val_loss": loss, "steps": self.steps}
-            measured = dict(problem.seconds) if self.measure == "block_seconds" else None
-            self.outcome.append((replace(costs.decision(plan, about), block_seconds=measured), value, loss))
-        best, _, loss = min(self.outcome, key=lambda found: found[2])
-        if not math.isfinite(loss):
+            cost = costs.value(self.measure, plan)
+            record = {"search": "pareto", "measure": self.measure, "cost": cost, "val_loss": loss, "steps": self.steps}
+            seconds = dict(problem.seconds) if self.measure == "block_seconds" else None
+            decision = replace(costs.decision(plan, record), block_seconds=seconds)
+            self.outcome.append(_Trial(decision, cost, loss))
+        best = min(self.outcome, key=lambda trial: trial.loss)
+        if not math.isfinite(best.loss):
             raise SearchDivergedError(f"in every plan, within {self.steps} steps", None)
-        return best
+        return best.decision
 
     def _train(self, problem: Problem, data: SearchData, choices: Sequence[Choice]) -> dict[Choice, float]:
-        """Train all plans in one tree, and return the validation loss of each."""
+        """Train all plans in one tree; return plan -> validation loss."""
         settings = self.settings
         train, val = training_stream(problem, data), validation_stream(problem, data)
         self.steps = settings.steps or data.epoch_batches or train.length()
@@ -204,40 +231,46 @@ class _Trials(Search):
             return tree.evaluate(itertools.islice(val.epoch(), settings.val_batches))
 
 
-def plans_by_level(problem: Problem, measure: str, levels: int, each: int) -> list[Choice]:
-    """Return plans at every level of a cost: up to `each` that keep within the level and, where there are, not within
-    the one before.
+def plans_by_level(problem: Problem, measure: str, levels: int, plans_per_level: int) -> list[Choice]:
+    """Return plans at every level of a cost, each plan once.
 
-    The levels go in equal ratios from the least that a plan can cost to the most that random plans cost. Plans are the
-    programme's best for scores drawn at random.
+    The levels rise in equal ratios (in equal steps, if a plan may cost nothing) from the least that a plan can cost to
+    the most that random plans cost. A plan is the dynamic program's best for scores drawn at random.
+
+    Args:
+        problem: the net to cut, with the user's own limits.
+        measure: the cost, a name of :class:`~sedona_fx.search.Limits`.
+        levels: number of levels, at least 2.
+        plans_per_level: how many plans to return for each level at most. Plans that keep within the level but not
+            within the one below come first.
     """
-    draw = random.Random(problem.seed)
+    generator = random.Random(problem.seed)
     costs = plan_costs(problem)
 
-    def drawn(limit: float | None) -> tuple[float, Choice] | None:
-        """Return a random plan within a limit and its cost."""
-        given: dict[str, Any] = problem.limits.given() if problem.limits is not None else {}
+    def draw(limit: float | None) -> tuple[float, Choice] | None:
+        """Return the cost of a random plan within a limit, and the plan; None if no plan keeps within it."""
+        limits: dict[str, Any] = problem.limits.given() if problem.limits is not None else {}
         if limit is not None:
-            given[measure] = min(limit, given.get(measure, math.inf))
-        narrow = replace(costs, problem=replace(problem, limits=Limits(**given)))
-        scores = [[draw.random() for _ in row] for row in costs.heads["head_flops"]]
-        found = narrow.best(scores, 1)
-        if not found:
+            limits[measure] = min(limit, limits.get(measure, math.inf))
+        limited = replace(costs, problem=replace(problem, limits=Limits(**limits)))
+        scores = [[generator.random() for _ in row] for row in costs.heads["head_flops"]]
+        best = limited.best(scores, 1)
+        if not best:
             return None
-        plan = found[0].plan
+        plan = best[0].plan
         return costs.value(measure, plan), tuple((costs.places[b], m) for b, m in plan)
 
     least = costs.least(measure)[0]
-    most = max(found[0] for _ in range(4 * levels) if (found := drawn(None)) is not None)
+    most = max(drawn[0] for _ in range(4 * levels) if (drawn := draw(None)) is not None)
     grid = np.geomspace(least, most, levels).tolist() if least > 0 else np.linspace(least, most, levels).tolist()
     chosen: dict[Choice, None] = {}
     for floor, limit in itertools.pairwise([-math.inf, least, *grid[1:-1], most]):
-        here: dict[Choice, None] = {}
-        others: dict[Choice, None] = {}
-        for _ in range(8 * each):
-            if len(here) < each and (found := drawn(limit)) is not None:
-                (here if found[0] > floor else others)[found[1]] = None
-        chosen.update(dict.fromkeys(list({**here, **others})[:each]))
+        above_floor: dict[Choice, None] = {}
+        below: dict[Choice, None] = {}
+        for _ in range(8 * plans_per_level):
+            if len(above_floor) < plans_per_level and (drawn := draw(limit)) is not None:
+                (above_floor if drawn[0] > floor else below)[drawn[1]] = None
+        chosen.update(dict.fromkeys(list({**above_floor, **below})[:plans_per_level]))
     return list(chosen)
 
 

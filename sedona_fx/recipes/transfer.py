@@ -1,7 +1,7 @@
-"""A plan found on one net, applied to another: a wider or a deeper one.
+"""Transfer of a plan to another net, a wider or a deeper one than it was found on.
 
-SEDONA's authors search on narrow nets and train four times wider ones by the same plan (Pyeon et al., ICLR 2021).
-Between nets of different depth there is no published rule; ours is to keep the place of a cut as a fraction of the
+SEDONA's authors search on narrow nets and train nets four times as wide by the same plan (Pyeon et al., ICLR 2021).
+Between nets of different depth there is no published rule. Ours is to keep the position of a cut as a fraction of the
 base layers.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sedona_fx.compile.analyse import Where, analyse
-from sedona_fx.compile.request import own
+from sedona_fx.compile.request import owned_copy
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import DataError, HeadError, PlanError, did_you_mean
@@ -37,37 +37,40 @@ log = logging.getLogger(__name__)
 def transfer_plan(
     plan: Plan, model: nn.Module, data: Any = None, by: By | None = None, leaf_modules: Collection[str] = ()
 ) -> Plan:
-    """Return a plan for another net: for a wider one, cuts at the same paths; for a deeper one, at the same fractions.
+    """Return a plan for another net, with cuts at the same paths in a wider one, at the same fractions in a deeper one.
 
-    Heads keep their names, devices their order. ``provenance["transfer"]`` says what became of every cut.
+    Heads keep their names, and devices their order. ``provenance["transfer"]`` records where every cut went.
 
     Args:
-        plan: found on some net.
-        model: the other net. It is not touched.
-        data: one (inputs, target) pair or an iterable of such; None: noise in the shapes of the plan's inputs.
-        by: ``"path"``: cut behind the same module paths. ``"fraction"``: a cut behind base layer i of B (from 1) goes
-            where the other net's base layer j of C has j/C nearest to i/B; of two as near the earlier. Where two cuts
-            want the same layer, the sum of the distances decides, then the earlier cuts. None: by path if both nets
-            have as many base layers and all paths are legal cuts, else by fraction.
+        plan: a plan that was found on some net.
+        model: the other net. It is not changed.
+        data: one (inputs, target) pair or an iterable of pairs; None: noise in the shapes of the plan's inputs.
+        by: ``"path"``: the same module paths. ``"fraction"``: a cut after base layer i of B (counted from 1) goes after
+            the base layer j of the other net's C for which j/C is nearest to i/B; of two that are equally near, the
+            earlier one. If two cuts want the same layer, the sum of the distances decides, then the earlier cuts. None:
+            by path if both nets have the same number of base layers and all paths are legal cuts, else by fraction.
         leaf_modules: module paths that are kept whole while tracing.
 
+    Returns:
+        The plan, for ``decouple(model, data, plan=...)``.
+
     Raises:
-        PlanError: the nets do not correspond: paths that are missing, or more cuts than base layers.
-        HeadError: a head does not fit at its new place.
-        DataError: the model does not take the inputs.
+        PlanError: the nets do not correspond: a path is missing, or there are more cuts than base layers.
+        HeadError: a head does not fit at its new position.
+        DataError: the model does not take the inputs, or nothing says what they look like.
     """
     if by not in (None, "path", "fraction"):
         raise PlanError(f"by={by!r}: a plan is transferred by 'path' or by 'fraction'; None takes what fits.")
     name = type(model).__name__
-    traced, example = analysed(plan, model, data, leaf_modules, named=plan.cuts if by == "path" else ())
+    traced, example = analyse_for_plan(plan, model, data, leaf_modules, named=plan.cuts if by == "path" else ())
     layers = base_layers(traced.train)
     if by is None:
-        known = resolve(traced.train.graph)
-        by = "path" if len(layers) == len(plan.base_layers) and all(cut in known for cut in plan.cuts) else "fraction"
+        legal = resolve(traced.train.graph)
+        by = "path" if len(layers) == len(plan.base_layers) and all(cut in legal for cut in plan.cuts) else "fraction"
     cuts = _by_path(plan, traced, name) if by == "path" else _by_fraction(plan, layers, name)
     pairs = list(zip(plan.cuts, cuts, strict=True))
     check_heads(plan, cuts, traced)
-    kept = {"search": plan.provenance["search"]} if "search" in plan.provenance else {}
+    search = {"search": plan.provenance["search"]} if "search" in plan.provenance else {}
     source = {"model": plan.model, "base_layers": len(plan.base_layers) + 1}
     moves = ", ".join(f"{old} -> {new}" for old, new in pairs)
     log.info("the plan of %s for %s, by %s: %s", plan.model, name, by, moves)
@@ -79,24 +82,35 @@ def transfer_plan(
         inputs=described(example),
         capture=None,
         block_seconds=None,
-        provenance={**kept, "transfer": {"from": source, "by": by, "map": [list(pair) for pair in pairs]}},
+        provenance={**search, "transfer": {"from": source, "by": by, "map": [list(pair) for pair in pairs]}},
     )
 
 
-def analysed(
+def analyse_for_plan(
     plan: Plan, model: nn.Module, data: Any, leaf_modules: Collection[str], named: Sequence[str]
 ) -> tuple[Analysed, Args]:
-    """Analyse a model as a plan wants it cut, on `data`, else on noise in the shapes of the plan's inputs.
+    """Analyse a model for as many blocks, and with the root and the primary output, as a plan has.
+
+    Args:
+        plan: the plan.
+        model: the net to be analysed. It is not changed.
+        data: one (inputs, target) pair or an iterable of pairs; None: noise in the shapes of the plan's inputs.
+        leaf_modules: module paths that are kept whole while tracing.
+        named: names of cut points that are legal however many activations cross there.
+
+    Returns:
+        What analysis found out about the model, and the batch that it was traced with.
 
     Raises:
         DataError: there is neither data nor a description of the inputs, or it does not fit the model.
-        PlanError: the model lacks the plan's root.
+        PlanError: the model does not have the plan's root.
     """
-    owned = own(model, inplace=True)
+    owned = owned_copy(model, inplace=True)
     if plan.root and plan.root not in dict(owned.named_modules(remove_duplicate=False)):
+        near = did_you_mean(plan.root, [path for path, _ in owned.named_modules()])
         raise PlanError(
-            f"the plan cuts inside of {plan.root!r}, which {type(model).__name__} does not have"
-            f"{did_you_mean(plan.root, [path for path, _ in owned.named_modules()])}."
+            f"the plan cuts inside of {plan.root!r}, which {type(model).__name__} does not have{near}. Take a net in "
+            "which the part to be cut has that name, or search on this one."
         )
     device = device_of(owned)
     if data is not None:
@@ -110,10 +124,15 @@ def analysed(
 
 
 def check_heads(plan: Plan, cuts: Sequence[str], traced: Analysed) -> None:
-    """Try the plan's heads behind other cuts; those that are not registered are left to who hands their factories.
+    """Try the plan's heads at other cuts. Heads that are not registered are skipped: their factories are not known yet.
+
+    Args:
+        plan: the plan.
+        cuts: for each of its cuts, the cut point that takes its place.
+        traced: what analysis found out about the other net.
 
     Raises:
-        HeadError: one does not fit there; with the shapes of the activation and of the output.
+        HeadError: a head does not fit there; with the shapes of the activation and of the output.
     """
     registered = set(head_names())
     for old, cut, head in zip(plan.cuts, cuts, plan.heads, strict=True):
@@ -127,59 +146,65 @@ def check_heads(plan: Plan, cuts: Sequence[str], traced: Analysed) -> None:
 
 
 def nearest_layers(cuts: Sequence[int], count: int, target: int) -> list[int]:
-    """Place cuts of a net of `count` base layers in one of `target`, each as near as can be to its fraction of the net.
+    """Move cuts from a net of `count` base layers to one of `target`, each as near as possible to its fraction.
 
-    A cut behind base layer i (0-based) lies at the fraction (i+1)/count. Of all strictly increasing choices of j below
-    target - 1 the one whose sum of ``|(j+1)/target - (i+1)/count|`` is least; of equals the first in lexicographic
-    order. Where no two cuts want the same layer, that is the nearest layer for each, the earlier of two.
+    A cut after base layer i (0-based) is at the fraction (i+1)/count. Of all strictly increasing choices of layers j
+    below target - 1, the one with the least sum of ``|(j+1)/target - (i+1)/count|`` is taken; of equal ones, the first
+    in lexicographic order. If no two cuts want the same layer, each gets the nearest layer, of two the earlier.
 
     Args:
-        cuts: 0-based base layers, ascending, at most target - 1.
-        count: base layers of the net they come from.
-        target: base layers of the net they go to.
+        cuts: 0-based base layers in ascending order, at most target - 1 of them.
+        count: number of base layers of the net that they come from.
+        target: number of base layers of the net that they go to.
+
+    Returns:
+        The 0-based base layers of the other net, in ascending order.
     """
-    places = target - 1  # behind the last base layer stands the model's own output
+    positions = target - 1  # after the last base layer is the model's own output
 
     def distance(i: int, j: int) -> int:
-        return abs((j + 1) * count - (i + 1) * target)  # in units of 1/(count * target): exact
+        return abs((j + 1) * count - (i + 1) * target)  # in units of 1/(count * target), so that it is exact
 
-    # rests[k][j]: least sum over the cuts from the k-th on, the k-th at j or later.
-    rests: list[list[float]] = [[0] * (places + 2)]
+    # least_sums[k][j]: least sum over the cuts from the k-th on, with the k-th at j or later.
+    least_sums: list[list[float]] = [[0] * (positions + 2)]
     for i in reversed(cuts):
-        rest: list[float] = [math.inf] * (places + 2)
-        for j in reversed(range(places)):
-            rest[j] = min(rest[j + 1], distance(i, j) + rests[0][j + 1])
-        rests.insert(0, rest)
-    found: list[int] = []
+        sums: list[float] = [math.inf] * (positions + 2)
+        for j in reversed(range(positions)):
+            sums[j] = min(sums[j + 1], distance(i, j) + least_sums[0][j + 1])
+        least_sums.insert(0, sums)
+    chosen: list[int] = []
     for k, i in enumerate(cuts):
-        start = found[-1] + 1 if found else 0
-        at = (j for j in range(start, places) if distance(i, j) + rests[k + 1][j + 1] == rests[k][start])
-        found.append(next(at))
-    return found
+        start = chosen[-1] + 1 if chosen else 0
+        best = (j for j in range(start, positions) if distance(i, j) + least_sums[k + 1][j + 1] == least_sums[k][start])
+        chosen.append(next(best))
+    return chosen
 
 
 def _by_path(plan: Plan, traced: Analysed, name: str) -> list[str]:
-    known = resolve(traced.train.graph)
-    missing = [cut for cut in plan.cuts if cut not in known]
+    legal = resolve(traced.train.graph)
+    missing = [cut for cut in plan.cuts if cut not in legal]
     if missing:
         raise PlanError(
             f"the plan, made for {plan.model or 'some model'}, does not correspond to {name}: it names "
-            f"{', '.join(map(repr, missing))}, where {name} has no legal cut{did_you_mean(missing[0], known)}. "
+            f"{', '.join(map(repr, missing))}, where {name} has no legal cut{did_you_mean(missing[0], legal)}. "
             "by='fraction' goes by the number of base layers instead."
         )
     order = {node: k for k, node in enumerate(traced.train.graph.nodes)}
-    nodes = [known[cut] for cut in plan.cuts]
+    nodes = [legal[cut] for cut in plan.cuts]
     if any(order[first] >= order[second] for first, second in itertools.pairwise(nodes)):
-        raise PlanError(f"the plan does not correspond to {name}, which runs its cuts in another order: {plan.cuts}.")
+        raise PlanError(
+            f"the plan does not correspond to {name}, which runs its cuts in another order: {plan.cuts}. by='fraction' "
+            "goes by the number of base layers instead."
+        )
     return [str(info(node).cut) for node in nodes]
 
 
 def _by_fraction(plan: Plan, layers: Sequence[str], name: str) -> list[str]:
     source = plan.model or "the plan's model"
     position = {layer: k for k, layer in enumerate(plan.base_layers)}
-    if strange := [cut for cut in plan.cuts if cut not in position]:
+    if others := [cut for cut in plan.cuts if cut not in position]:
         raise PlanError(
-            f"the plan cannot be transferred to {name} by fraction: its cuts {', '.join(map(repr, strange))} end none "
+            f"the plan cannot be transferred to {name} by fraction: its cuts {', '.join(map(repr, others))} end none "
             f"of the {len(position) + 1} base layers of {source}. by='path' takes the same module paths."
         )
     if len(plan.cuts) > len(layers):
@@ -187,5 +212,5 @@ def _by_fraction(plan: Plan, layers: Sequence[str], name: str) -> list[str]:
             f"the plan does not correspond to {name}: it has {len(plan.cuts)} cuts, and {name} has "
             f"{len(layers) + 1} base layers, which have room for {len(layers)}. Search on {name} with fewer blocks."
         )
-    at = [position[cut] for cut in plan.cuts]
-    return [layers[k] for k in nearest_layers(at, len(position) + 1, len(layers) + 1)]
+    places = [position[cut] for cut in plan.cuts]
+    return [layers[k] for k in nearest_layers(places, len(position) + 1, len(layers) + 1)]

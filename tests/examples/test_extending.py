@@ -106,9 +106,10 @@ def test_the_pass_counts_and_is_verified():
 
 def test_the_search_draws_among_the_places_by_its_seed():
     search = example("random_search")["RandomSearch"]()
-    make = lambda seed: sedona_fx.decouple(
-        chain(), batch(), blocks=3, search=search, heads=["linear", "mlp"], seed=seed
-    )  # noqa: E731
+
+    def make(seed):
+        return sedona_fx.decouple(chain(), batch(), blocks=3, search=search, heads=["linear", "mlp"], seed=seed)
+
     places = list(sedona_fx.decouple(chain(), batch(), blocks=3, search=Uniform(), heads=["linear"]).plan.base_layers)
     for seed in range(4):
         plan = make(seed).plan
