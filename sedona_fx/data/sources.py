@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler
 from sedona_fx.data.args import Args
 from sedona_fx.data.overlap import refuse_overlap
 from sedona_fx.errors import DataError
+from sedona_fx.rng import seeded_init
 
 Pair = tuple[Args, Any]
 """One batch: the inputs as arguments of the model, and the target."""
@@ -247,8 +248,7 @@ def _one_epoch(loader: DataLoader[Any], seed: int) -> list[Any]:
     if type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None:
         return list(range(len(loader.dataset)))  # type: ignore[arg-type]
     # A sampler may give only a part of the dataset. Examples that it leaves out must not be used.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded_init(seed):
         if loader.batch_size is None and loader.batch_sampler is not None:
             return [list(batch) for batch in loader.batch_sampler]
         return sorted(set(loader.sampler))

@@ -1,4 +1,4 @@
-"""Several seeds of one search: how far their plans differ, and the plan that wins on data that none of them saw."""
+"""One search with several seeds: how far the plans differ, and the plan that is best on data that no run has seen."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from sedona_fx.search.trials.plan_tree import PlanTree
 class BestOf(Search):
     """Run a search with several seeds, train the distinct plans greedily for a short while, and keep the best.
 
-    A part of the validation batches is kept from all the searches; the plans are judged by the loss of the final output
-    there. They start from the same first weights and see the same batches; blocks that they have in common train once
-    (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). The winner's provenance gets an entry ``seeds``: every run's plan
-    and score, and how many runs cut at each place.
+    A part of the validation batches is held out from all runs; the plans are judged by the loss of the final output on
+    them. All plans start from the same weights and see the same batches, and blocks that they have in common are
+    trained once (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). The winner's provenance has an entry ``seeds``:
+    every run's plan and loss, and how many runs cut at each place.
 
     Args:
-        search: any search. If it has a ``folder``, each run gets one of its own inside.
-        seeds: how many runs; their seeds follow on that of ``decouple``.
-        steps: training steps of the distinct plans. None: an epoch of the weights' data.
-        held_out: the part of the validation batches that judges. One epoch of these is kept in memory.
+        search: any search. If it has a ``folder``, each run gets a folder of its own inside.
+        seeds: number of runs. The first has the seed of ``decouple``, the others those that follow it.
+        steps: training steps of the distinct plans. None: one epoch of the training data.
+        held_out: the part of the validation batches that judges plans, between 0 and 1. One epoch of validation batches
+            is kept in memory.
         lr: learning rate of the blocks' SGD.
         momentum: of SGD.
         weight_decay: of SGD.
@@ -66,49 +67,54 @@ class BestOf(Search):
 
     @property
     def val_batch_size(self) -> int | None:
-        """Samples in a validation batch, as the search wants them."""
+        """Samples per validation batch, as the search asks for them."""
         return self.search.val_batch_size
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads.
 
         Raises:
-            CutError: no heads to train plans by.
-            DataError: no data, or a single validation batch.
+            CutError: there are no heads to train plans by.
+            DataError: there is no data, or a single validation batch.
             SearchDivergedError: the losses of all plans turned infinite.
         """
         if problem.blocks == 1:
             return self.search.decide(problem)
         data = problem.require_data("BestOf")
         problem.require_heads("BestOf")
-        seen, judges = self._split(data.val, problem.seed)
+        searched, held_out = self._split(data.val, problem.seed)
+        seeds = range(problem.seed, problem.seed + self.seeds)
         runs = []
-        for seed in range(problem.seed, problem.seed + self.seeds):
-            own = replace(problem, seed=seed, data=replace(data, val=lambda: iter(seen)))
-            runs.append(_in_own_folder(self.search, seed).decide(own))
+        for seed in seeds:
+            seeded_problem = replace(problem, seed=seed, data=replace(data, val=lambda: iter(searched)))
+            runs.append(_in_own_folder(self.search, seed).decide(seeded_problem))
         choices = [problem.choice(run) for run in runs]
-        scores = self._scores(problem, data, list(dict.fromkeys(choices)), judges)
-        best = min(range(self.seeds), key=lambda k: scores[choices[k]])
-        if not math.isfinite(scores[choices[best]]):
+        losses = self._losses(problem, data, list(dict.fromkeys(choices)), held_out)
+        best = min(range(self.seeds), key=lambda k: losses[choices[k]])
+        if not math.isfinite(losses[choices[best]]):
             raise SearchDivergedError("in the plans of all seeds", None)
         report = {
             "runs": [
                 {
-                    "seed": problem.seed + k,
+                    "seed": seed,
                     "cuts": list(run.cuts),
                     "heads": [head_name(spec) if spec is not None else None for spec in run.heads],
-                    "held_out_loss": scores[choice],
+                    "held_out_loss": losses[choice],
                 }
-                for k, (run, choice) in enumerate(zip(runs, choices, strict=True))
+                for seed, run, choice in zip(seeds, runs, choices, strict=True)
             ],
             "cut_by": dict(Counter(cut for run in runs for cut in run.cuts).most_common()),
-            "distinct_plans": len(scores),
-            "held_out_batches": len(judges),
+            "distinct_plans": len(losses),
+            "held_out_batches": len(held_out),
         }
         return replace(runs[best], provenance={**runs[best].provenance, "seeds": report})
 
     def _split(self, val: Source, seed: int) -> tuple[list[Pair], list[Pair]]:
-        """Return one epoch of validation batches in two parts: for the searches, and to judge by."""
+        """Return one epoch of validation batches in two parts: for the runs, and held out.
+
+        Raises:
+            DataError: there is at most one batch.
+        """
         with seeded(torch.device("cpu"), seed):
             batches = list(val())
         if len(batches) < 2:
@@ -116,13 +122,13 @@ class BestOf(Search):
                 f"BestOf judges on validation batches that no search sees, and there are {len(batches)} in all. "
                 "Hand more val_data, or smaller batches."
             )
-        kept = min(len(batches) - 1, max(1, round(self.held_out * len(batches))))
-        return batches[:-kept], batches[-kept:]
+        count = min(len(batches) - 1, max(1, round(self.held_out * len(batches))))
+        return batches[:-count], batches[-count:]
 
-    def _scores(
-        self, problem: Problem, data: SearchData, plans: Sequence[Choice], judges: Sequence[Pair]
+    def _losses(
+        self, problem: Problem, data: SearchData, plans: Sequence[Choice], held_out: Sequence[Pair]
     ) -> dict[Choice, float]:
-        """Return each plan's mean loss on the batches that judge, after a short greedy training."""
+        """Return each plan's mean loss on the held-out batches, after a short greedy training."""
         device, train = problem.device, training_stream(problem, data)
         descent = Descent(self.lr, self.momentum, self.weight_decay)
         with seeded(device, problem.seed):
@@ -130,12 +136,12 @@ class BestOf(Search):
             steps = self.steps or data.epoch_batches or train.length()
             for step in tqdm(range(steps), desc=f"plans of {self.seeds} seeds", disable=not problem.progress):
                 tree.train(next(train), step)
-            return tree.evaluate(named_batches(lambda: iter(judges), problem.train, device))
+            return tree.evaluate(named_batches(lambda: iter(held_out), problem.train, device))
 
 
 def _in_own_folder(search: Search, seed: int) -> Search:
-    """Give a run a folder of its own inside the search's."""
+    """Return the search with a folder for this run inside its own; without a folder, the search itself."""
     if search.folder is None or not dataclasses.is_dataclass(search):
         return search
-    changed: Search = replace(search, folder=Path(search.folder) / f"seed-{seed}")
-    return changed
+    in_own_folder: Search = replace(search, folder=Path(search.folder) / f"seed-{seed}")
+    return in_own_folder

@@ -24,32 +24,35 @@ from sedona_fx.search.trials.successive_halving import Halving, affordable
 from sedona_fx.search.trials.supernet import Supernet
 from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 
+_DEFAULT_EPOCHS = 25
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Search):
     """Short greedy runs of candidate plans from the same weights, on the same batches; successive halving.
 
     Cuts and heads are judged together. Blocks that plans have in common are trained once
-    (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). After a quarter and after a half of the steps the worse half of the
-    plans is dropped, by the validation loss of the final output (:class:`~sedona_fx.search.trials.successive_halving.Halving`); the best
-    at the end is the decision.
+    (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). After a quarter and after a half of the steps, the half of
+    the plans with the larger validation losses of the final output is dropped
+    (:class:`~sedona_fx.search.trials.successive_halving.Halving`). The best plan at the end is the decision.
 
     Args:
-        steps: training steps of the plans that stay to the end. None: what `training_steps` pays for.
-        training_steps: plain training steps that the rollouts may cost. None: 25 epochs of the weights' data, a quarter
-            of a run of 100.
-        warmup_steps: training steps along random plans in front of the rollouts, on one set of weights, which all plans
-            begin from; 0: they begin from the net's own weights and fresh heads.
+        steps: training steps of the plans that stay to the end. None: as many as `training_steps` pays for.
+        training_steps: what the rollouts may cost, in steps of plain training. None: 25 epochs of the training data, a
+            quarter of a run of 100.
+        warmup_steps: training steps before the rollouts, along random plans and on one set of weights, from which all
+            plans then begin. 0: plans begin from the net's own weights and fresh heads.
         plans: candidates at most. Where there are more ways to cut and to choose heads, uniform cuts, balanced cuts and
-            the latest cuts are among them, and the rest is drawn at random, each plan equally likely.
-        lr: learning rate of the blocks' SGD at first; in each round it falls by a cosine.
+            the latest cuts are among them, and the rest is drawn at random, each plan with the same probability.
+        lr: learning rate of the blocks' SGD at the beginning of each round, over which it falls by a cosine.
         momentum: of SGD.
         weight_decay: of SGD.
-        val_batches: validation batches to score by, at most.
-        val_batch_size: samples in a validation batch. None: as in training.
-        folder: where the search writes down how far it is; killed at any moment, the same call goes on from there and
-            ends with the same plan. None: nowhere.
-        save_seconds: between two writes.
+        val_batches: validation batches that score plans, at most.
+        val_batch_size: samples per validation batch. None: as in training.
+        folder: where the state of the search is saved. A search that was killed resumes from there when it is called
+            again with the same settings, and gives the plan that it would have given without the interruption. None:
+            nothing is saved.
+        save_seconds: how long to wait after a save until the next one.
     """
 
     steps: int | None = None
@@ -75,14 +78,15 @@ class Rollout(Search):
             raise SettingsError(f"Rollout(warmup_steps={self.warmup_steps}): has to be at least 0")
 
     def decide(self, problem: Problem) -> Decision:
-        """Choose cuts and heads. Ctrl-C ends the search behind its first round; the best plan until then is taken.
+        """Choose cuts and heads. Ctrl-C after the first round ends the search; it takes the best plan so far.
 
         Raises:
             BudgetError: no plan keeps within the problem's limits.
             CheckpointError: `folder` holds another search, or cannot be read.
             CutError: blocks share a parameter, or there are not enough places to cut, or no heads to compare.
-            DataError: no data, or too small a budget.
+            DataError: there is no data, or an epoch of it is empty.
             SearchDivergedError: every plan's loss turned infinite.
+            SettingsError: `training_steps` does not pay for one step of all plans.
         """
         if problem.blocks == 1:
             return Decision([], [], {"search": "rollout"})
@@ -105,54 +109,68 @@ class Rollout(Search):
             return itertools.islice(val.fresh().epoch(), self.val_batches)
 
         warm_up = Comparison(
-            Supernet(problem, places, device), self.warmup_steps, 0, None, descent, problem.blocks - 1, problem.seed
+            net=Supernet(problem, places, device),
+            steps=self.warmup_steps,
+            states=0,
+            batch_size=None,
+            descent=descent,
+            cuts=problem.blocks - 1,
+            seed=problem.seed,
         )
         halving = Halving(problem, plans, descent, device)
         halving.steps = self._steps(problem, halving.tree, lambda: data.epoch_batches or train.length())
         if saved:
             warm_up.load_state_dict(saved["warm_up"])
             train.go_to(saved["train"])
-        total = self.warmup_steps * effort.warmup_step + halving.steps * tree_cost(problem, halving.tree)
         with Progress(
             journal,
             train,
             fixed={},
-            total=total,
+            total=self.warmup_steps * effort.warmup_step + halving.steps * tree_cost(problem, halving.tree),
             description=f"rollout of {len(plans)} plans",
             shown=problem.progress,
-        ) as watch:
-            warm_up.run(train, effort, lambda: watch.at(warm_up=warm_up))
+        ) as progress:
+            warm_up.run(train, effort, lambda: progress.at(warm_up=warm_up))
             if "rollout" in saved:
                 halving.load_state_dict(saved["rollout"])
-                watch.show(warm_up=warm_up, rollout=halving)
+                progress.show(warm_up=warm_up, rollout=halving)
             elif self.warmup_steps:
                 halving.begin(warm_up.net.start())
             try:
-                halving.run(train, validation, lambda: watch.at(warm_up=warm_up, rollout=halving))
+                halving.run(train, validation, lambda: progress.at(warm_up=warm_up, rollout=halving))
             except KeyboardInterrupt:
                 if not halving.ranked:
                     raise
-                watch.interrupt(f"step {halving.step} of {halving.steps}")
-        found = {
+                progress.interrupt(f"step {halving.step} of {halving.steps}")
+        provenance = {
             "search": "rollout",
-            "interrupted": watch.interrupted,
-            "cost": {"equivalent_steps": watch.spent, "steps": halving.step, "warmup_steps": self.warmup_steps},
+            "interrupted": progress.interrupted,
+            "cost": {"equivalent_steps": progress.spent, "steps": halving.step, "warmup_steps": self.warmup_steps},
             "rounds": halving.rounds,
         }
-        if not watch.interrupted:
-            journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], found]})
-        return problem.decision(halving.ranked[0], found)
+        if not progress.interrupted:
+            journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], provenance]})
+        return problem.decision(halving.ranked[0], provenance)
 
     def _steps(self, problem: Problem, tree: PlanTree, epoch_batches: Callable[[], int]) -> int:
-        """Return how many steps the budget pays for, were the tree halved at each stop."""
+        """Return the steps of the plans that stay to the end: those given, or as many as the budget pays for.
+
+        Args:
+            problem: the net.
+            tree: all plans.
+            epoch_batches: returns the number of training batches per epoch; it may go through the data.
+
+        Raises:
+            SettingsError: the budget does not pay for one step.
+        """
         if self.steps is not None:
             return self.steps
-        budget = 25 * epoch_batches() if self.training_steps is None else self.training_steps
-        whole, one, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
-        steps, _ = affordable(budget, count, one, whole)
+        budget = _DEFAULT_EPOCHS * epoch_batches() if self.training_steps is None else self.training_steps
+        all_plans, one_plan, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
+        steps, _ = affordable(budget, count, one_plan, all_plans)
         if steps < 1:
             raise SettingsError(
-                f"training_steps={budget} does not pay for a rollout: one step of all {len(tree.plans())} plans costs "
-                f"as much as {whole:.0f} training steps. Raise training_steps, or try fewer plans."
+                f"training_steps={budget} does not pay for a rollout: one step of all {count} plans costs "
+                f"as much as {all_plans:.0f} training steps. Raise training_steps, or try fewer plans."
             )
         return steps

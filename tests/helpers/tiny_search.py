@@ -80,7 +80,15 @@ def search(
     progress: bool = False,
 ) -> SedonaResult:
     blocks = blocks or make_blocks()
-    return settings.run(blocks, local_loss, train or batches(), batches(size=16), WORK, seed, progress)
+    return settings.run(
+        blocks,
+        local_loss,
+        train_batches=train or batches(),
+        val_batches=batches(size=16),
+        work=WORK,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def same(a: SedonaResult, b: SedonaResult) -> bool:

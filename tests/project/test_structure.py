@@ -26,6 +26,8 @@ INSIDE = {
         "trials",
         "sedona",
         "rollout",
+        "guided_settings",
+        "guided_run",
         "guided",
         "best_of",
         "__init__",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
-from sedona_fx.errors import CutError, DataError, SearchDivergedError
+from sedona_fx.errors import CutError, SearchDivergedError, SettingsError
 from sedona_fx.report import plan_picture
 from sedona_fx.search import Decision, Rollout, Search
 from sedona_fx.search.problem.problem import local_loss_of
@@ -216,7 +216,7 @@ def test_a_budget_is_kept_or_refused():
         net_of(), data, blocks=3, search=Rollout(training_steps=150, plans=6), heads=["linear"], progress=False
     )
     assert net.plan.provenance["cost"]["equivalent_steps"] <= 150
-    with pytest.raises(DataError, match="does not pay for a rollout"):
+    with pytest.raises(SettingsError, match="does not pay for a rollout"):
         sedona_fx.decouple(net_of(), data, blocks=3, search=Rollout(training_steps=1), heads=HEADS, progress=False)
 
 

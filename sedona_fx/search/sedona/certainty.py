@@ -1,8 +1,8 @@
-"""What a search learned, and where its choice is a tie.
+"""Which parts of a decision were learned, and which are ties. It decides nothing: it judges cuts that were chosen.
 
-A softmax that never left its start decides nothing, and neither does one whose two best entries are equal: which of
-them wins is then an accident of rounding or of order. (In the plans that SEDONA's authors released for deep nets,
-nearly all late p_isolate stand at 0.5000.) A decision says which of its parts are of that kind.
+A softmax that stayed at its start says nothing, and neither does one whose two best entries are equal: which of them
+wins is then an accident of rounding or of order. (In the plans that SEDONA's authors released for deep nets, nearly all
+late p_isolate are 0.5000.)
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from sedona_fx.search.sedona.decode import log_odds
 
 TOLERANCE = 0.04
 """Smallest difference of log-odds, or of two heads' logits, that counts: 0.01 in p around one half.
@@ -21,14 +23,14 @@ One step of Adam at the default rate moves log-odds by 0.02, whatever the size o
 
 @dataclass(frozen=True)
 class Certainty:
-    """Places are 0-based base layers, heads are numbers of candidates.
+    """What was learned, and what is a tie. Places are 0-based base layers, heads are indices of candidates.
 
     Attributes:
         learned: places whose log-odds of isolating were ever farther than the tolerance from 0 (p_isolate from 1/2).
-        cut_ties: places, chosen and not, between which nothing was decided: each has a partner on the other side of the
-            decision with log-odds nearer than the tolerance. With the K-1 largest chosen, there are such places exactly
-            if the K-1st and the K-th are that near.
-        head_ties: for chosen places, the heads whose logits are nearer than the tolerance to the largest, if there are
+        cut_ties: chosen and rejected places that differ by too little: each has a partner on the other side of the
+            decision whose log-odds are within the tolerance of its own. As the K-1 largest are chosen, there are such
+            places exactly if the K-1st and the K-th are within the tolerance.
+        head_ties: by chosen place, the heads whose logits are within the tolerance of the largest, if there are
             several.
     """
 
@@ -40,7 +42,7 @@ class Certainty:
 def certainty(
     alpha: Tensor, beta: Sequence[Tensor], farthest: Tensor, cuts: Sequence[int], tolerance: float = TOLERANCE
 ) -> Certainty:
-    """Tell what was learned from what was not.
+    """Tell what was learned from what was not, and find the ties.
 
     Args:
         alpha: logits (B-1, 2): isolate, let through.
@@ -49,20 +51,18 @@ def certainty(
         cuts: the places that were chosen.
         tolerance: in logits.
     """
-    preference = log_odds(alpha).tolist()
-    chosen, others = set(cuts), [k for k in range(len(preference)) if k not in set(cuts)]
-    pairs = [(i, j) for i in chosen for j in others if abs(preference[i] - preference[j]) < tolerance]
-    near = {k: [m for m, t in enumerate(beta[k].tolist()) if beta[k].max().item() - t < tolerance] for k in cuts}
+    odds, chosen = log_odds(alpha).tolist(), set(cuts)
+    rejected = [place for place in range(len(odds)) if place not in chosen]
+    pairs = [(a, b) for a in chosen for b in rejected if abs(odds[a] - odds[b]) < tolerance]
+    best_heads = {
+        place: [head for head, t in enumerate(beta[place].tolist()) if beta[place].max().item() - t < tolerance]
+        for place in cuts
+    }
     return Certainty(
-        learned=[k for k, t in enumerate(farthest.tolist()) if t > tolerance],
-        cut_ties=sorted({k for pair in pairs for k in pair}),
-        head_ties={k: heads for k, heads in near.items() if len(heads) > 1},
+        learned=[place for place, distance in enumerate(farthest.tolist()) if distance > tolerance],
+        cut_ties=sorted({place for pair in pairs for place in pair}),
+        head_ties={place: heads for place, heads in best_heads.items() if len(heads) > 1},
     )
-
-
-def log_odds(alpha: Tensor) -> Tensor:
-    """Return log(p_isolate / p_through) of each place, float64: (B-1, 2) -> (B-1,)."""
-    return alpha[:, 0].double() - alpha[:, 1].double()
 
 
 def mean_entropy(logits: Sequence[Tensor]) -> float:

@@ -1,4 +1,8 @@
-"""From what SEDONA learned to a decision, with everything that a person may want to know about it."""
+"""From a search's result to the :class:`~sedona_fx.search.problem.problem.Decision` that ``decouple`` compiles.
+
+Cuts and heads come from decoding by perturbation where the result has it, otherwise from the learned logits
+(:mod:`~sedona_fx.search.sedona.decode`). The provenance says what was learned and what is a tie.
+"""
 
 from __future__ import annotations
 
@@ -18,42 +22,59 @@ log = logging.getLogger(__name__)
 
 
 def decision_of(settings: SedonaSettings, problem: Problem, places: Sequence[str], result: SedonaResult) -> Decision:
-    """Decode what was learned, within the problem's limits, and say in the provenance how it came about."""
-    decoding = result.decoding
+    """Decide on cuts and heads within the problem's limits, and record in the provenance how that came about.
+
+    Args:
+        settings: of the search.
+        problem: the net.
+        places: the cut points that alpha and beta are about, B-1 of them.
+        result: of the search.
+
+    Raises:
+        BudgetError: no plan keeps within the problem's limits.
+    """
+    decoding, candidates = result.decoding, candidate_names(problem, places)
     if decoding is None:
         cuts, heads = decode_within(problem, result.alpha, result.beta)
     else:
         cuts, heads = decoding.cuts, decoding.heads
-    names = [places[k] for k in cuts]
     provenance = {
         "search": "sedona",
         "interrupted": result.interrupted,
         "unroll": settings.unroll,
         "cost": result.cost,
         "places": list(places),
-        "candidates": candidate_names(problem, places),
+        "candidates": candidates,
         "alpha": result.alpha.tolist(),
         "beta": [logits.tolist() for logits in result.beta],
         "trajectory": result.trajectory,
         "failures": result.failures,
-        **_certain(problem, places, result, cuts),
-        **({} if decoding is None else {"decoding": decoding.record(places, candidate_names(problem, places))}),
+        **_certainty_record(places, candidates, result, cuts),
+        **({} if decoding is None else {"decoding": decoding.record(places, candidates)}),
     }
-    return problem.decision(list(zip(names, heads, strict=True)), provenance)
+    return problem.decision([(places[cut], head) for cut, head in zip(cuts, heads, strict=True)], provenance)
+
+
+def plan_so_far(settings: SedonaSettings, problem: Problem, places: Sequence[str], result: SedonaResult) -> Plan:
+    """Return what a search had learned when it could not go on, as a plan."""
+    decision = decision_of(settings, problem, places, result)
+    heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
+    return Plan(cuts=tuple(decision.cuts), heads=heads, provenance=decision.provenance)
 
 
 def candidate_names(problem: Problem, places: Sequence[str]) -> dict[str, list[str | None]]:
-    """Return the names of the candidate heads of every place."""
+    """Return the names of the candidate heads by place."""
     return {name: [head_name(spec) for spec in problem.candidates[name]] for name in places}
 
 
-def _certain(problem: Problem, places: Sequence[str], result: SedonaResult, cuts: Sequence[int]) -> dict[str, Any]:
-    """Return, as JSON, which places were learned and where the decision is a tie; and say so."""
-    found = certainty(result.alpha, result.beta, result.farthest, cuts)
-    candidates = candidate_names(problem, places)
-    learned = [places[k] for k in found.learned]
-    cut_ties = [places[k] for k in found.cut_ties]
-    head_ties = {places[k]: [candidates[places[k]][m] for m in heads] for k, heads in found.head_ties.items()}
+def _certainty_record(
+    places: Sequence[str], candidates: dict[str, list[str | None]], result: SedonaResult, cuts: Sequence[int]
+) -> dict[str, Any]:
+    """Return as JSON, and log, which places were learned and where the decision is a tie."""
+    judged = certainty(result.alpha, result.beta, result.farthest, cuts)
+    learned = [places[k] for k in judged.learned]
+    cut_ties = [places[k] for k in judged.cut_ties]
+    head_ties = {places[k]: [candidates[places[k]][m] for m in heads] for k, heads in judged.head_ties.items()}
     log.info(
         "SEDONA learned %d of %d p_isolate; the others stayed at one half. Ties between cuts: %s; between heads: %s.",
         len(learned),
@@ -62,10 +83,3 @@ def _certain(problem: Problem, places: Sequence[str], result: SedonaResult, cuts
         "; ".join(f"{place}: {', '.join(map(str, heads))}" for place, heads in head_ties.items()) or "none",
     )
     return {"learned": learned, "ties": {"cuts": cut_ties, "heads": head_ties}, "tolerance": TOLERANCE}
-
-
-def plan_so_far(settings: SedonaSettings, problem: Problem, places: Sequence[str], result: SedonaResult) -> Plan:
-    """Return what a search that could not go on has learned, as a plan."""
-    decision = decision_of(settings, problem, places, result)
-    heads = tuple(head_name(spec) if spec is not None else None for spec in decision.heads)
-    return Plan(cuts=tuple(decision.cuts), heads=heads, provenance=decision.provenance)

@@ -1,4 +1,7 @@
-"""From learned logits to a decision: where to cut, and which head to keep."""
+"""Decoding by the learned logits alone: at which base layers to cut, and which candidate head each cut gets.
+
+The other way to decode trains the net a little for each choice (:mod:`~sedona_fx.search.sedona.perturbation`).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from sedona_fx.search.problem.problem import Problem
 
 
 def decode(alpha: Tensor, beta: Sequence[Tensor], blocks: int) -> tuple[list[int], list[int]]:
-    """Cut behind the `blocks` - 1 base layers with the largest p_isolate, and keep the likeliest head of each.
+    """Cut after the `blocks` - 1 base layers with the largest p_isolate, and keep the most likely head of each.
 
-    Any number of blocks can be decoded from one search (SEDONA, Pyeon et al., ICLR 2021, section 3). The order is that
-    of alpha[:, 0] - alpha[:, 1], which is that of p_isolate but does not saturate at 1. Of equal base layers the
-    earlier one is cut, of equal heads the first one kept.
+    One search can be decoded to any number of blocks (SEDONA, Pyeon et al., ICLR 2021, section 3). Base layers are
+    ranked by :func:`log_odds`, which has the order of p_isolate but does not saturate at 1. Of equal base layers the
+    earlier one is cut, of equal heads the first one is kept.
 
     Args:
         alpha: logits (B-1, 2): isolate, let through.
@@ -24,40 +27,58 @@ def decode(alpha: Tensor, beta: Sequence[Tensor], blocks: int) -> tuple[list[int
         blocks: K, from 1 to B.
 
     Returns:
-        The 0-based base layers to cut behind, ascending, and for each of them the index of its head.
+        The 0-based base layers to cut after, ascending, and for each of them the index of its head.
+
+    Raises:
+        SettingsError: the base layers do not make that many blocks.
     """
     if not 1 <= blocks <= len(beta) + 1:
         raise SettingsError(f"{len(beta) + 1} base layers make 1 to {len(beta) + 1} blocks, not {blocks}")
-    preference = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
-    ranked = sorted(range(len(preference)), key=lambda i: (-preference[i], i))
+    preference = log_odds(alpha).tolist()
+    ranked = sorted(range(len(preference)), key=lambda place: (-preference[place], place))
     cuts = sorted(ranked[: blocks - 1])
     heads = []
-    for i in cuts:
-        logits = beta[i].tolist()
+    for place in cuts:
+        logits = beta[place].tolist()
         heads.append(logits.index(max(logits)))
     return cuts, heads
 
 
 def decode_within(problem: Problem, alpha: Tensor, beta: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Decode as :func:`decode` does, if that plan keeps within the problem's limits; else the best one that does.
+    """Decode as :func:`decode` does if that plan keeps within the problem's limits, otherwise to the best that does.
 
-    The best has the largest sum, over its cuts, of the log-odds of p_isolate and the log of the head's weight:
-    ``alpha[i, 0] - alpha[i, 1] + log_softmax(beta[i])[m]``, exactly.
+    The best plan has the largest sum of :func:`preferences` over its cuts; it is found exactly.
+
+    Args:
+        problem: the number of blocks, the places to cut and the limits.
+        alpha: logits (B-1, 2): isolate, let through.
+        beta: B-1 tensors of head logits, (M_i,).
+
+    Returns:
+        As :func:`decode`.
 
     Raises:
         BudgetError: no plan keeps within the limits.
     """
     cuts, heads = decode(alpha, beta, problem.blocks)
     places = problem.places()
-    if allowed(problem, tuple((places[k], m) for k, m in zip(cuts, heads, strict=True))):
+    if allowed(problem, tuple((places[cut], head) for cut, head in zip(cuts, heads, strict=True))):
         return cuts, heads
-    scores = [[-score for score in row] for row in preferences(alpha, beta)]
-    (best,) = best_plans(problem, scores, count=1)
-    return [problem.position(place) for place, _ in best], [m for _, m in best]
+    costs = [[-preference for preference in row] for row in preferences(alpha, beta)]
+    (best,) = best_plans(problem, costs, count=1)
+    return [problem.position(place) for place, _ in best], [head for _, head in best]
 
 
 def preferences(alpha: Tensor, beta: Sequence[Tensor]) -> list[list[float]]:
-    """Return, for each place and each of its heads, the log-odds of p_isolate plus the log of the head's weight."""
-    odds = (alpha[:, 0].double() - alpha[:, 1].double()).tolist()
+    """Return how much the search prefers each place i with each of its heads m.
+
+    It is the log-odds of p_isolate plus the log of the head's weight: ``alpha[i, 0] - alpha[i, 1] +
+    log_softmax(beta[i])[m]``.
+    """
     weights = [logits.double().log_softmax(0).tolist() for logits in beta]
-    return [[isolate + w for w in row] for isolate, row in zip(odds, weights, strict=True)]
+    return [[odds + weight for weight in row] for odds, row in zip(log_odds(alpha).tolist(), weights, strict=True)]
+
+
+def log_odds(alpha: Tensor) -> Tensor:
+    """Return log(p_isolate / p_through) of each place, float64: (B-1, 2) -> (B-1,)."""
+    return alpha[:, 0].double() - alpha[:, 1].double()

@@ -1,17 +1,18 @@
-"""Decoding by perturbation: make one (cut, head) hard at a time, and keep the one with the least validation loss.
+"""Decoding by perturbation: make one choice of a cut and its head hard at a time, by the least validation loss.
 
 The size of a learned weight need not be what its choice is worth to the net (DARTS-PT: Wang, Cheng, Chen, Tang, Hsieh;
-ICLR 2021). So cuts and heads are decided together, by what becomes of the net. There are K - 1 rounds. In each, every
-choice of a place that is still open and one of its heads is tried: with
+ICLR 2021). So cuts and heads are decided together, by what becomes of the net. There are K - 1 rounds. Each of them
+tries the choices that are left: of a place that is not cut yet, and of one of its heads. In a trial, with
 
     p_isolate = 1, p_through = 0 at the place        softmax(beta) there one-hot
 
-the relaxed net trains a few steps from where the round begins, and its final output's mean validation loss is the
-choice's score. All trials of a round have the same batches and the same random draws, so that nothing but the choice
-differs. The least loss wins; the choice stays hard, and the next round begins with the weights that its trial led to.
+the relaxed net trains a few steps from where the round begins; the mean validation loss of its final output is the
+score of the choice. All trials of a round get the same batches and the same random draws, so that they differ by the
+choice alone. The choice with the least loss stays hard, and the next round begins with the weights that its trial led
+to.
 
-What is still open stays as soft as the search left it: alpha and beta are constants here, weights alone are trained,
-and the heads of open places go on following their own losses. The learning rate is the snapshot's own.
+Places that are not cut yet stay as soft as the search left them: alpha and beta are constants here, only weights are
+trained, and the heads of these places go on following their own losses. The learning rate is that of the snapshot.
 
 Where trying everything would cost too much, the learned weights prune: a round tries the choices with the largest
 log-odds of p_isolate plus log of the head's weight.
@@ -21,86 +22,52 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from sedona_fx.rng import block_seed, seeded
-from sedona_fx.search.problem.plan_costs import no_plan, plan_costs
-from sedona_fx.search.problem.problem import Positions, Problem
+from sedona_fx.search.problem.problem import Positions
 from sedona_fx.search.relaxed.hypergradient import validation_loss
-from sedona_fx.search.relaxed.state import RelaxedNet, State, clones
+from sedona_fx.search.relaxed.state import Logits, State, clones
 from sedona_fx.search.sedona.budget import Trials
 from sedona_fx.search.sedona.decode import preferences
-from sedona_fx.search.sedona.steps import InnerSteps, NotFinite
+from sedona_fx.search.sedona.plan_space import PlanSpace
+from sedona_fx.search.sedona.snapshots import Snapshot
+from sedona_fx.search.sedona.steps import NotFinite, SedonaSteps
 from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.session.stream import Stream
 
-_HARD = 1e4  # as `prune` rounds: the softmax of 1e4 beside -1e4 is exactly 1 beside 0
-_Choice = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class PlanSpace:
-    """The plans to decode to: K, the number of blocks, and whether some allowed plan contains given choices.
-
-    `completes` gets (place, head) pairs by number, places ascending, K - 1 of them at most.
-    """
-
-    blocks: int
-    completes: Callable[[Positions], bool]
-
-    @classmethod
-    def of(cls, problem: Problem) -> PlanSpace:
-        """Return the plans of a problem that keep within its limits.
-
-        Raises:
-            BudgetError: there are none.
-        """
-        if problem.limits is None:
-            return cls(problem.blocks, lambda plan: True)
-        costs = plan_costs(problem)
-        fits, lightest = costs.fits(problem.limits), costs.heads["head_flops"]
-
-        def completes(plan: Positions) -> bool:
-            return bool(costs.best(lightest, 1, containing(fits, plan)))
-
-        if not completes(()):
-            raise no_plan(costs)
-        return cls(problem.blocks, completes)
-
-
-def containing(fits: np.ndarray, plan: Positions) -> np.ndarray:
-    """Return which blocks may be in a plan that contains these choices; `fits` says which may be in any.
-
-    Args:
-        fits: (n + 1, n + 1, heads), as :meth:`~sedona_fx.search.problem.plan_costs.PlanCosts.fits` has it.
-        plan: (place, head) pairs.
-    """
-    allowed = fits.copy()
-    for place, head in plan:
-        allowed[: place + 1, place + 1 :] = False  # blocks that pass over the place
-        allowed[:, place, np.arange(fits.shape[2]) != head] = False
-    return allowed
+_HARD = 1e4  # the softmax of 1e4 beside -1e4 is exactly 1 beside 0; `prune` rounds by the same number
 
 
 @dataclass(frozen=True)
 class Round:
-    """One decision: `tried` has (place, head, mean validation loss), infinite where a trial was not finite."""
+    """One decision.
+
+    Attributes:
+        tried: (place, head, mean validation loss) of every trial; the loss is infinite where a trial was not finite.
+        kept: the (place, head) that was decided on.
+        open: number of choices that there were.
+    """
 
     tried: list[tuple[int, int, float]]
-    kept: _Choice
-    open: int  # choices that there were
+    kept: tuple[int, int]
+    open: int
 
 
 @dataclass(frozen=True)
 class Perturbed:
-    """What was decided, round by round, and its cost in plain training steps. `steps` is that of one trial."""
+    """What was decided.
+
+    Attributes:
+        rounds: the decisions in their order.
+        steps: relaxed training steps of one trial.
+        equivalent_steps: cost of all trials, in plain training steps.
+    """
 
     rounds: list[Round]
     steps: int
@@ -108,12 +75,12 @@ class Perturbed:
 
     @property
     def cuts(self) -> list[int]:
-        """The 0-based base layers to cut behind, ascending."""
+        """The 0-based base layers to cut after, ascending."""
         return [place for place, _ in self._plan]
 
     @property
     def heads(self) -> list[int]:
-        """For each cut the index of its head."""
+        """The index of the head of each cut."""
         return [head for _, head in self._plan]
 
     @property
@@ -121,7 +88,12 @@ class Perturbed:
         return tuple(sorted(r.kept for r in self.rounds))
 
     def record(self, places: Sequence[str], candidates: Mapping[str, Sequence[str | None]]) -> dict[str, Any]:
-        """Return it as JSON, by the names of places and heads; a loss that was not finite is None."""
+        """Return the rounds as JSON; a loss that was not finite is None.
+
+        Args:
+            places: names of the base layers.
+            candidates: names of the heads by place.
+        """
 
         def named(place: int, head: int) -> dict[str, Any]:
             return {"cut": places[place], "head": candidates[places[place]][head], "candidate": head}
@@ -130,7 +102,10 @@ class Perturbed:
             {
                 "kept": named(*r.kept),
                 "open": r.open,
-                "tried": [named(k, m) | {"val_loss": t if math.isfinite(t) else None} for k, m, t in r.tried],
+                "tried": [
+                    named(place, head) | {"val_loss": loss if math.isfinite(loss) else None}
+                    for place, head, loss in r.tried
+                ],
             }
             for r in self.rounds
         ]
@@ -138,92 +113,90 @@ class Perturbed:
 
 
 def perturb(
-    steps: InnerSteps,
-    start: State,
-    lr: float,
-    alpha: Tensor,
-    beta: Sequence[Tensor],
+    steps: SedonaSteps,
+    start: Snapshot,
+    logits: Logits,
     space: PlanSpace,
     trials: Trials,
+    *,
     train: Stream,
     val: Stream,
     seed: int,
     progress: bool = False,
 ) -> Perturbed:
-    """Decide K - 1 cuts and their heads, one after the other.
+    """Decide on K - 1 cuts and their heads, one after the other.
 
-    A loss or a gradient that is not finite makes a choice infinitely bad. Of choices that are equally good, the one
-    with the larger learned weight is kept; where none is finite, that decides, and the weights stay as they were.
+    A loss or a gradient that is not finite makes a choice infinitely bad. Of equally good choices, the one with the
+    larger learned weight is kept; this also decides where no choice is finite, and the weights then stay as they were.
 
     Args:
         steps: of the relaxed net.
-        start: weights, buffers and momentum to begin with; left as they are. Up to three copies live at once.
-        lr: learning rate of the trials.
-        alpha: learned logits (B-1, 2): isolate, let through.
-        beta: B-1 tensors of learned head logits, (M_i,).
+        start: weights, buffers and momentum to begin with, left as they are, and the learning rate of all trials. Up to
+            three copies of the state are alive at once.
+        logits: that were learned.
         space: the plans to choose from.
-        trials: how many choices a round tries, and how long.
-        train: batches; a round takes `trials.steps`.
+        trials: how many choices a round tries, and for how many steps.
+        train: training batches; a round takes `trials.steps`.
         val: validation batches; a round takes as many.
-        seed: of what a round draws (dropout).
-        progress: show a bar.
+        seed: of the random draws of a round (dropout).
+        progress: whether to show a bar.
 
     Returns:
-        The rounds. The result depends on the arguments alone, and on where the streams stand.
+        The decisions. They depend on the arguments and on the streams' positions alone.
     """
-    scores = preferences(alpha, beta)
+    scores = preferences(logits.alpha, logits.beta)
     ranked = sorted(
-        ((k, m) for k, row in enumerate(scores) for m in range(len(row))), key=lambda c: (-scores[c[0]][c[1]], c)
+        ((place, head) for place, row in enumerate(scores) for head in range(len(row))),
+        key=lambda choice: (-scores[choice[0]][choice[1]], choice),
     )
-    state, hard, rounds = start, dict[int, int](), list[Round]()
+    state, hard, rounds = start.state, dict[int, int](), list[Round]()
     total = trials.rounds * trials.choices
     with tqdm(total=total, desc="decoding by perturbation", unit="trial", disable=not progress) as bar:
         for number in range(space.blocks - 1):
-            left = [(k, m) for k, m in ranked if k not in hard]
-            possible = (c for c in left if space.completes(tuple(sorted([*hard.items(), c]))))
+            remaining = [(place, head) for place, head in ranked if place not in hard]
+            possible = (choice for choice in remaining if space.completes(tuple(sorted([*hard.items(), choice]))))
             batches = [next(train) for _ in range(trials.steps)], [next(val) for _ in range(trials.steps)]
-            tried, best, kept, led_to = list[tuple[int, int, float]](), math.inf, None, state
+            tried, best, kept, next_state = list[tuple[int, int, float]](), math.inf, None, state
             for place, head in itertools.islice(possible, trials.choices):
-                logits = hardened(alpha, beta, {**hard, place: head})
-                with seeded(alpha.device, block_seed(seed, "perturbation", number)):
-                    trained, loss = _trial(steps, state, lr, *logits, *batches)
+                hard_logits = hardened(logits, {**hard, place: head})
+                with seeded(logits.alpha.device, block_seed(seed, "perturbation", number)):
+                    trained, loss = _trial(steps, Snapshot(state, start.lr), hard_logits, *batches)
                 tried.append((place, head, loss))
                 if kept is None or loss < best:
-                    best, kept, led_to = loss, (place, head), trained if math.isfinite(loss) else state
+                    best, kept, next_state = loss, (place, head), trained if math.isfinite(loss) else state
                 bar.update()
-            assert kept is not None  # of what can be completed so far, some choice is part
-            hard[kept[0]], state = kept[1], led_to
-            rounds.append(Round(tried, kept, len(left)))
+            assert kept is not None  # the choices so far can be completed to a plan, so one was possible
+            hard[kept[0]], state = kept[1], next_state
+            rounds.append(Round(tried, kept, len(remaining)))
     done = sum(len(r.tried) for r in rounds)
     return Perturbed(rounds, trials.steps, done * trials.steps * trials.step_cost)
 
 
-def hardened(alpha: Tensor, beta: Sequence[Tensor], hard: Mapping[int, int]) -> tuple[Tensor, list[Tensor]]:
-    """Return copies of the logits whose softmax is exactly (isolate 1, through 0), and one-hot, at the places given."""
-    alpha, beta = alpha.detach().clone(), [b.detach().clone() for b in beta]
+def hardened(logits: Logits, hard: Mapping[int, int]) -> Logits:
+    """Return a copy whose softmax is exactly (isolate 1, through 0) and one-hot at some places.
+
+    Args:
+        logits: to copy.
+        hard: the index of the head, by place.
+    """
+    alpha, beta = logits.alpha.detach().clone(), [b.detach().clone() for b in logits.beta]
     for place, head in hard.items():
         alpha[place] = alpha.new_tensor([_HARD, -_HARD])
         beta[place].fill_(-_HARD)[head] = _HARD
-    return alpha, beta
+    return Logits(alpha, beta)
 
 
 def _trial(
-    steps: InnerSteps,
-    start: State,
-    lr: float,
-    alpha: Tensor,
-    beta: Sequence[Tensor],
-    train: Sequence[Batch],
-    val: Sequence[Batch],
+    steps: SedonaSteps, start: Snapshot, logits: Logits, train: Sequence[Batch], val: Sequence[Batch]
 ) -> tuple[State, float]:
-    """Train a copy of a state; return it, and its mean validation loss: batch statistics, dropout off."""
-    state = start.clone()
+    """Train a copy of a state; return it and its mean validation loss, with batch statistics and without dropout."""
+    state = start.state.clone()
     try:
         for batch in train:
-            steps.train(state, alpha, beta, lr, batch)
+            steps.train(state, logits, start.lr, batch)
     except NotFinite:
         return state, math.inf
-    frozen = replace(state, buffers=clones(state.buffers))  # validation counts into running statistics
-    losses = [validation_loss(RelaxedNet(steps.blocks, steps.local_loss), frozen, batch) for batch in val]
+    frozen = replace(state, buffers=clones(state.buffers))  # validation changes running statistics
+    losses = [validation_loss(steps.net, frozen, batch) for batch in val]
     mean = torch.stack(losses).double().mean().item()
     return state, mean if math.isfinite(mean) else math.inf

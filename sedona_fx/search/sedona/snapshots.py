@@ -1,7 +1,8 @@
-"""States of the relaxed net to search at: in memory as far as a byte budget goes, on disk beyond it.
+"""Snapshots of the relaxed net: kept in memory up to a limit in bytes, and on disk beyond it.
 
-Each change of a snapshot on disk is a file of its own, and the one before stays until :meth:`SnapshotStore.commit`. So
-whatever the journal refers to exists at every moment, and a kill between two writes loses nothing.
+A snapshot on disk is never overwritten: each change goes to a new file, and the file before it stays until
+:meth:`SnapshotStore.commit`. So the files that the journal refers to exist at every moment, and a kill between two
+writes loses nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from sedona_fx.search.relaxed.state import State
 from sedona_fx.search.session.journal import load, save
@@ -19,32 +20,40 @@ from sedona_fx.search.session.journal import load, save
 _PREFIX = "search-snapshot-"
 
 Reference = list[Any]
-"""A snapshot as a journal names it: its index, the version of its file, its learning rate and its bytes."""
+"""A snapshot in the journal: its index, the version of its file, its learning rate and its bytes."""
+
+
+class Snapshot(NamedTuple):
+    """A state of the relaxed net, and the learning rate at which its training goes on."""
+
+    state: State
+    lr: float
 
 
 @dataclass
-class _Held:
+class _Entry:
     lr: float
     state_bytes: int
-    resident: bool  # stays in memory when it is put
+    resident: bool  # it stays in memory; if not, it is on disk only
     state: State | None  # None: on disk, or taken
     version: int  # of the newest file; 0: there is none
     written: bool  # the newest file holds what was put last
 
 
 class SnapshotStore:
-    """Snapshots by index. Those put first stay in memory until `limit` bytes are full; the others live on disk.
+    """Snapshots by index. Those put first stay in memory until `limit` bytes are reached; the others are on disk.
 
-    A context manager: without `folder`, what is on disk is in a temporary directory that is removed at the end.
+    A context manager: without `folder`, what is on disk lies in a temporary directory, which is removed on exit.
 
     Args:
         limit: bytes of snapshots to keep in memory (where their tensors are: on the net's device). None: all.
-        folder: for those on disk, and for :meth:`flush`.
+        folder: for the files, those of :meth:`flush` included. None: a temporary directory, made when it is needed.
     """
 
     def __init__(self, limit: int | None, folder: Path | None) -> None:
-        self._limit, self._folder, self._kept = limit, folder, set[Path]()
-        self._held: dict[int, _Held] = {}
+        self._limit, self._folder = limit, folder
+        self._entries: dict[int, _Entry] = {}
+        self._committed: set[Path] = set()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> SnapshotStore:
@@ -57,85 +66,86 @@ class SnapshotStore:
             self._temporary.cleanup()
 
     def __len__(self) -> int:
-        return len(self._held)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all snapshots, wherever they are."""
-        return sum(held.state_bytes for held in self._held.values())
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of those that are kept in memory."""
-        return sum(held.state_bytes for held in self._held.values() if held.resident)
-
-    def put(self, index: int, state: State, lr: float) -> None:
-        """Keep a state under an index, or put back one that was taken. The store owns it from here on."""
-        held = self._held.get(index)
-        if held is None:
-            size = state.state_bytes
-            self._held[index] = held = _Held(lr, size, self._fits(size), None, 0, False)
-        held.lr, held.state, held.written = lr, state, False
-        if not held.resident:
-            self._write(index, held)
-            held.state = None
-
-    def take(self, index: int) -> tuple[State, float]:
-        """Return a state and its learning rate, to be changed and put back."""
-        held = self._held[index]
-        if held.state is None:
-            return State(**load(self._path(index, held.version))), held.lr
-        state, held.state = held.state, None
-        return state, held.lr
-
-    def flush(self) -> list[Reference]:
-        """Write what the folder does not hold yet; return what a journal has to say about the snapshots."""
-        for index, held in self._held.items():
-            if not held.written:
-                self._write(index, held)
-        return [[k, held.version, held.lr, held.state_bytes] for k, held in self._held.items()]
-
-    def commit(self) -> None:
-        """Keep the files that :meth:`flush` named last, and remove the other ones."""
-        self._kept = {self._path(k, held.version) for k, held in self._held.items() if held.version}
-        if self._folder is not None:
-            for path in self._folder.glob(f"{_PREFIX}[0-9]*-[0-9]*.pt"):  # the user's own files stay
-                if path not in self._kept:
-                    path.unlink(missing_ok=True)
-
-    def restore(self, references: Sequence[Reference]) -> None:
-        """Go back to what :meth:`flush` returned."""
-        self._held = {}
-        for index, version, lr, size in references:
-            resident = self._fits(size)
-            state = State(**load(self._path(index, version))) if resident else None
-            self._held[index] = _Held(lr, size, resident, state, version, True)
-        self.commit()
+        return len(self._entries)
 
     @property
     def indices(self) -> list[int]:
-        """Of the snapshots that there are."""
-        return list(self._held)
+        """Indices of all snapshots, in the order in which they were first put."""
+        return list(self._entries)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all snapshots, in memory and on disk."""
+        return sum(entry.state_bytes for entry in self._entries.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the snapshots that are kept in memory."""
+        return sum(entry.state_bytes for entry in self._entries.values() if entry.resident)
+
+    def put(self, index: int, state: State, lr: float) -> None:
+        """Keep a state and its learning rate under an index, or put back what was taken. The store then owns them."""
+        entry = self._entries.get(index)
+        if entry is None:
+            size = state.state_bytes
+            entry = _Entry(lr, size, resident=self._fits(size), state=None, version=0, written=False)
+            self._entries[index] = entry
+        entry.lr, entry.state, entry.written = lr, state, False
+        if not entry.resident:
+            self._write(index, entry)
+            entry.state = None
+
+    def take(self, index: int) -> Snapshot:
+        """Return a snapshot, to be changed and put back."""
+        entry = self._entries[index]
+        if entry.state is None:
+            return Snapshot(State(**load(self._path(index, entry.version))), entry.lr)
+        state, entry.state = entry.state, None
+        return Snapshot(state, entry.lr)
 
     def keep(self, index: int) -> None:
         """Forget all snapshots but one; their files go with the next :meth:`commit`."""
-        self._held = {index: self._held[index]}
+        self._entries = {index: self._entries[index]}
 
     def clear(self) -> None:
         """Forget all snapshots; their files go with the next :meth:`commit`."""
-        self._held = {}
+        self._entries = {}
+
+    def flush(self) -> list[Reference]:
+        """Write all snapshots that have changed since their last file, and return references for the journal."""
+        for index, entry in self._entries.items():
+            if not entry.written:
+                self._write(index, entry)
+        return [[index, entry.version, entry.lr, entry.state_bytes] for index, entry in self._entries.items()]
+
+    def commit(self) -> None:
+        """Keep the files that :meth:`flush` named last, and remove all others."""
+        self._committed = {self._path(index, entry.version) for index, entry in self._entries.items() if entry.version}
+        if self._folder is not None:
+            for path in self._folder.glob(f"{_PREFIX}[0-9]*-[0-9]*.pt"):  # the user's own files stay
+                if path not in self._committed:
+                    path.unlink(missing_ok=True)
+
+    def restore(self, references: Sequence[Reference]) -> None:
+        """Go back to the snapshots that :meth:`flush` returned references to."""
+        self._entries = {}
+        for index, version, lr, size in references:
+            resident = self._fits(size)
+            state = State(**load(self._path(index, version))) if resident else None
+            self._entries[index] = _Entry(lr, size, resident, state, version=version, written=True)
+        self.commit()
 
     def _fits(self, size: int) -> bool:
         return self._limit is None or self.resident_bytes + size <= self._limit
 
-    def _write(self, index: int, held: _Held) -> None:
-        assert held.state is not None
-        old = self._path(index, held.version)
-        held.version += 1
-        save(self._path(index, held.version), held.state.fields())
-        held.written = True
-        if old not in self._kept:
-            old.unlink(missing_ok=True)
+    def _write(self, index: int, entry: _Entry) -> None:
+        assert entry.state is not None
+        previous = self._path(index, entry.version)
+        entry.version += 1
+        save(self._path(index, entry.version), entry.state.fields())
+        entry.written = True
+        if previous not in self._committed:
+            previous.unlink(missing_ok=True)
 
     def _path(self, index: int, version: int) -> Path:
         if self._folder is None:

@@ -1,4 +1,4 @@
-"""The two steps that SEDONA's search is made of; both refuse what is not finite before it can do harm."""
+"""The two kinds of step that SEDONA's search is made of. Neither lets an infinite or NaN gradient into the weights."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
-from sedona_fx.search.relaxed.state import (
-    BlockLossFunction,
-    Logits,
-    RelaxedBlock,
-    RelaxedNet,
-    State,
-    sgd_momentum_step,
-)
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.session.batches import Batch
@@ -29,63 +21,55 @@ class NotFinite(Exception):
 
 
 @dataclass(frozen=True)
-class InnerSteps:
-    """Steps of one relaxed net, by the settings of one search."""
+class SedonaSteps:
+    """Steps of a relaxed net with the settings of a search.
+
+    Attributes:
+        settings: of the search; read are `sampled_cuts`, `momentum` and `weight_decay`.
+        net: the relaxed net.
+        draws: generator that cuts are sampled from.
+    """
 
     settings: SedonaSettings
-    blocks: Sequence[RelaxedBlock]
-    local_loss: BlockLossFunction
+    net: RelaxedNet
     draws: torch.Generator
 
-    def train(self, state: State, alpha: Tensor, beta: Sequence[Tensor], lr: float, batch: Batch) -> None:
-        """One ordinary relaxed training step, in place.
+    def train(self, state: State, logits: Logits, lr: float, batch: Batch) -> None:
+        """Take one ordinary relaxed training step, in place.
 
         Raises:
-            NotFinite: a local loss or a gradient is not; of `state` the buffers alone have changed then.
+            NotFinite: a local loss or a gradient is not. Of `state`, only buffers have changed then.
         """
-        s = self.settings
-        cuts = len(self.blocks) - 1
-        sampled = sample_cuts(cuts, min(s.sampled_cuts, cuts), self.draws) if s.sampled_cuts is not None else None
-        found = relaxed_gradients(
-            RelaxedNet(self.blocks, self.local_loss),
-            state,
-            Logits(alpha, beta),
-            batch,
-            create_graph=False,
-            sampled=sampled,
-        )
-        # From the top, since a gradient that is not finite makes those below it so.
-        grads = [(i, g) for i, g in reversed(list(enumerate(found.grads))) if g]
+        cuts = len(self.net.blocks) - 1
+        sampled = None
+        if self.settings.sampled_cuts is not None:
+            sampled = sample_cuts(cuts, min(self.settings.sampled_cuts, cuts), self.draws)
+        step = relaxed_gradients(self.net, state, logits, batch, create_graph=False, sampled=sampled)
+        # Last base layer first: a gradient that is not finite makes those of earlier base layers so, too.
+        grads = [(i, g) for i, g in reversed(list(enumerate(step.grads))) if g]
         largest = {i: torch._foreach_norm(list(g.values()), math.inf) for i, g in grads}
         sums = {i: torch.stack([t.double() for t in norms]).sum() for i, norms in largest.items()}
-        finite = torch.stack([t.isfinite() for t in (*found.losses, *sums.values())]).tolist()  # waits for the device
+        finite = torch.stack([t.isfinite() for t in (*step.losses, *sums.values())]).tolist()  # waits for the device
         if not all(finite):
-            places = [f"base layer {i}" for i in (*(range(cuts) if sampled is None else sampled), cuts)]
-            raise NotFinite([*places, *(f"base layer {i}, in a gradient" for i in sums)][finite.index(False)])
-        sgd_momentum_step(state, found.grads, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay, in_place=True)
+            losses = [f"base layer {i}" for i in (*(range(cuts) if sampled is None else sampled), cuts)]
+            raise NotFinite([*losses, *(f"base layer {i}, in a gradient" for i in sums)][finite.index(False)])
+        sgd_momentum_step(state, step.grads, **self._sgd(lr), in_place=True)
 
     def hypergradient(
-        self,
-        state: State,
-        alpha: Tensor,
-        beta: Sequence[Tensor],
-        lr: float,
-        batches: Sequence[Batch],
-        val_batch: Batch,
+        self, state: State, logits: Logits, lr: float, batches: Sequence[Batch], val_batch: Batch
     ) -> HyperGradient:
-        """Return the gradient of the validation loss for alpha and beta, `len(batches)` steps on from a state.
+        """Return the gradient of the validation loss after `len(batches)` training steps with respect to the logits.
 
         Raises:
-            NotFinite: it, or the loss, is not.
+            NotFinite: the gradient or the validation loss is not.
         """
-        s = self.settings
-        at = (RelaxedNet(self.blocks, self.local_loss), state, Logits(alpha, beta))
         if len(batches) == 1:
-            found = one_step_hypergradient(
-                *at, batches[0], val_batch, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay
-            )
+            gradient = one_step_hypergradient(self.net, state, logits, batches[0], val_batch, **self._sgd(lr))
         else:
-            found = hypergradient(*at, batches, val_batch, lr=lr, momentum=s.momentum, weight_decay=s.weight_decay)
-        if not all(bool(t.isfinite().all()) for t in (found.val_loss, found.alpha_grad, *found.beta_grads)):
+            gradient = hypergradient(self.net, state, logits, batches, val_batch, **self._sgd(lr))
+        if not all(bool(t.isfinite().all()) for t in (gradient.val_loss, gradient.alpha_grad, *gradient.beta_grads)):
             raise NotFinite("in the validation loss or its gradient")
-        return found
+        return gradient
+
+    def _sgd(self, lr: float) -> dict[str, float]:
+        return {"lr": lr, "momentum": self.settings.momentum, "weight_decay": self.settings.weight_decay}

@@ -1,26 +1,23 @@
-"""How well a plan's local gradients agree with the gradient of backpropagation: a score of plans without training them.
+"""How well local gradients agree with the gradient of backpropagation: a score of cuts and heads, without training any.
 
 At one state of the weights, let T be the gradient of the final loss, and g_im the gradient of the loss of head m at
-place i, over the stretches j <= i that lead to the place. Two scores are computed from them:
+place i, over the stretches j <= i that lead to the place. The score is their cosine:
 
     cos(i, m)  =  <g_im, T> / (|g_im| |T|)        over the stretches j <= i
-    cos(plan)  =  <G, T> / (|G| |T|)              G: each block's weights follow the block's own loss, cut *hard*
 
-The first scores each (cut, head) by itself, the second a plan. All inner products and norms are sums over stretches, of
-<g_im(j), T(j)> and |g_im(j)|^2, so one backward pass per head scores all plans at once.
+Inner products and norms are sums over stretches, of <g_im(j), T(j)> and |g_im(j)|^2. One backward pass per head gives
+all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sedona_fx.search.problem.problem import Positions
 from sedona_fx.search.session.batches import Batch
 from sedona_fx.search.trials.supernet import Supernet
 
@@ -39,28 +36,12 @@ class Alignment:
     squares: np.ndarray
     truth: np.ndarray
 
-    def cosines(self, plans: Sequence[Positions]) -> np.ndarray:
-        """Return cos(plan) of every plan, (plans,). All plans have the same number of cuts."""
-        if not plans or not plans[0]:
-            return np.ones(len(plans))
-        chosen = np.asarray(plans)  # (plans, K - 1, 2)
-        places, heads = chosen[..., 0], chosen[..., 1]
-        first_stretches = np.concatenate([np.zeros_like(places[:, :1]), places[:, :-1] + 1], axis=1)
-
-        def over_blocks(table: np.ndarray) -> np.ndarray:
-            """Sum a table over the stretches of every block; the last block follows the final loss, so T is its G."""
-            sums = np.concatenate([np.zeros((*table.shape[:2], 1)), table.cumsum(2)], axis=2)
-            blocks = sums[places, heads, places + 1] - sums[places, heads, first_stretches]
-            last_block = self.truth[::-1].cumsum()[::-1][places[:, -1] + 1]
-            total: np.ndarray = blocks.sum(1) + last_block
-            return total
-
-        return _cosine(over_blocks(self.products), over_blocks(self.squares), self.truth.sum())
-
     def by_cut(self) -> np.ndarray:
-        """Return cos(i, m) of every place and head, (B - 1, most heads of a place)."""
+        """Return cos(i, m) of every place and head, (B - 1, most heads of a place); 0 where a gradient is 0."""
         truth = self.truth.cumsum()[: len(self.products), None]
-        return _cosine(self.products.sum(2), self.squares.sum(2), truth)
+        squares = np.maximum(self.squares.sum(2) * truth, np.finfo(np.float64).tiny)
+        cosines: np.ndarray = self.products.sum(2) / np.sqrt(squares)
+        return cosines
 
 
 def measure(net: Supernet, batch: Batch) -> Alignment:
@@ -83,12 +64,6 @@ def measure(net: Supernet, batch: Batch) -> Alignment:
             products[place, head, : place + 1] = _by_stretch(local, truth[: len(before)], ends[: place + 1])
             squares[place, head, : place + 1] = _by_stretch(local, local, ends[: place + 1])
     return Alignment(products, squares, _by_stretch(truth, truth, ends))
-
-
-def _cosine(products: np.ndarray, squares: np.ndarray, truth: np.ndarray | np.floating[Any]) -> np.ndarray:
-    """Return the cosine of inner products and squared norms; 0 where a gradient is 0."""
-    cosine: np.ndarray = products / np.sqrt(np.maximum(squares * truth, np.finfo(np.float64).tiny))
-    return cosine
 
 
 def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:

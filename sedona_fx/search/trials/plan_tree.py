@@ -20,7 +20,7 @@ from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.ir.modules import keep_modes
-from sedona_fx.rng import block_random
+from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
 from sedona_fx.search.problem.stretches import cut_into_stretches
@@ -214,8 +214,7 @@ class PlanTree:
         if not last:
             place, index = choice[-1]
             end = info(self._problem.node(place)).site
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self._problem.seed)
+            with seeded_init(self._problem.seed):
                 head = build_head(self._problem.candidates[place][index], self._problem.contexts[place])
             like = floating_parameter(self._problem)
             head.to(like.device, like.dtype)

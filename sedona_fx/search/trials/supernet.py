@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import info
-from sedona_fx.rng import block_random
+from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
 from sedona_fx.search.problem.stretches import cut_into_stretches
@@ -71,8 +71,7 @@ class Supernet:
         self._ends = [info(node).site for node in nodes]
         like = floating_parameter(problem)
         self.heads: list[list[nn.Module]] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(problem.seed)
+        with seeded_init(problem.seed):
             for place in places:
                 built = [build_head(spec, problem.contexts[place]) for spec in problem.candidates[place]]
                 self.heads.append([head.to(like.device, like.dtype) for head in built])

@@ -12,6 +12,7 @@ from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
+from sedona_fx.rng import seeded_init
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.engine import Batch, StepOptions
 from sedona_fx.runtime.run import Values
@@ -73,9 +74,7 @@ class Headed(Schedule):
         net.engine.require_heads(type(self).__name__)
         check_mode(check)
         self.check, self.extra = check, list(extra)
-        with torch.random.fork_rng(devices=[]):
-            # As for heads. Not torch.manual_seed: it would seed every accelerator too.
-            torch.default_generator.manual_seed(net.engine.seed)
+        with seeded_init(net.engine.seed):  # as for heads
             self._extra_modules = [list(self._build_extras(net, block)) for block in net.blocks]
         self.extras = nn.ModuleList(nn.ModuleList(modules) for modules in self._extra_modules)
         needs_layers = any(extra.needs_layers for extra in self.extra)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sedona_fx.search.sedona.certainty import certainty, log_odds, mean_entropy
-from sedona_fx.search.sedona.decode import decode
+from sedona_fx.search.sedona.certainty import certainty, mean_entropy
+from sedona_fx.search.sedona.decode import decode, log_odds
 
 
 def logits(*odds: float) -> torch.Tensor:

@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 import sedona_fx
 from sedona_fx import Limits
-from sedona_fx.errors import BudgetError, DataError
+from sedona_fx.errors import BudgetError, SettingsError
 from sedona_fx.search import Decision, Problem, Search, Sedona
 from sedona_fx.search.problem.work import RelaxedWork
-from sedona_fx.search.relaxed.state import State
-from sedona_fx.search.sedona import bilevel as learning
-from sedona_fx.search.sedona import perturbation, sedona
+from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
+from sedona_fx.search.sedona import bilevel, perturbation, sedona
+from sedona_fx.search.sedona.bilevel import BilevelSearch
 from sedona_fx.search.sedona.budget import Trials, share, share_seconds, share_trials
-from sedona_fx.search.sedona.perturbation import Perturbed, PlanSpace, perturb
+from sedona_fx.search.sedona.perturbation import Perturbed, perturb
+from sedona_fx.search.sedona.plan_space import PlanSpace
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona.result import SedonaResult
-from sedona_fx.search.sedona.snapshots import SnapshotStore
-from sedona_fx.search.sedona.steps import InnerSteps
+from sedona_fx.search.sedona.snapshots import Snapshot, SnapshotStore
+from sedona_fx.search.sedona.steps import SedonaSteps
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.session.timing import StepSeconds
 
@@ -98,11 +99,12 @@ class Setup:
         def epochs(data: list[Batch]) -> Any:
             return lambda: iter([({"x": x}, y) for x, y in data])
 
-        steps = InnerSteps(Sedona(**SGD), self.blocks, local_loss, torch.Generator())
-        streams = Stream(epochs(self.train), "training", 0), Stream(epochs(self.val), "validation", 0)
+        steps = SedonaSteps(Sedona(**SGD), RelaxedNet(self.blocks, local_loss), torch.Generator())
+        train, val = Stream(epochs(self.train), "training", 0), Stream(epochs(self.val), "validation", 0)
         plans = PlanSpace(blocks, space.get("completes", lambda plan: True))
         trials = Trials(blocks - 1, choices, STEPS, 1.5)
-        return perturb(steps, self.state, SGD["lr"], self.alpha, self.beta, plans, trials, *streams, seed=0)
+        start = Snapshot(self.state, SGD["lr"])
+        return perturb(steps, start, Logits(self.alpha, self.beta), plans, trials, train=train, val=val, seed=0)
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -207,11 +209,11 @@ def test_all_trials_of_a_round_draw_the_same() -> None:
             drawn.append(output.detach().clone())
         return loss(block, output, target)
 
-    steps = InnerSteps(SMALL, blocks, spy, torch.Generator())
-    streams = Stream(batches(), "training", 0), Stream(batches(), "validation", 0)
-    zeros = torch.zeros(3, 2), [torch.zeros(2)] * 3
+    steps = SedonaSteps(SMALL, RelaxedNet(blocks, spy), torch.Generator())
+    train, val = Stream(batches(), "training", 0), Stream(batches(), "validation", 0)
+    start, zeros = Snapshot(State.of(blocks), 0.0), Logits(torch.zeros(3, 2), [torch.zeros(2)] * 3)
     space = PlanSpace(2, lambda plan: True)
-    perturb(steps, State.of(blocks), 0.0, *zeros, space, Trials(1, 6, 2, 1.0), *streams, seed=0)
+    perturb(steps, start, zeros, space, Trials(1, 6, 2, 1.0), train=train, val=val, seed=0)
     per_trial = [drawn[k : k + 4] for k in range(0, len(drawn), 4)]  # two training steps, two validation batches
     assert len(per_trial) == 6
     for outputs in per_trial[1:]:
@@ -381,8 +383,16 @@ def test_the_plan_says_what_was_tried_and_argmax_is_what_it_was(blocks: int) -> 
 
 def run(settings: Sedona, blocks: int = 3, **more: Any) -> SedonaResult:
     space = PlanSpace(blocks, lambda plan: True)
-    train, val = more.pop("train", None) or batches(), batches(size=16)
-    return settings.run(make_blocks(), more.pop("local_loss", loss), train, val, WORK, 0, False, space=space)
+    return settings.run(
+        make_blocks(),
+        more.pop("local_loss", loss),
+        train_batches=more.pop("train", None) or batches(),
+        val_batches=batches(size=16),
+        work=WORK,
+        seed=0,
+        progress=False,
+        space=space,
+    )
 
 
 TINY = replace(SMALL, decode="perturbation", perturbation_steps=2)
@@ -398,21 +408,21 @@ def test_it_starts_from_the_last_good_snapshot(bad: bool, monkeypatch: pytest.Mo
             last[index] = state.clone()
             super().put(index, state, lr)
 
-    step = learning.Learning._meta_iteration
+    step = BilevelSearch._meta_iteration
 
-    def spoiled(self: learning.Learning, index: int) -> Any:
+    def spoiled(self: BilevelSearch, index: int) -> Any:
         if bad and index == 2:  # the last one turns out to be bad
-            self.bad.append(index)
+            self.history.bad_snapshots.append(index)
             return None
         return step(self, index)
 
-    def spy(steps: Any, start: State, lr: float, *args: Any) -> Perturbed:
-        given.append((start.clone(), lr))
-        return perturb(steps, start, lr, *args)
+    def spy(steps: Any, start: Snapshot, *args: Any, **more: Any) -> Perturbed:
+        given.append((start.state.clone(), start.lr))
+        return perturb(steps, start, *args, **more)
 
     monkeypatch.setattr(sedona, "SnapshotStore", Watched)
     monkeypatch.setattr(sedona, "perturb", spy)
-    monkeypatch.setattr(learning.Learning, "_meta_iteration", spoiled)
+    monkeypatch.setattr(BilevelSearch, "_meta_iteration", spoiled)
     run(TINY)  # snapshots behind 2, 4 and 6 warm-up steps
     ((start, lr),) = given
     wanted = last[1 if bad else 2]
@@ -447,8 +457,8 @@ def test_decoding_that_was_killed_starts_anew_and_ends_the_same(snapshot_bytes: 
         with pytest.raises(Killed):
             run(here)
         patch.setattr(perturbation, "_trial", trial_of)
-        patch.setattr(learning.Learning, "_train", None)  # the search itself is finished
-        patch.setattr(learning.Learning, "_meta_iteration", None)
+        patch.setattr(BilevelSearch, "_train", None)  # the search itself is finished
+        patch.setattr(BilevelSearch, "_meta_iteration", None)
         for _ in range(2):
             torch.manual_seed(5)
             again = run(here)
@@ -463,11 +473,11 @@ def test_decoding_that_was_killed_starts_anew_and_ends_the_same(snapshot_bytes: 
 def run_of(settings: Sedona, blocks: int) -> Perturbed | None:
     with pytest.MonkeyPatch.context() as patch:
         for name, function in ORIGINAL.items():
-            patch.setattr(learning.Learning, name, function)
+            patch.setattr(BilevelSearch, name, function)
         return run(settings, blocks).decoding
 
 
-ORIGINAL = {name: getattr(learning.Learning, name) for name in ("_train", "_meta_iteration")}
+ORIGINAL = {name: getattr(BilevelSearch, name) for name in ("_train", "_meta_iteration")}
 
 
 def test_ctrl_c_while_decoding_leaves_what_was_learned(
@@ -500,7 +510,8 @@ def test_search_and_decoding_keep_within_the_training_steps(
     work = RelaxedWork(1.0, heads)
     if training_steps < 10_000 and heads > 1:
         training_steps *= 20
-    budget = share(training_steps, work, 1, None, None, None, decoding=0.25)
+    settings = Sedona(training_steps=training_steps, unroll=1, decode="perturbation", perturbation_steps=steps)
+    budget = share(settings, work)
     choices = 60
     trials = share_trials(budget.decoding_cost, work, blocks - 1, choices, steps)
     assert budget.equivalent_steps + trials.equivalent_steps <= training_steps
@@ -514,8 +525,9 @@ def test_search_and_decoding_keep_within_the_training_steps(
 
 
 def test_of_seconds_a_quarter_is_for_decoding() -> None:
-    pace = StepSeconds(relaxed_seconds=0.5, meta_seconds=2.0)
-    budget = share_seconds(400.0, pace, RelaxedWork(1.0, 3.0), 1, None, decoding=0.25)
+    settings = Sedona(seconds=500.0, unroll=1, decode="perturbation")
+    step_seconds = StepSeconds(relaxed_seconds=0.5, meta_seconds=2.0)
+    budget = share_seconds(settings, RelaxedWork(1.0, 3.0), step_seconds, 400.0)
     assert (budget.warmup_steps, budget.meta_steps) == (300, 75)
     assert budget.decoding_cost == pytest.approx(100.0 / 0.5 * 4.0)  # a relaxed step costs four plain ones
 
@@ -540,7 +552,7 @@ def test_the_cost_is_stated_before_the_start_and_kept(caplog: pytest.LogCaptureF
 
 
 def test_seconds_pay_for_decoding_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(learning, "measure", lambda *args: StepSeconds(relaxed_seconds=1.0, meta_seconds=1.2))
+    monkeypatch.setattr(bilevel, "measure", lambda *args: StepSeconds(relaxed_seconds=1.0, meta_seconds=1.2))
     settings = Sedona(seconds=100.0, unroll=1, decode="perturbation", perturbation_steps=2)
     with caplog.at_level(logging.INFO):
         found = run(settings)
@@ -552,7 +564,7 @@ def test_seconds_pay_for_decoding_too(monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_a_cost_too_small_says_what_would_do() -> None:
     with pytest.raises(ValueError, match=r"Let the search cost \d+\.\d times as much, lower perturbation_steps, or"):
         run(replace(SMALL, decode="perturbation", perturbation_steps=None))
-    with pytest.raises(DataError, match="take decode='argmax'"):
+    with pytest.raises(SettingsError, match="take decode='argmax'"):
         decoupled(replace(ALL, meta_steps=None, training_steps=200, perturbation_steps=40))
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, interpolate, max_pool2d
 from torchvision.models import googlenet
 
 import sedona_fx
-from sedona_fx.errors import DataError, SearchDivergedError
+from sedona_fx.errors import SearchDivergedError, SettingsError
 from sedona_fx.ir.split_point import SplitPoint
 from sedona_fx.passes import relax
 from sedona_fx.search import Decision, Problem, Search, Sedona
@@ -256,5 +256,5 @@ def test_a_loss_that_is_not_finite_keeps_the_plan_so_far():
 
 
 def test_a_budget_too_small_says_what_would_do():
-    with pytest.raises(DataError, match="Raise training_steps to"):
+    with pytest.raises(SettingsError, match="Raise training_steps to"):
         sedona_fx.decouple(conv_net(), loader(), search=Sedona(training_steps=3), progress=False)

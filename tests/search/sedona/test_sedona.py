@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from tiny_search import SMALL, WORK, Layer, batches, make_blocks, same, search
 from torch import Tensor
 
-from sedona_fx.errors import DataError
+from sedona_fx.errors import CutError, DataError
 from sedona_fx.search.problem.work import RelaxedWork
-from sedona_fx.search.sedona import bilevel as learning
-from sedona_fx.search.sedona import sedona
+from sedona_fx.search.sedona import bilevel, sedona
+from sedona_fx.search.sedona.bilevel import BilevelSearch
 from sedona_fx.search.sedona.budget import share
 from sedona_fx.search.sedona.decode import decode
 from sedona_fx.search.sedona.sedona import Sedona
@@ -58,7 +58,7 @@ def test_the_trajectory_tells_what_happened() -> None:
 
 
 def test_the_trajectory_is_thinned_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "_TRAJECTORY_POINTS", 4)
+    monkeypatch.setattr(bilevel, "_TRAJECTORY_POINTS", 4)
     r = search(replace(SMALL, meta_steps=10, unroll=1))
     assert [p["step"] for p in r.trajectory] == [0, 3, 6, 9]
 
@@ -100,15 +100,15 @@ def test_the_warm_up_is_plain_training_at_one_half_and_its_snapshots_hold_all_of
 ) -> None:
     """alpha and beta are frozen there: by hand, with constants for them, PyTorch's own SGD ends at the same weights."""
     seen: list[tuple[Tensor, ...]] = []
-    train = learning.Learning._train
+    train = BilevelSearch._train
 
-    def watched(self: learning.Learning, *args: Any) -> None:
-        if self.warmed < 6:
-            seen.append(tuple(t.detach().clone() for t in (self.alpha, *self.beta)))
-            assert not self.adam.state
+    def watched(self: BilevelSearch, *args: Any) -> None:
+        if self.history.warmup_steps < 6:
+            seen.append(tuple(t.detach().clone() for t in self.variables.logits.tensors()))
+            assert not self.variables.adam.state
         train(self, *args)
 
-    monkeypatch.setattr(learning.Learning, "_train", watched)
+    monkeypatch.setattr(BilevelSearch, "_train", watched)
     search(replace(SMALL, lr=0.1, weight_decay=0.01))
     assert len(seen) == 6
     assert all(not t.any() for ts in seen for t in ts)
@@ -191,9 +191,7 @@ def test_ctrl_c_while_counting_the_data() -> None:
 @pytest.mark.parametrize("heads", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("given", [{}, {"warmup_steps": 3}, {"meta_steps": 1}])
 def test_the_cost_is_within_the_training_steps(training_steps: int, heads: float, given: dict[str, int]) -> None:
-    settings = {"warmup_steps": None, "meta_steps": None, "snapshots": None, "unroll": 1} | given
-    work = RelaxedWork(1.0, heads, 2.0)
-    b = share(training_steps, work, **settings)
+    b = share(Sedona(training_steps=training_steps, unroll=1, **given), RelaxedWork(1.0, heads, 2.0))
     assert training_steps - b.meta_cost - b.relaxed_cost < b.equivalent_steps <= training_steps
     assert 1 <= b.snapshots <= b.warmup_steps
 
@@ -219,12 +217,12 @@ def test_a_budget_too_small_says_what_would_do() -> None:
         search(Sedona(training_steps=10))
     search(Sedona(training_steps=43))
     with pytest.raises(ValueError, match="Raise training_steps to 58 or more"):
-        share(50, WORK, 3, 24, None, None)
-    assert share(58, WORK, 3, 24, None, None).meta_steps == 1
+        share(Sedona(training_steps=50, unroll=3, warmup_steps=24), WORK)
+    assert share(Sedona(training_steps=58, unroll=3, warmup_steps=24), WORK).meta_steps == 1
 
 
 def test_what_cannot_be_searched_is_refused() -> None:
-    with pytest.raises(ValueError, match="single base layer"):
+    with pytest.raises(CutError, match="single base layer"):
         search(blocks=make_blocks()[3:])
     with pytest.raises(DataError, match="training data is empty"):
         search(train=lambda: iter(()))
@@ -234,7 +232,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
 
 def test_the_papers_settings() -> None:
     s = Sedona.paper()
-    b = share(s.training_steps, WORK, s.unroll, s.warmup_steps, s.meta_steps, s.snapshots)
+    b = share(s, WORK)
     assert (b.warmup_steps, b.meta_steps, b.snapshots, s.unroll, s.lr) == (40_000, 2_000, 50, 5, 0.1)
     assert (s.momentum, s.weight_decay, s.val_batch_size) == (0.9, 1e-4, 1024)
     assert (s.meta_lr, s.meta_betas, s.meta_weight_decay) == (1e-2, (0.5, 0.999), 1e-6)

@@ -12,7 +12,7 @@ import torch
 from tiny_search import SMALL, batches, loss, same, search
 from torch import Tensor
 
-from sedona_fx.search.sedona import bilevel as learning
+from sedona_fx.search.sedona.bilevel import BilevelSearch
 from sedona_fx.search.sedona.result import NonFiniteSearch
 
 # Training batches are handed out so: 6 in the warm-up (snapshots behind 2, 4 and 6), then 3 a meta-iteration.
@@ -49,20 +49,20 @@ def test_the_snapshot_is_dropped_and_the_search_goes_on_from_the_one_before(
     offset: int, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[tuple[int, list[Tensor]]] = []
-    step = learning.Learning._meta_iteration
+    step = BilevelSearch._meta_iteration
 
-    def watched(self: learning.Learning, index: int) -> Any:
-        before = [t.detach().clone() for t in (self.alpha, *self.beta)]
-        moments = [t.clone() for s in self.adam.state.values() for t in s.values()]
+    def watched(self: BilevelSearch, index: int) -> Any:
+        before = [t.detach().clone() for t in self.variables.logits.tensors()]
+        moments = [t.clone() for s in self.variables.adam.state.values() for t in s.values()]
         state, lr = self.store.take(index)
         weights = state.clone()
         self.store.put(index, state, lr)
         found = step(self, index)
         used.append((index, before))
         if found is None:  # nothing has changed: not alpha and beta, not Adam's moments, not the snapshot
-            for old, new in zip(before, (self.alpha, *self.beta), strict=True):
+            for old, new in zip(before, self.variables.logits.tensors(), strict=True):
                 assert torch.equal(old, new)
-            now = [t for s in self.adam.state.values() for t in s.values()]
+            now = [t for s in self.variables.adam.state.values() for t in s.values()]
             assert len(now) == len(moments) > 0
             assert all(torch.equal(a, b) for a, b in zip(moments, now, strict=True))
             state, lr = self.store.take(index)
@@ -72,7 +72,7 @@ def test_the_snapshot_is_dropped_and_the_search_goes_on_from_the_one_before(
             self.store.put(index, state, lr)
         return found
 
-    monkeypatch.setattr(learning.Learning, "_meta_iteration", watched)
+    monkeypatch.setattr(BilevelSearch, "_meta_iteration", watched)
     fine = search()
     drawn = [index for index, _ in used]
     used.clear()
@@ -102,13 +102,13 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_in_the_weights() ->
 
 def test_without_one_before_the_next_one_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    step = learning.Learning._meta_iteration
+    step = BilevelSearch._meta_iteration
 
-    def watched(self: learning.Learning, index: int) -> Any:
+    def watched(self: BilevelSearch, index: int) -> Any:
         used.append(index)
         return step(self, index)
 
-    monkeypatch.setattr(learning.Learning, "_meta_iteration", watched)
+    monkeypatch.setattr(BilevelSearch, "_meta_iteration", watched)
     settings = replace(SMALL, meta_steps=12)
     search(settings)
     drawn, used[:] = used.copy(), []

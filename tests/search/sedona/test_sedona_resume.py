@@ -17,7 +17,7 @@ from tiny_search import SMALL, WORK, batches, loss, make_blocks, same, search
 import sedona_fx
 from sedona_fx.errors import CheckpointError
 from sedona_fx.search import Sedona
-from sedona_fx.search.sedona.bilevel import Learning
+from sedona_fx.search.sedona.bilevel import BilevelSearch
 from sedona_fx.search.sedona.result import SedonaResult
 
 SCRIPT = Path(killable.__file__)
@@ -44,9 +44,9 @@ class Killed(BaseException):
 
 def stopped(settings: Sedona, step: int) -> None:
     """Run a search and leave it as a kill would in the middle of a step."""
-    train, count = Learning._train, 0
+    train, count = BilevelSearch._train, 0
 
-    def killing(self: Learning, *args: Any) -> None:
+    def killing(self: BilevelSearch, *args: Any) -> None:
         nonlocal count
         if count == step:
             raise Killed
@@ -54,7 +54,7 @@ def stopped(settings: Sedona, step: int) -> None:
         train(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learning, "_train", killing)
+        patch.setattr(BilevelSearch, "_train", killing)
         with pytest.raises(Killed):
             search(settings)
 
@@ -93,16 +93,16 @@ def test_failures_are_remembered(tmp_path: Path) -> None:
         if step is None:
             return search(settings, train=data, local_loss=faulty)
         with pytest.MonkeyPatch.context() as patch:
-            meta, count = Learning._meta_iteration, 0
+            meta, count = BilevelSearch._meta_iteration, 0
 
-            def killing(self: Learning, index: int) -> Any:
+            def killing(self: BilevelSearch, index: int) -> Any:
                 nonlocal count
                 count += 1
                 if count == step:
                     raise Killed
                 return meta(self, index)
 
-            patch.setattr(Learning, "_meta_iteration", killing)
+            patch.setattr(BilevelSearch, "_meta_iteration", killing)
             with pytest.raises(Killed):
                 search(settings, train=data, local_loss=faulty)
         return None
@@ -121,7 +121,7 @@ def test_failures_are_remembered(tmp_path: Path) -> None:
 def test_a_finished_search_is_returned_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SMALL, folder=tmp_path)
     first = search(settings)
-    monkeypatch.setattr(Learning, "_train", None)
+    monkeypatch.setattr(BilevelSearch, "_train", None)
     again = search(replace(settings, save_seconds=1.0, snapshot_bytes=0))  # these do not make another search
     assert same(first, again)
     assert first.cost == again.cost
@@ -153,7 +153,16 @@ def test_a_folder_of_another_search_is_refused_with_what_differs(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"shapes\.1\.fc\.bias is only there"):
         search(settings, blocks=blocks)
     with pytest.raises(CheckpointError, match="places is only here"):
-        settings.run(make_blocks(), loss, batches(), batches(), WORK, 0, False, {"places": ["a"]})
+        settings.run(
+            make_blocks(),
+            loss,
+            train_batches=batches(),
+            val_batches=batches(),
+            work=WORK,
+            seed=0,
+            progress=False,
+            names={"places": ["a"]},
+        )
     assert same(search(settings), search())
 
 

@@ -61,8 +61,9 @@ def test_all_heads_run_by_default_and_where_more_are_asked_for_than_there_are(st
 
 
 def test_sampled_steps_are_counted_as_what_they_cost() -> None:
-    whole = share(1000, RelaxedWork(net=1.0, heads=8.0), 1, None, None, None)
-    part = share(1000, RelaxedWork(net=1.0, heads=8.0, sampled=0.25), 1, None, None, None)
+    settings = Sedona(training_steps=1000, unroll=1)
+    whole = share(settings, RelaxedWork(net=1.0, heads=8.0))
+    part = share(settings, RelaxedWork(net=1.0, heads=8.0, sampled=0.25))
     assert (whole.relaxed_cost, part.relaxed_cost) == (9.0, 3.0)
     assert whole.meta_cost - part.meta_cost == 6.0  # its one ordinary step; the unrolled one has all heads
     assert part.equivalent_steps <= 1000

@@ -13,8 +13,8 @@ import torch
 from tiny_search import SMALL, WORK, batches, loss, make_blocks, same, search
 
 from sedona_fx.rng import random_states
-from sedona_fx.search.sedona import bilevel as learning
-from sedona_fx.search.sedona.bilevel import Learning
+from sedona_fx.search.sedona import bilevel
+from sedona_fx.search.sedona.bilevel import BilevelSearch
 from sedona_fx.search.sedona.budget import share_seconds
 from sedona_fx.search.sedona.sedona import Sedona
 from sedona_fx.search.session.timing import StepSeconds
@@ -26,14 +26,14 @@ TIMED = Sedona(seconds=100.0, snapshots=3, unroll=2)
 def paces(monkeypatch: pytest.MonkeyPatch) -> list[StepSeconds]:
     """Measurements run as they would, but what they tell is given: the last entry."""
     given = [StepSeconds(relaxed_seconds=10.0, meta_seconds=12.0)]
-    measure = learning.measure
+    measure = bilevel.measure
 
     def measured(*args: Any) -> StepSeconds:
         found = measure(*args)
         assert min(found.relaxed_seconds, found.meta_seconds) > 0
         return given[-1]
 
-    monkeypatch.setattr(learning, "measure", measured)
+    monkeypatch.setattr(bilevel, "measure", measured)
     return given
 
 
@@ -66,7 +66,9 @@ def test_measuring_gives_everything_back(paces: list[StepSeconds]) -> None:
     weights = [t.clone() for b in blocks for t in b.module.state_dict().values()]
     torch.manual_seed(3)
     own, before = generator.get_state(), random_states([])
-    result = TIMED.run(blocks, loss, Epochs(), batches(size=16), WORK, 0, False)
+    result = TIMED.run(
+        blocks, loss, train_batches=Epochs(), val_batches=batches(size=16), work=WORK, seed=0, progress=False
+    )
     assert result.cost["spent_steps"] > 0
     after = random_states([])
     assert torch.equal(before[0], after[0])
@@ -101,7 +103,7 @@ def test_a_long_search_is_measured_to_say_how_long_it_takes(
         found = search(settings)
     assert re.search(r"= \d+ training steps, about 0\d:\d\d ", caplog.text)
     assert "relaxed_seconds" not in found.cost  # nothing depends on it, so the plan does not say it
-    monkeypatch.setattr(Learning, "measure", lambda self: None)
+    monkeypatch.setattr(BilevelSearch, "measure", lambda self: None)
     assert same(found, search(settings))
     assert short.cost["spent_steps"] < found.cost["spent_steps"]
 
@@ -114,9 +116,9 @@ def test_the_counts_fit_into_the_seconds(seconds: float, pace: StepSeconds) -> N
 
     if seconds < 2 * pace.meta_seconds:
         with pytest.raises(ValueError, match=r"Leave 1\.4 s or more for them"):
-            share_seconds(seconds, pace, WORK, 3, None)
+            share_seconds(Sedona(unroll=3), WORK, pace, seconds)
         return
-    budget = share_seconds(seconds, pace, WORK, 3, None)
+    budget = share_seconds(Sedona(unroll=3), WORK, pace, seconds)
     assert seconds - pace.meta_seconds - pace.relaxed_seconds < spent(budget) <= seconds
     assert 1 <= budget.snapshots <= budget.warmup_steps
 

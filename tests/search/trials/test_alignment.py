@@ -1,4 +1,4 @@
-"""Alignment: inner products and cosines are those of gradients taken by hand, of greedy steps with hard cuts."""
+"""Alignment: inner products and cosines are those of gradients taken by hand."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from small_conv import chain, every_plan, loader, named, problem_of, stages_of
+from small_conv import chain, loader, named, problem_of, stages_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 
@@ -84,21 +85,24 @@ def by_backpropagation(stages: Sequence[tuple[Stage, list[nn.Parameter]]], batch
     return gradients(cross_entropy(values["h"], batch[1]), [p for _, own in stages for p in own])
 
 
-def by_plan(
+def cosines_by_hand(
     stages: Sequence[tuple[Stage, list[nn.Parameter]]],
     heads: Sequence[Sequence[nn.Module]],
-    plan: Sequence[tuple[int, int]],
     batch: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Return the gradient of a greedy step: every block detached from the one before, trained by its own loss."""
-    values, found, own, chosen = {"h": batch[0]}, [], [], dict(plan)
-    for place, (run, parameters) in enumerate(stages):
-        values, own = run(values), [*own, *parameters]
-        if place in chosen or place == len(stages) - 1:
-            output = heads[place][chosen[place]](values["h"]) if place in chosen else values["h"]
-            found.append(gradients(cross_entropy(output, batch[1]), own))
-            values, own = {name: value.detach() for name, value in values.items()}, []
-    return torch.cat(found)
+    truth: Tensor,
+) -> np.ndarray:
+    """Return, by place and head, the cosine between a head's gradient and `truth` over the weights before the cut."""
+    rows = []
+    for place in range(len(stages) - 1):
+        values = {"h": batch[0]}
+        for run, _ in stages[: place + 1]:
+            values = run(values)
+        before = [p for _, own in stages[: place + 1] for p in own]
+        part = truth[: sum(p.numel() for p in before)]
+        losses = [cross_entropy(head(values["h"]), batch[1]) for head in heads[place]]
+        local = [gradients(loss, before) for loss in losses]
+        rows.append([(g @ part / (g.norm() * part.norm())).item() for g in local])
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("name", ["chain", "skip"])
@@ -131,40 +135,14 @@ def test_products_squares_and_truth_are_those_of_gradients_by_hand(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["chain", "skip"])
-def test_cosines_are_those_of_whole_greedy_steps_of_all_plans(name: str) -> None:
+def test_by_cut_is_the_cosine_over_all_weights_before_the_cut(name: str) -> None:
     model, stages, more = case(name)
     net = supernet(model, **more)
     heads, batch = copy.deepcopy(net.heads), loader(seed=4)[0]
-    found = measure(net, named(batch, "x" if name == "skip" else "input"))
-    truth = by_backpropagation(stages, batch)
-    for cuts in (1, 2, 3):
-        plans = every_plan([2, 2, 2], cuts)
-        cosines = found.cosines(plans)
-        assert cosines.shape == (len(plans),)
-        for plan, cosine in zip(plans, cosines, strict=True):
-            local = by_plan(stages, heads, plan, batch)
-            assert cosine == pytest.approx((local @ truth / (local.norm() * truth.norm())).item(), abs=1e-12)
-        assert len(set(cosines.round(12))) == len(plans)
-    assert found.cosines([()]) == pytest.approx([1.0])
-    assert found.cosines([]).shape == (0,)
-
-
-def test_by_cut_is_the_cosine_over_all_weights_in_front() -> None:
-    model, stages, _ = case("chain")
-    net = supernet(model)
-    heads, batch = copy.deepcopy(net.heads), loader(seed=4)[0]
-    found = measure(net, named(batch)).by_cut()
-    truth = by_backpropagation(stages, batch)
-    for place in range(3):
-        own = [p for _, parameters in stages[: place + 1] for p in parameters]
-        size = sum(p.numel() for p in own)
-        for head in range(2):
-            values = {"h": batch[0]}
-            for run, _ in stages[: place + 1]:
-                values = run(values)
-            local = gradients(cross_entropy(heads[place][head](values["h"]), batch[1]), own)
-            expected = local @ truth[:size] / (local.norm() * truth[:size].norm())
-            assert found[place, head] == pytest.approx(expected.item(), abs=1e-12)
+    found = measure(net, named(batch, "x" if name == "skip" else "input")).by_cut()
+    expected = cosines_by_hand(stages, heads, batch, by_backpropagation(stages, batch))
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert len(set(expected.round(12).flatten())) == expected.size
 
 
 def test_all_gradients_are_of_one_forward_and_its_draws() -> None:
@@ -187,10 +165,7 @@ def test_all_gradients_are_of_one_forward_and_its_draws() -> None:
 
         stages.append((run, [*stage.parameters(), *top.parameters()]))
     truth = by_backpropagation(stages, batch)
-    plans = every_plan([2, 2, 2], 2)
-    for plan, cosine in zip(plans, found.cosines(plans), strict=True):
-        local = by_plan(stages, heads, plan, batch)
-        assert cosine == pytest.approx((local @ truth / (local.norm() * truth.norm())).item(), abs=1e-12)
+    assert found.by_cut() == pytest.approx(cosines_by_hand(stages, heads, batch, truth), abs=1e-12)
     again = measure(net, named(batch))
     assert not torch.allclose(torch.from_numpy(found.truth), torch.from_numpy(again.truth))  # other draws, and heads
 
@@ -238,7 +213,6 @@ def test_a_gradient_that_is_nought_scores_nought() -> None:
     nothing = torch.zeros(2, 1, 3, dtype=torch.float64).numpy()
     truth = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64).numpy()
     found = Alignment(nothing, nothing, truth)
-    assert found.cosines([((0, 0),), ((1, 0),)]).tolist() == [pytest.approx((2 / 3) ** 0.5), 0.0]
     assert found.by_cut().tolist() == [[0.0], [0.0]]
 
 
