@@ -17,7 +17,7 @@ from sedona_fx.heads.registry import head_name
 from sedona_fx.search.guided_settings import GuidedSettings
 from sedona_fx.search.problem.plan_costs import best_plans
 from sedona_fx.search.problem.problem import Choice, Decision, Problem, SearchData
-from sedona_fx.search.session.batches import Batch, split
+from sedona_fx.search.session.batches import NamedBatch, split
 from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Progress
@@ -124,9 +124,9 @@ class GuidedRun:
             return Shares(*saved[0]), Effort(*saved[1]), batch_size
         effort = Effort.of(self.problem, self.places, micro_batches)
         epoch = self.data.epoch_batches or self.train.length()
-        budget = _DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
+        allowed_steps = _DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
         step_seconds = None
-        if settings.seconds is not None or effort.of_measuring <= MEASURED_SHARE * budget:
+        if settings.seconds is not None or effort.of_measuring <= MEASURED_SHARE * allowed_steps:
             step_seconds = effort.seconds(
                 lambda: Supernet(self.problem, self.places, self.device),
                 first_batch,
@@ -134,12 +134,12 @@ class GuidedRun:
                 self.problem.blocks - 1,
             )
         if settings.seconds is not None and step_seconds is not None:
-            budget = math.floor(settings.seconds / step_seconds)
-            if budget < effort.least:
+            allowed_steps = math.floor(settings.seconds / step_seconds)
+            if allowed_steps < effort.least:
                 enough = math.ceil(effort.least * step_seconds)
                 raise effort.too_little(f"seconds={settings.seconds:g}", f"seconds to {enough}")
         finalists = 0 if self.net.shares_parameters else settings.finalists
-        shares = effort.share(budget, settings.states, finalists, epoch, self.problem)
+        shares = effort.share(allowed_steps, settings.states, finalists, epoch, self.problem)
         duration = "" if step_seconds is None else tqdm.format_interval(math.ceil(step_seconds * shares.cost))
         log.info("%s%s", shares, duration and f", about {duration}")
         if shares.states == 1 < settings.states:
@@ -150,7 +150,7 @@ class GuidedRun:
             )
         return shares, effort, batch_size
 
-    def _micro_batches(self, batch: Batch) -> tuple[int | None, int]:
+    def _micro_batches(self, batch: NamedBatch) -> tuple[int | None, int]:
         """Return the samples per micro-batch (None: batches are not split), and the number of micro-batches per batch.
 
         They are not so small that the fixed time of operators, which does not depend on the size of their tensors,
@@ -211,7 +211,7 @@ class GuidedRun:
             return False
         return True
 
-    def _validation(self) -> Iterable[Batch]:
+    def _validation(self) -> Iterable[NamedBatch]:
         return itertools.islice(self.val.fresh().epoch(), self.settings.val_batches)
 
     def _seconds(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from sedona_fx.errors import SettingsError
 from sedona_fx.rng import seeded_init
 from sedona_fx.search.problem.problem import Decision, Problem, Search, SearchData
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Progress
@@ -105,7 +105,7 @@ class Rollout(Search):
         train, val = training_stream(problem, data), validation_stream(problem, data)
         descent, effort = Descent(self.lr, self.momentum, self.weight_decay), Effort.of(problem, places, 1)
 
-        def validation() -> Iterable[Batch]:
+        def validation() -> Iterable[NamedBatch]:
             return itertools.islice(val.fresh().epoch(), self.val_batches)
 
         warm_up = Comparison(
@@ -153,7 +153,7 @@ class Rollout(Search):
         return problem.decision(halving.ranked[0], provenance)
 
     def _steps(self, problem: Problem, tree: PlanTree, epoch_batches: Callable[[], int]) -> int:
-        """Return the steps of the plans that stay to the end: those given, or as many as the budget pays for.
+        """Return the steps of the plans that stay to the end: those given, or as many as the allowed steps pay for.
 
         Args:
             problem: the net.
@@ -161,16 +161,16 @@ class Rollout(Search):
             epoch_batches: returns the number of training batches per epoch; it may go through the data.
 
         Raises:
-            SettingsError: the budget does not pay for one step.
+            SettingsError: the allowed steps do not pay for one step.
         """
         if self.steps is not None:
             return self.steps
-        budget = _DEFAULT_EPOCHS * epoch_batches() if self.training_steps is None else self.training_steps
+        allowed_steps = _DEFAULT_EPOCHS * epoch_batches() if self.training_steps is None else self.training_steps
         all_plans, one_plan, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
-        steps, _ = affordable(budget, count, one_plan, all_plans)
+        steps, _ = affordable(allowed_steps, count, one_plan, all_plans)
         if steps < 1:
             raise SettingsError(
-                f"training_steps={budget} does not pay for a rollout: one step of all {count} plans costs "
+                f"training_steps={allowed_steps} does not pay for a rollout: one step of all {count} plans costs "
                 f"as much as {all_plans:.0f} training steps. Raise training_steps, or try fewer plans."
             )
         return steps

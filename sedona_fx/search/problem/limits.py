@@ -1,7 +1,7 @@
 """Limits on a plan: bytes, FLOPs and seconds of its largest block, and FLOPs of its heads.
 
 ``decouple(budget=...)`` sets them. They do not limit what a search itself costs: that is a setting of the search
-(:class:`~sedona_fx.search.sedona.budget.Budget` counts it).
+(:class:`~sedona_fx.search.sedona.search_cost.SearchCost` counts it).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from sedona_fx.errors import HeadError
 from sedona_fx.search.relaxed.state import RelaxedBlock, RelaxedNet, Slot, State, Tensors, named_tensors
 from sedona_fx.search.relaxed.vjp import Leaf, accumulate, gradients, live_tensors, present, reachable, with_own_nodes
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 LOSS: Leaf = ("", 0)
 """Key of the last block's loss among the outputs of its segment; no value has an empty name."""
@@ -68,7 +68,7 @@ def run_relaxed_block(
     *,
     params: Sequence[Tensors],
     env: Mapping[str, Any],
-    batch: Batch,
+    batch: NamedBatch,
     beta: Tensor | None,
     with_heads: bool = True,
 ) -> tuple[Segment, dict[str, Any], Tensor]:

@@ -42,7 +42,7 @@ from sedona_fx.search.relaxed.state import (
 )
 from sedona_fx.search.relaxed.unrolled_step import UnrolledStep
 from sedona_fx.search.relaxed.vjp import accumulate, gradients, present
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def hypergradient(
     net: RelaxedNet,
     state: State,
     logits: Logits,
-    train_batches: Sequence[Batch],
-    val_batch: Batch,
+    train_batches: Sequence[NamedBatch],
+    val_batch: NamedBatch,
     *,
     lr: float,
     momentum: float,
@@ -118,7 +118,7 @@ def hypergradient(
     return HyperGradient(by_logit[0], [by_logit[k + 1] for k in range(len(logits.beta))], val_loss)
 
 
-def validation_gradient(net: RelaxedNet, state: State, batch: Batch) -> tuple[list[Tensors], Tensor]:
+def validation_gradient(net: RelaxedNet, state: State, batch: NamedBatch) -> tuple[list[Tensors], Tensor]:
     """Differentiate the loss of the final output with respect to the weights.
 
     The evaluation graph runs (no dropout), but with batch statistics in BatchNorm: running statistics carry no
@@ -140,13 +140,13 @@ def validation_gradient(net: RelaxedNet, state: State, batch: Batch) -> tuple[li
     return [present(d, [next(grads) for _ in d]) for d in params], loss.detach()
 
 
-def validation_loss(net: RelaxedNet, state: State, batch: Batch) -> Tensor:
+def validation_loss(net: RelaxedNet, state: State, batch: NamedBatch) -> Tensor:
     """Return the loss that :func:`validation_gradient` differentiates, 0-d, without a backward pass."""
     with torch.no_grad(), batch_statistics(net.blocks):
         return _final_loss(net, state, state.params, batch)
 
 
-def _final_loss(net: RelaxedNet, state: State, params: Sequence[Tensors], batch: Batch) -> Tensor:
+def _final_loss(net: RelaxedNet, state: State, params: Sequence[Tensors], batch: NamedBatch) -> Tensor:
     inputs, target = batch
     env: dict[str, Any] = dict(inputs)
     output: Any = None

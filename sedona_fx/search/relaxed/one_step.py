@@ -36,15 +36,15 @@ from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, by_slot, clones, leaves, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.relaxed.vjp import Leaf, gradients, present
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 def one_step_hypergradient(
     net: RelaxedNet,
     state: State,
     logits: Logits,
-    train_batch: Batch,
-    val_batch: Batch,
+    train_batch: NamedBatch,
+    val_batch: NamedBatch,
     *,
     lr: float,
     momentum: float,
@@ -93,7 +93,7 @@ def _derivatives_along(
     net: RelaxedNet,
     state: State,
     logits: Logits,
-    batch: Batch,
+    batch: NamedBatch,
     records: Sequence[CutRecord],
 ) -> tuple[Tensor, list[Tensor]]:
     """Push the tangents through the net, with v = `direction`.

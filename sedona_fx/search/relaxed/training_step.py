@@ -37,7 +37,7 @@ from sedona_fx.search.relaxed.cut_record import CutRecord, GeneratorStates
 from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, Tensors
 from sedona_fx.search.relaxed.vjp import Leaf, accumulate, gradients, present
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def relaxed_gradients(
     net: RelaxedNet,
     state: State,
     logits: Logits,
-    batch: Batch,
+    batch: NamedBatch,
     *,
     create_graph: bool,
     sampled: Mapping[int, float] | None = None,

@@ -12,7 +12,7 @@ from sedona_fx.search.relaxed.cut_record import GeneratorStates
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, Tensors, by_slot, clones, leaves
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
 from sedona_fx.search.relaxed.vjp import present
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 class UnrolledStep:
@@ -25,7 +25,7 @@ class UnrolledStep:
         weights_with_gradient: slots of the weights that get a gradient; known after :meth:`gradients`.
     """
 
-    def __init__(self, net: RelaxedNet, state: State, logits: Logits, batch: Batch) -> None:
+    def __init__(self, net: RelaxedNet, state: State, logits: Logits, batch: NamedBatch) -> None:
         self._net, self._batch = net, batch
         self._state = replace(state, buffers=clones(state.buffers))
         self._logits = logits.detached(requires_grad=True)

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.search.relaxed.hypergradient import HyperGradient
 from sedona_fx.search.relaxed.state import RelaxedNet, State, clones
-from sedona_fx.search.sedona.budget import Budget
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult, trajectory_point
+from sedona_fx.search.sedona.search_cost import SearchCost
 from sedona_fx.search.sedona.search_state import SearchState
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.sedona.snapshots import Snapshot
@@ -45,7 +45,7 @@ class BilevelSearch:
         self.variables, self.history, self.store = state.variables, state.history, state.store
         self._steps = SedonaSteps(settings, net, state.draws)
 
-    def run(self, plan: Callable[[], tuple[Budget, StepSeconds | None]], progress: bool) -> SedonaResult:
+    def run(self, plan: Callable[[], tuple[SearchCost, StepSeconds | None]], progress: bool) -> SedonaResult:
         """Search to the end: from where the journal stands, or from the start.
 
         Args:
@@ -66,19 +66,19 @@ class BilevelSearch:
             state.restore(saved)
             log.info("going on with the search in %s, at %s", state.journal.folder, history.where)
         else:
-            state.budget, state.step_seconds = plan()
+            state.search_cost, state.step_seconds = plan()
             state.save()
-        budget = state.budget
-        assert budget is not None
-        text = str(budget) + self._duration(budget)
-        log.info("%s (%d snapshots)", text, budget.snapshots)
-        total, done = math.ceil(budget.equivalent_steps), round(history.spent_steps)
+        search_cost = state.search_cost
+        assert search_cost is not None
+        text = str(search_cost) + self._duration(search_cost)
+        log.info("%s (%d snapshots)", text, search_cost.snapshots)
+        total, done = math.ceil(search_cost.equivalent_steps), round(history.spent_steps)
         with tqdm(total=total, initial=done, desc=text, unit="step", disable=not progress) as self._bar:
-            while history.warmup_steps < budget.warmup_steps:
-                self._warmup_step(budget)
+            while history.warmup_steps < search_cost.warmup_steps:
+                self._warmup_step(search_cost)
                 state.save_if_due()
-            while history.meta_steps < budget.meta_steps:
-                self._meta_step(budget)
+            while history.meta_steps < search_cost.meta_steps:
+                self._meta_step(search_cost)
                 state.save_if_due()
         return self._finish()
 
@@ -108,10 +108,10 @@ class BilevelSearch:
 
     def result(self, interrupted: bool = False) -> SedonaResult:
         """Return what was learned so far."""
-        budget, step_seconds = self.state.budget, self.state.step_seconds
+        search_cost, step_seconds = self.state.search_cost, self.state.step_seconds
         cost: dict[str, float] = {"spent_steps": self.history.spent_steps}
-        if budget is not None:
-            cost |= budget.counts() | {"snapshot_bytes": self.store.state_bytes}
+        if search_cost is not None:
+            cost |= search_cost.counts() | {"snapshot_bytes": self.store.state_bytes}
         if step_seconds is not None and self.settings.seconds is not None:
             cost |= dataclasses.asdict(step_seconds)
         return SedonaResult(
@@ -124,12 +124,12 @@ class BilevelSearch:
             failures=list(self.history.failures),
         )
 
-    def _warmup_step(self, budget: Budget) -> None:
+    def _warmup_step(self, search_cost: SearchCost) -> None:
         """Train the relaxed net for a step at alpha = beta = 0, and take a snapshot if one is due.
 
         Snapshots are spread evenly, the last one at the end of the warm-up.
         """
-        step, steps, weights = self.history.warmup_steps, budget.warmup_steps, self.state.warmup
+        step, steps, weights = self.history.warmup_steps, search_cost.warmup_steps, self.state.warmup
         assert weights is not None
         self.history.where = f"warm-up step {step}"
         try:
@@ -137,8 +137,8 @@ class BilevelSearch:
         except NotFinite as error:
             self._end_warmup_early(error, steps)
             return
-        self._spend(budget.relaxed_cost)
-        if step + 1 in {round(steps * (k + 1) / budget.snapshots) for k in range(budget.snapshots)}:
+        self._spend(search_cost.relaxed_cost)
+        if step + 1 in {round(steps * (k + 1) / search_cost.snapshots) for k in range(search_cost.snapshots)}:
             kept = weights.clone() if step + 1 < steps else weights
             self.store.put(len(self.store), kept, self._warmup_lr(step + 1, steps))
         self.history.warmup_steps += 1
@@ -158,7 +158,7 @@ class BilevelSearch:
         self.history.failures.append({"where": where, "snapshot": None})
         self.history.warmup_steps, self.state.warmup = steps, None
 
-    def _meta_step(self, budget: Budget) -> None:
+    def _meta_step(self, search_cost: SearchCost) -> None:
         """Run a meta-iteration on a snapshot drawn at random; while a loss is not finite, again on another one."""
         step = self.history.meta_steps
         self.history.where = f"meta-iteration {step}"
@@ -166,11 +166,11 @@ class BilevelSearch:
         val_loss = None
         while val_loss is None:
             val_loss = self._meta_iteration(self._good_snapshot(drawn))
-            self._spend(budget.meta_cost)
+            self._spend(search_cost.meta_cost)
         self.variables.keep()
-        points = min(budget.meta_steps, _TRAJECTORY_POINTS)
-        if step in {round(k * (budget.meta_steps - 1) / max(1, points - 1)) for k in range(points)}:
-            self._add_point(val_loss.item(), budget)
+        points = min(search_cost.meta_steps, _TRAJECTORY_POINTS)
+        if step in {round(k * (search_cost.meta_steps - 1) / max(1, points - 1)) for k in range(points)}:
+            self._add_point(val_loss.item(), search_cost)
         self.history.meta_steps += 1
 
     def _meta_iteration(self, index: int) -> Tensor | None:
@@ -233,27 +233,27 @@ class BilevelSearch:
         self.state.save_result(result)
         return result
 
-    def _duration(self, budget: Budget) -> str:
+    def _duration(self, search_cost: SearchCost) -> str:
         """Say how long the rest of the search takes; an empty text if steps were not measured."""
         step_seconds, history = self.state.step_seconds, self.history
         if step_seconds is None:
             return ""
-        seconds = (budget.warmup_steps - history.warmup_steps) * step_seconds.relaxed_seconds
-        seconds += (budget.meta_steps - history.meta_steps) * step_seconds.meta_seconds
+        seconds = (search_cost.warmup_steps - history.warmup_steps) * step_seconds.relaxed_seconds
+        seconds += (search_cost.meta_steps - history.meta_steps) * step_seconds.meta_seconds
         return f", about {tqdm.format_interval(math.ceil(seconds))}" + (" left" if history.warmup_steps else "")
 
     def _spend(self, cost: float) -> None:
         self.history.spent_steps += cost
         self._bar.update(round(self.history.spent_steps) - self._bar.n)
 
-    def _add_point(self, val_loss: float, budget: Budget) -> None:
+    def _add_point(self, val_loss: float, search_cost: SearchCost) -> None:
         """Add a point to the trajectory and to the bar; about ten points of a search are logged."""
         step, trajectory = self.history.meta_steps, self.history.trajectory
         point = trajectory_point(step, val_loss, self.variables.kept)
         trajectory.append(point)
         scores = {name: f"{point[name]:.4f}" for name in ("val_loss", "entropy_alpha", "entropy_beta")}
         self._bar.set_postfix(scores, refresh=False)
-        every = math.ceil(min(budget.meta_steps, _TRAJECTORY_POINTS) / _LOGGED_POINTS)
-        if (len(trajectory) - 1) % every == 0 or step + 1 == budget.meta_steps:
+        every = math.ceil(min(search_cost.meta_steps, _TRAJECTORY_POINTS) / _LOGGED_POINTS)
+        if (len(trajectory) - 1) % every == 0 or step + 1 == search_cost.meta_steps:
             text = ", ".join(f"{name} {score}" for name, score in scores.items())
             log.info("%s: %s", self.history.where, text)

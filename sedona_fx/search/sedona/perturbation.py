@@ -33,12 +33,12 @@ from sedona_fx.rng import block_seed, seeded
 from sedona_fx.search.problem.problem import Positions
 from sedona_fx.search.relaxed.hypergradient import validation_loss
 from sedona_fx.search.relaxed.state import Logits, State, clones
-from sedona_fx.search.sedona.budget import Trials
 from sedona_fx.search.sedona.decode import preferences
 from sedona_fx.search.sedona.plan_space import PlanSpace
+from sedona_fx.search.sedona.search_cost import Trials
 from sedona_fx.search.sedona.snapshots import Snapshot
 from sedona_fx.search.sedona.steps import NotFinite, SedonaSteps
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.session.stream import Stream
 
 _HARD = 1e4  # the softmax of 1e4 beside -1e4 is exactly 1 beside 0; `prune` rounds by the same number
@@ -187,7 +187,7 @@ def hardened(logits: Logits, hard: Mapping[int, int]) -> Logits:
 
 
 def _trial(
-    steps: SedonaSteps, start: Snapshot, logits: Logits, train: Sequence[Batch], val: Sequence[Batch]
+    steps: SedonaSteps, start: Snapshot, logits: Logits, train: Sequence[NamedBatch], val: Sequence[NamedBatch]
 ) -> tuple[State, float]:
     """Train a copy of a state; return it and its mean validation loss, with batch statistics and without dropout."""
     state = start.state.clone()

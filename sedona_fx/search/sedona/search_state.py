@@ -14,8 +14,8 @@ import torch
 
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.search.relaxed.state import RelaxedNet, State
-from sedona_fx.search.sedona.budget import Budget
 from sedona_fx.search.sedona.result import History, SedonaResult
+from sedona_fx.search.sedona.search_cost import SearchCost
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.sedona.variables import Variables
@@ -41,7 +41,7 @@ class SearchState:
         history: what was done so far.
         warmup: weights, buffers and momentum of the warm-up; None: it is over.
         draws: generator of snapshots and sampled cuts.
-        budget: the numbers of steps; None: they are not planned yet.
+        search_cost: the numbers of steps; None: they are not planned yet.
         step_seconds: what steps take, where that was measured before the start.
     """
 
@@ -61,7 +61,7 @@ class SearchState:
         self.history = History()
         self.warmup: State | None = State.of(net.blocks)
         self.draws = torch.Generator().manual_seed(seed)
-        self.budget: Budget | None = None
+        self.search_cost: SearchCost | None = None
         self.step_seconds: StepSeconds | None = None
 
     @property
@@ -119,9 +119,9 @@ class SearchState:
         return SedonaResult(**saved["result"])
 
     def _plan(self) -> dict[str, Any]:
-        plans = {"budget": self.budget, "pace": self.step_seconds}
+        plans = {"budget": self.search_cost, "pace": self.step_seconds}
         return {name: dataclasses.asdict(plan) if plan is not None else None for name, plan in plans.items()}
 
     def _restore_plan(self, saved: Mapping[str, Any]) -> None:
-        self.budget = Budget(**saved["budget"])
+        self.search_cost = SearchCost(**saved["budget"])
         self.step_seconds = StepSeconds(**saved["pace"]) if saved["pace"] is not None else None

@@ -25,12 +25,12 @@ from sedona_fx.search.problem.problem import Decision, Problem, Search
 from sedona_fx.search.problem.work import RelaxedWork, work
 from sedona_fx.search.relaxed.state import BlockLossFunction, Logits, RelaxedBlock, RelaxedNet, State
 from sedona_fx.search.sedona.bilevel import BilevelSearch
-from sedona_fx.search.sedona.budget import Budget, Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.decision import candidate_names, decision_of, plan_so_far
 from sedona_fx.search.sedona.perturbation import perturb
 from sedona_fx.search.sedona.plan_space import PlanSpace
 from sedona_fx.search.sedona.relaxed_net import block_loss, relaxed_blocks
 from sedona_fx.search.sedona.result import NonFiniteSearch, SedonaResult
+from sedona_fx.search.sedona.search_cost import SearchCost, Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.search_state import SearchState
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.sedona.snapshots import SnapshotStore
@@ -155,14 +155,16 @@ class Sedona(SedonaSettings, Search):
 
     def _plan(
         self, search: BilevelSearch, train: Batches, work: RelaxedWork, space: PlanSpace | None
-    ) -> tuple[Budget, StepSeconds | None]:
+    ) -> tuple[SearchCost, StepSeconds | None]:
         """Fix the numbers of steps, and log what decoding will cost."""
-        budget, step_seconds = self._budget(search, train, work)
+        search_cost, step_seconds = self._search_cost(search, train, work)
         if space is not None:
-            self._trials(search, budget, step_seconds, work, space)
-        return budget, step_seconds
+            self._trials(search, search_cost, step_seconds, work, space)
+        return search_cost, step_seconds
 
-    def _budget(self, search: BilevelSearch, train: Batches, work: RelaxedWork) -> tuple[Budget, StepSeconds | None]:
+    def _search_cost(
+        self, search: BilevelSearch, train: Batches, work: RelaxedWork
+    ) -> tuple[SearchCost, StepSeconds | None]:
         """Fix the numbers of steps; also measure what steps take, if `seconds` asks for it or it hardly costs."""
         if self.seconds is not None:
             start = time.perf_counter()
@@ -172,24 +174,24 @@ class Sedona(SedonaSettings, Search):
         settings = self
         if self.training_steps is None and None in (self.warmup_steps, self.meta_steps):
             settings = replace(self, training_steps=100 * sum(1 for _ in train()))
-        budget = share(settings, work)
-        cost = TIMED_STEPS * budget.relaxed_cost + budget.meta_cost
-        return budget, search.measure() if cost <= MEASURED_SHARE * budget.equivalent_steps else None
+        search_cost = share(settings, work)
+        cost = TIMED_STEPS * search_cost.relaxed_cost + search_cost.meta_cost
+        return search_cost, search.measure() if cost <= MEASURED_SHARE * search_cost.equivalent_steps else None
 
     def _trials(
         self,
         search: BilevelSearch,
-        budget: Budget,
+        search_cost: SearchCost,
         step_seconds: StepSeconds | None,
         work: RelaxedWork,
         space: PlanSpace,
     ) -> Trials:
         """Fix the number of trials of decoding, and log what they cost."""
         choices = sum(len(b) for b in search.variables.logits.beta)
-        trials = share_trials(budget.decoding_cost, work, space.blocks - 1, choices, self.perturbation_steps)
+        trials = share_trials(search_cost.decoding_cost, work, space.blocks - 1, choices, self.perturbation_steps)
         text = str(trials)
         if step_seconds is not None:
-            seconds = trials.equivalent_steps * step_seconds.relaxed_seconds / budget.relaxed_cost
+            seconds = trials.equivalent_steps * step_seconds.relaxed_seconds / search_cost.relaxed_cost
             text += f", about {tqdm.format_interval(math.ceil(seconds))}"
         log.info("%s", text)
         return trials
@@ -202,9 +204,9 @@ class Sedona(SedonaSettings, Search):
         So it is the same whenever it is done, right after the search or by a call that finds it finished.
         """
         state, device = search.state, search.variables.device
-        budget = state.budget
-        assert budget is not None
-        trials = self._trials(search, budget, state.step_seconds, work, space)
+        search_cost = state.search_cost
+        assert search_cost is not None
+        trials = self._trials(search, search_cost, state.step_seconds, work, space)
         (index,) = search.store.indices
         try:
             decoding = perturb(

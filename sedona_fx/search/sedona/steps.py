@@ -13,7 +13,7 @@ from sedona_fx.search.relaxed.one_step import one_step_hypergradient
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.settings import SedonaSettings
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 class NotFinite(Exception):
@@ -34,7 +34,7 @@ class SedonaSteps:
     net: RelaxedNet
     draws: torch.Generator
 
-    def train(self, state: State, logits: Logits, lr: float, batch: Batch) -> None:
+    def train(self, state: State, logits: Logits, lr: float, batch: NamedBatch) -> None:
         """Take one ordinary relaxed training step, in place.
 
         Raises:
@@ -56,7 +56,7 @@ class SedonaSteps:
         sgd_momentum_step(state, step.grads, **self._sgd(lr), in_place=True)
 
     def hypergradient(
-        self, state: State, logits: Logits, lr: float, batches: Sequence[Batch], val_batch: Batch
+        self, state: State, logits: Logits, lr: float, batches: Sequence[NamedBatch], val_batch: NamedBatch
     ) -> HyperGradient:
         """Return the gradient of the validation loss after `len(batches)` training steps with respect to the logits.
 

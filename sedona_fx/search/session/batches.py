@@ -13,14 +13,14 @@ from torch.utils import _pytree as pytree
 from sedona_fx.data.sources import Source, to_device, users_data
 from sedona_fx.rng import loader_streams
 
-Batch = tuple[dict[str, Any], Any]
+NamedBatch = tuple[dict[str, Any], Any]
 """The net's inputs by name, and the target."""
 
-Batches = Callable[[], Iterator[Batch]]
+Batches = Callable[[], Iterator[NamedBatch]]
 """Starts an epoch of batches at every call."""
 
 
-def split(batch: Batch, size: int) -> list[Batch]:
+def split(batch: NamedBatch, size: int) -> list[NamedBatch]:
     """Split a batch into micro-batches of about `size` samples, which differ by one sample at most.
 
     Equal sizes, since a small remainder would have no useful batch statistics. A batch that has no two parts of `size`
@@ -50,7 +50,7 @@ class NamedBatches:
     gm: fx.GraphModule
     device: torch.device
 
-    def __call__(self) -> Iterator[Batch]:
+    def __call__(self) -> Iterator[NamedBatch]:
         """Start an epoch."""
         return named_batches(self.source, self.gm, self.device)
 
@@ -60,7 +60,7 @@ class NamedBatches:
         return loader_streams(users_data(self.source))
 
 
-def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[Batch]:
+def named_batches(source: Source, gm: fx.GraphModule, device: torch.device) -> Iterator[NamedBatch]:
     """Yield the batches of one epoch on a device, the inputs by the names of a graph's placeholders."""
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
     for args, target in source():

@@ -17,7 +17,7 @@ import torch
 
 from sedona_fx.errors import CheckpointError, DataError
 from sedona_fx.rng import block_seed, random_states, restore_random
-from sedona_fx.search.session.batches import Batch, Batches
+from sedona_fx.search.session.batches import Batches, NamedBatch
 
 
 class Stream:
@@ -37,17 +37,17 @@ class Stream:
         self.name, self._epochs, self._seed = name, epochs, seed
         self._generators: Sequence[torch.Generator] = getattr(epochs, "generators", ())
         self._epoch, self._consumed = 0, 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[NamedBatch] | None = None
         self._states: list[Any] = []
 
     def fresh(self) -> Stream:
         """Return another stream of the same batches, at the start of its first epoch."""
         return Stream(self._epochs, self.name, self._seed)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[NamedBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> NamedBatch:
         """Return the next batch.
 
         Raises:
@@ -61,7 +61,7 @@ class Stream:
             return next(self)
         return batch
 
-    def epoch(self) -> Iterator[Batch]:
+    def epoch(self) -> Iterator[NamedBatch]:
         """Yield the rest of this epoch."""
         while (batch := self._pull()) is not None:
             yield batch
@@ -93,7 +93,7 @@ class Stream:
     def _start(self, epoch: int) -> None:
         self._epoch, self._consumed, self._batches = epoch, 0, None
 
-    def _pull(self) -> Batch | None:
+    def _pull(self) -> NamedBatch | None:
         with self._own_random():
             if self._batches is None:
                 self._reseed(block_seed(self._seed, self.name, self._epoch))

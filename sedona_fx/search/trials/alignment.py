@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.trials.supernet import Supernet
 
 
@@ -44,7 +44,7 @@ class Alignment:
         return cosines
 
 
-def measure(net: Supernet, batch: Batch) -> Alignment:
+def measure(net: Supernet, batch: NamedBatch) -> Alignment:
     """Compare the gradients of all local losses with that of the final loss, on one batch.
 
     The autograd graph of one forward pass is walked once for the final loss, and once per head from its place down.

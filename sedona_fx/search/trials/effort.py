@@ -1,4 +1,4 @@
-"""Cost of the parts of the guided search, in plain training steps, and how a budget is shared among them."""
+"""Cost of the parts of the guided search, in plain training steps, and how the allowed steps are shared among them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sedona_fx.ir.graph import info
 from sedona_fx.search.problem.plan_costs import plan_costs
 from sedona_fx.search.problem.problem import Problem
 from sedona_fx.search.problem.work import HEAD_OVERHEAD, work
-from sedona_fx.search.session.batches import Batch, split
+from sedona_fx.search.session.batches import NamedBatch, split
 from sedona_fx.search.session.timing import TIMED_STEPS, seconds_of
 from sedona_fx.search.trials.alignment import measure
 from sedona_fx.search.trials.successive_halving import affordable
@@ -108,7 +108,7 @@ class Effort:
         return TIMED_STEPS * self.warmup_step + self.comparison
 
     def too_little(self, given: str, enough: str) -> SettingsError:
-        """Return the error for a budget below :attr:`least`.
+        """Return the error for fewer steps than :attr:`least`.
 
         Args:
             given: the setting as the user gave it: ``"training_steps=3"``.
@@ -120,7 +120,7 @@ class Effort:
             "need no search."
         )
 
-    def seconds(self, net: Callable[[], Supernet], batch: Batch, batch_size: int | None, cuts: int) -> float:
+    def seconds(self, net: Callable[[], Supernet], batch: NamedBatch, batch_size: int | None, cuts: int) -> float:
         """Return the seconds that a cost of one training step takes, from timing a few steps and a comparison.
 
         Args:
@@ -140,32 +140,32 @@ class Effort:
         comparison = seconds_of(lambda: measure(copied, compared_on), device)
         return (statistics.median(steps) + comparison) / (self.warmup_step + self.comparison)
 
-    def share(self, budget: int, states: int, finalists: int, epoch: int, problem: Problem) -> Shares:
+    def share(self, allowed_steps: int, states: int, finalists: int, epoch: int, problem: Problem) -> Shares:
         """Share training steps between the parts of the search.
 
         Half goes to rollouts if that pays for an epoch of them, otherwise nothing. Of the rest, at most half goes to
         comparisons.
 
         Args:
-            budget: plain training steps.
+            allowed_steps: plain training steps.
             states: comparisons at most.
             finalists: plans to roll out at most; below 2, there are no rollouts.
             epoch: training batches per epoch.
             problem: the net.
 
         Raises:
-            SettingsError: the budget does not pay for one comparison.
+            SettingsError: the allowed steps do not pay for one comparison.
         """
-        if budget < self.least:
-            raise self.too_little(f"training_steps={budget}", f"training_steps to {self.least}")
+        if allowed_steps < self.least:
+            raise self.too_little(f"training_steps={allowed_steps}", f"training_steps to {self.least}")
         rollout_steps, rollout_cost = 0, 0.0
         if finalists > 1:
             # An upper bound of a plan's step: blocks that plans share make it cheaper.
             plan_step = 1 + HEAD_OVERHEAD * _plan_heads_flops(problem)
-            rollout_steps, rollout_cost = affordable(budget / 2, finalists, plan_step)
-        if rollout_steps < epoch or budget - rollout_cost < self.least:
+            rollout_steps, rollout_cost = affordable(allowed_steps / 2, finalists, plan_step)
+        if rollout_steps < epoch or allowed_steps - rollout_cost < self.least:
             rollout_steps, rollout_cost = 0, 0.0
-        rest = budget - rollout_cost
+        rest = allowed_steps - rollout_cost
         comparisons = max(1, min(states, math.floor(rest / 2 / self.comparison)))
         warmup_steps = math.floor((rest - comparisons * self.comparison) / self.warmup_step)
         return Shares(

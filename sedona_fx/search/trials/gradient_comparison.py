@@ -18,7 +18,7 @@ import torch
 
 from sedona_fx.rng import block_seed
 from sedona_fx.search.problem.sampling import sample_plans
-from sedona_fx.search.session.batches import Batch, split
+from sedona_fx.search.session.batches import NamedBatch, split
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.alignment import Alignment, measure
 from sedona_fx.search.trials.descent import Descent
@@ -92,7 +92,7 @@ class Comparison:
             after_batch()
         return self.met
 
-    def _train(self, batch: Batch) -> None:
+    def _train(self, batch: NamedBatch) -> None:
         draws = random.Random(block_seed(self.seed, "plans", self.step))
         (plan,) = sample_plans(self._head_counts, self.cuts, 1, draws, every=False)
         self.net.train(batch, self._optimizer, plan)

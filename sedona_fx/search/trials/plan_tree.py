@@ -24,7 +24,7 @@ from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
 from sedona_fx.search.problem.stretches import cut_into_stretches
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.trials.supernet import Start, floating_parameter, load
 
 
@@ -126,7 +126,7 @@ class PlanTree:
         """Drop all other plans, and the blocks that no plan has any more."""
         self.roots = _with_plans(self.roots, set(plans))
 
-    def train(self, batch: Batch, step: int) -> None:
+    def train(self, batch: NamedBatch, step: int) -> None:
         """Train every block on a batch; each reads what the block before it exported before that block's own update.
 
         Random draws are those of a net that is trained by the plan alone. A block whose loss is not finite fails: it
@@ -149,7 +149,7 @@ class PlanTree:
                         outputs = list(_outputs_from(root, dict(inputs)))
                     yield from outputs
 
-    def evaluate(self, batches: Iterable[Batch]) -> dict[Choice, float]:
+    def evaluate(self, batches: Iterable[NamedBatch]) -> dict[Choice, float]:
         """Return each plan's mean loss of the final output in eval mode; infinite for a plan that failed.
 
         Raises:

@@ -19,7 +19,7 @@ import torch
 from sedona_fx.errors import SearchDivergedError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.search.problem.problem import Choice, Problem, local_loss_of
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.plan_tree import PlanTree
@@ -68,7 +68,7 @@ class Halving:
             node.load(start)
 
     def run(
-        self, train: Stream, validation: Callable[[], Iterable[Batch]], after_step: Callable[[], None]
+        self, train: Stream, validation: Callable[[], Iterable[NamedBatch]], after_step: Callable[[], None]
     ) -> list[Choice]:
         """Train to the end; return the plans of the last round, best first.
 

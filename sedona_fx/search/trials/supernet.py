@@ -17,7 +17,7 @@ from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
 from sedona_fx.search.problem.stretches import cut_into_stretches
-from sedona_fx.search.session.batches import Batch
+from sedona_fx.search.session.batches import NamedBatch
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Supernet:
         heads = [p for heads in self.heads for head in heads for p in head.parameters() if p.requires_grad]
         return [*(p for stretch in self.stretches() for p in stretch), *heads]
 
-    def forward(self, batch: Batch) -> Forward:
+    def forward(self, batch: NamedBatch) -> Forward:
         """Run the net in train mode, with nothing detached."""
         inputs, target = batch
         values: dict[str, Any] = dict(inputs)
@@ -113,7 +113,7 @@ class Supernet:
         self._step += 1
         return Forward(ends, self.local_loss(True, output, target))
 
-    def train(self, batch: Batch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
+    def train(self, batch: NamedBatch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
         """Take one training step along a plan, as ``Greedy`` does: each block and its head by their own local loss.
 
         If a loss is not finite, no weight changes.

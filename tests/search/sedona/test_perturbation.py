@@ -28,11 +28,11 @@ from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
 from sedona_fx.search.sedona import bilevel, perturbation, sedona
 from sedona_fx.search.sedona.bilevel import BilevelSearch
-from sedona_fx.search.sedona.budget import Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.perturbation import Perturbed, perturb
 from sedona_fx.search.sedona.plan_space import PlanSpace
 from sedona_fx.search.sedona.relaxed_net import RelaxedGraphBlock as Block
 from sedona_fx.search.sedona.result import SedonaResult
+from sedona_fx.search.sedona.search_cost import Trials, share, share_seconds, share_trials
 from sedona_fx.search.sedona.snapshots import Snapshot, SnapshotStore
 from sedona_fx.search.sedona.steps import SedonaSteps
 from sedona_fx.search.session.stream import Stream

@@ -19,8 +19,8 @@ from sedona_fx.errors import CutError, DataError
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.sedona import bilevel, sedona
 from sedona_fx.search.sedona.bilevel import BilevelSearch
-from sedona_fx.search.sedona.budget import share
 from sedona_fx.search.sedona.decode import decode
+from sedona_fx.search.sedona.search_cost import share
 from sedona_fx.search.sedona.sedona import Sedona
 from sedona_fx.search.sedona.snapshots import SnapshotStore
 from sedona_fx.search.session.stream import Stream

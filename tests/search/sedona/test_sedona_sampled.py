@@ -12,7 +12,7 @@ import sedona_fx
 from sedona_fx.search import Sedona
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.sedona import steps as inner
-from sedona_fx.search.sedona.budget import share
+from sedona_fx.search.sedona.search_cost import share
 
 
 def plan(search: Sedona) -> sedona_fx.Plan:

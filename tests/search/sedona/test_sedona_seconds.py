@@ -15,7 +15,7 @@ from tiny_search import SMALL, WORK, batches, loss, make_blocks, same, search
 from sedona_fx.rng import random_states
 from sedona_fx.search.sedona import bilevel
 from sedona_fx.search.sedona.bilevel import BilevelSearch
-from sedona_fx.search.sedona.budget import share_seconds
+from sedona_fx.search.sedona.search_cost import share_seconds
 from sedona_fx.search.sedona.sedona import Sedona
 from sedona_fx.search.session.timing import StepSeconds
 

@@ -28,7 +28,7 @@ _MIN_TRIAL_STEPS, _MAX_TRIAL_STEPS = 5, 50  # where the settings do not say how 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class SearchCost:
     """The numbers of steps of a search. Costs are in plain training steps (forward and backward pass of the net).
 
     Attributes:
@@ -53,7 +53,7 @@ class Budget:
         return self.warmup_steps * self.relaxed_cost + self.meta_steps * self.meta_cost
 
     def counts(self) -> dict[str, float]:
-        """Return what a plan says about the budget."""
+        """Return what a plan says about it."""
         return {
             "relaxed_steps": self.warmup_steps + self.meta_steps,
             "meta_iterations": self.meta_steps,
@@ -68,7 +68,7 @@ class Budget:
         )
 
 
-def share(settings: SedonaSettings, work: RelaxedWork) -> Budget:
+def share(settings: SedonaSettings, work: RelaxedWork) -> SearchCost:
     """Fix the numbers of steps that are None in the settings by what `training_steps` pays for.
 
     Half goes to the warm-up, the rest to meta-iterations. With ``decode="perturbation"``, a quarter of the whole is
@@ -107,7 +107,7 @@ def share(settings: SedonaSettings, work: RelaxedWork) -> Budget:
     decoding_cost = decoding / (1 - decoding) * (warmup_steps * relaxed + meta_steps * meta)
     if None not in (settings.warmup_steps, settings.meta_steps, settings.perturbation_steps):
         decoding_cost = math.inf  # all numbers are given: every choice is tried
-    return Budget(
+    return SearchCost(
         warmup_steps=warmup_steps,
         meta_steps=meta_steps,
         snapshots=min(snapshots, warmup_steps),
@@ -117,7 +117,7 @@ def share(settings: SedonaSettings, work: RelaxedWork) -> Budget:
     )
 
 
-def share_seconds(settings: SedonaSettings, work: RelaxedWork, step_seconds: StepSeconds, seconds: float) -> Budget:
+def share_seconds(settings: SedonaSettings, work: RelaxedWork, step_seconds: StepSeconds, seconds: float) -> SearchCost:
     """Fix the numbers of steps by what seconds pay for: half of them for the warm-up, the rest for meta-iterations.
 
     With ``decode="perturbation"``, a quarter of the seconds is left to decoding.
@@ -142,9 +142,9 @@ def share_seconds(settings: SedonaSettings, work: RelaxedWork, step_seconds: Ste
             f"{step_seconds.relaxed_seconds:.2g} s here, a meta-iteration {step_seconds.meta_seconds:.2g} s. Leave "
             f"{needed:.2g} s or more for them, or use 'balanced' or 'uniform' cuts, which need no search."
         )
-    budget = share(replace(settings, seconds=None, warmup_steps=warmup_steps, meta_steps=meta_steps), work)
-    decoding_cost = decoding * seconds / step_seconds.relaxed_seconds * budget.relaxed_cost
-    return replace(budget, decoding_cost=decoding_cost)
+    search_cost = share(replace(settings, seconds=None, warmup_steps=warmup_steps, meta_steps=meta_steps), work)
+    decoding_cost = decoding * seconds / step_seconds.relaxed_seconds * search_cost.relaxed_cost
+    return replace(search_cost, decoding_cost=decoding_cost)
 
 
 @dataclass(frozen=True)
