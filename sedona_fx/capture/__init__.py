@@ -3,4 +3,29 @@
 ``symbolic`` (with ``tracer`` and ``inplace``) is tried first, ``exported`` (with ``convert``) where it fails, ``host``
 where only a sub-module can be recorded. ``sites`` names the nodes, ``proof`` compares the graph with the model, and
 ``state_watch`` and ``blame`` find side effects and the line of the user's code that has them.
+
+Files
+
+blame         Find the line of the user's code that caused an error or a side effect while a forward pass is
+              recorded
+convert       Rewrite an exported program in the graph dialect, so that no later pass need know which front end made
+              a graph
+exported      The second front end: ``torch.export``, for models that symbolic tracing cannot record
+graph_module  What the front ends share: records of nodes, and the module that runs a recorded graph, without dead
+              code
+host          ``root=``: only a sub-module becomes a graph; the code around it, its host, runs as plain Python in
+              two calls
+host_calls    The two calls that run the code around a sub-module as plain Python: up to the sub-module, and from it
+              to the end
+inplace       In-place operators of Python, recorded as functions that write to their first argument and return it
+proof         The last check of a trace: model and graph compute the same numbers from the same seed, buffers
+              included
+sites         Site names: names of nodes that are the same in the train graph and in the eval graph of a model
+state_watch   Find and undo changes of state while a forward pass is recorded
+symbolic      The first front end: symbolic tracing. It keeps modules and modes, and is thirty times faster than the
+              second
+tracer        An fx tracer that records what fx leaves out: buffers by name, in-place operators, the module path of
+              every node
 """
+
+__all__: list[str] = []  # internal

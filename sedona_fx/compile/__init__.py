@@ -2,4 +2,17 @@
 
 In the order of the calls: ``request`` checks what the user asked for, ``analyse`` finds the legal cuts, ``decide``
 chooses (with ``choices``: what the user chose), ``provenance`` writes the plan, ``build`` makes the net.
+
+Files
+
+analyse     model -> ANALYSED graphs: where the model may be cut, and what a head has to fit there
+build       ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block graphs, costs
+choices     What the user chose: cuts by name, heads, a plan. Names are resolved to cut points, or refused with the
+            reason
+decide      The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search
+provenance  The plan of a decision: what is saved with the net
+request     What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one
+            record
 """
+
+__all__: list[str] = []  # internal

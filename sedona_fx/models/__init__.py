@@ -1,6 +1,12 @@
 """Reference nets of the papers, for CIFAR and other small images.
 
 Each is a plain `torch.nn.Module` whose `base_layers` names, in order, the submodules after which the net may be cut.
+
+Files
+
+resnet  The ResNets of the SEDONA, DGL, DDG and BackLink papers for small images, with one residual block per base
+        layer
+vgg     The VGG nets of the SEDONA paper for small images, with one submodule per base layer
 """
 
 from __future__ import annotations

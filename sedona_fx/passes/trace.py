@@ -118,7 +118,7 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     traced = trace(model.get_submodule(root), entering, leaf_modules=inner_leaves)
     host_reads = reads_of(model, root, seen[True])
     train, evaluation = (
-        graph_around(model, root, gm, inputs, seen[training], host_reads, training=training)
+        graph_around(model, root, gm, arguments=inputs, seen=seen[training], reads=host_reads, training=training)
         for training, gm in ((True, traced.train), (False, traced.eval))
     )
     name_sites(train.graph)

@@ -1,4 +1,15 @@
-"""How a lowered net is trained: one file per schedule, extra losses, buffers, and ``fit``."""
+"""How a lowered net is trained: one file per schedule, extra losses, buffers, and ``fit``.
+
+Files
+
+buffers/    What schedules keep between steps: buffers of activations, stashed weights, batches in flight
+losses/     Extra losses that can be added to the local ones, one per file
+schedules/  Training methods, one per file, and their base classes
+checkpoint  Checkpoint files of ``fit``: replaced whole, read back once per run, and fully checked before anything
+            is loaded
+evaluate    ``evaluate``: the mean loss and the accuracy of a net's final output
+fit         ``fit``: train for some epochs, with learning rates, evaluation, progress, checkpoints and exact resume
+"""
 
 from sedona_fx.rng import block_seed
 from sedona_fx.runtime.block import Block, StepResult

@@ -120,6 +120,17 @@ def test_a_folder_can_be_overlooked():
     assert {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > 18} == {}
 
 
+def test_every_package_says_what_is_public():
+    for path in FILES:
+        if path.name == "__init__.py":
+            names = [t.id for n in ast.parse(path.read_text()).body for t in _targets(n) if isinstance(t, ast.Name)]
+            assert "__all__" in names, path
+
+
+def _targets(node):
+    return node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+
+
 def test_every_pass_has_its_test():
     names = {p.stem for p in (ROOT / "passes").glob("*.py")} - {"__init__"}
     assert {p.stem.removeprefix("test_") for p in (ROOT.parent / "tests" / "passes").glob("test_*.py")} == names

@@ -55,7 +55,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     if isinstance(padding, str) or x.dim() != 4 or not _covered(x, weight, bias):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
     geometry = (_pair(stride), _pair(padding), _pair(dilation), False, [0, 0], groups)
     out: Tensor = _Convolution.apply(x, weight, bias, geometry)
     return out
