@@ -73,7 +73,9 @@ def _batch_norm(
 ) -> Tensor:
     # A single value per channel is an error: PyTorch's own message is wanted there.
     if not training or weight is None or bias is None or not _covered(x, weight, bias) or x.numel() == x.shape[1]:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return F.batch_norm(
+            x, running_mean, running_var, weight=weight, bias=bias, training=training, momentum=momentum, eps=eps
+        )
     out: Tensor = _Norm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
     return out
 
@@ -138,7 +140,16 @@ class _Norm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        out, mean, r = _aten.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        out, mean, r = _aten.native_batch_norm(
+            x,
+            weight,
+            bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            training=True,
+            momentum=momentum,
+            eps=eps,
+        )
         ctx.save_for_backward(x, weight, mean, r)
         ctx.eps = eps
         result: Tensor = out
