@@ -40,7 +40,7 @@ NAMES = {
     path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in FILES
 }
 PATHS = {name: path for path, name in NAMES.items()}
-LISTS = ("nn.Sequential", "log.info", "log.warning", ".apply")
+LISTS = ("nn.Sequential", "log.info", "log.warning", ".apply", ".save_for_backward")
 """Calls whose positional values are a list of any length, or that take no keywords (an autograd function)."""
 OPTIONAL = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "torchvision", "torch"}
 """What a function may import when it is called: optional packages, and parts of torch that are slow to import."""

@@ -186,8 +186,8 @@ class _NormGradients(torch.autograd.Function):
         b = torch.zeros_like(gamma) if b is None else b
         k = u_mean = spread = torch.zeros_like(r)  # spread: A
         if u is not None:
-            k, u_mean = (t / n for t in _moments(u, x, gamma, mean, r, ctx.eps))
-            u_g, _ = _moments(u, g, gamma, torch.zeros_like(mean), torch.ones_like(r), ctx.eps)
+            k, u_mean = (t / n for t in _moments(u, x, gamma, mean, r, eps=ctx.eps))
+            u_g, _ = _moments(u, g, gamma, torch.zeros_like(mean), torch.ones_like(r), eps=ctx.eps)
             spread = u_g - u_mean * g_total - k * g_along_x
         slope = a - gamma * r * k
         by_g = by_x = None
