@@ -170,7 +170,16 @@ class _NormGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
         by_x, by_weight, by_bias = _aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean, r, True, eps, [True, True, True]
+            grad_out=g,
+            input=x,
+            weight=weight,
+            running_mean=None,
+            running_var=None,
+            save_mean=mean,
+            save_invstd=r,
+            train=True,
+            eps=eps,
+            output_mask=[True, True, True],
         )
         ctx.save_for_backward(g, x, weight, mean, r, by_weight, by_bias)
         ctx.eps = eps
