@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test support lint clean
+.PHONY: demo test test-newest support lint clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
@@ -12,6 +12,10 @@ demo: $(STAMP)
 # Tests run on one thread each, two files at a time.
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The same with the newest release of every dependency, in an environment of its own; not in CI.
+test-newest: $(STAMP)
+	$(BIN)/python benchmarks/newest.py
 
 # Every promise on 255 models; within an hour on two cores. Rows that are up to date are not done again.
 support: $(STAMP)
@@ -23,11 +27,11 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # torch and torchvision together, from the registry: pip then resolves a pair that fits.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
