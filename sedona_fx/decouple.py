@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -155,7 +155,7 @@ def load(
     folder: str | Path,
     model: nn.Module,
     *,
-    loss: Loss | None = nn.functional.cross_entropy,
+    loss: Loss | Literal["saved"] | None = "saved",
     heads: Sequence[HeadSpec] = (),
     local_loss: LocalLosses = None,
     leaf_modules: Collection[str] = (),
@@ -167,9 +167,11 @@ def load(
     Args:
         folder: the folder, with ``plan.json`` and ``weights.pt``.
         model: a model of the same architecture. Its own weights are not used.
-        loss: as in :func:`decouple`. Functions are not saved, so it has to be given again.
+        loss: as in :func:`decouple`. ``"saved"`` is the one that the plan names, if it is one of PyTorch's with its
+            default settings (a plan from before losses were named: cross-entropy). Other functions are not saved, so
+            that they have to be given again; one of another name than the saved one, or None, is warned of.
         heads: the factories of the heads that are not registered by name.
-        local_loss: as in :func:`decouple`.
+        local_loss: as in :func:`decouple`. If the net had any, they have to be given again.
         leaf_modules: as in :func:`decouple`.
         data: as in :func:`decouple`. None: the model is traced with noise in the shapes of the saved inputs; give data
             if it cannot run on that.
@@ -179,7 +181,7 @@ def load(
         The net, in the model's mode, with the saved weights and number of training steps.
 
     Raises:
-        PlanError: the plan cannot be read, or does not fit the model.
+        PlanError: the plan cannot be read, does not fit the model, or names a loss that has to be given.
         CheckpointError: the weights cannot be read, or do not fit the net.
     """
     request = request_to_load(

@@ -103,8 +103,9 @@ class PlanError(SedonaError):
 class CheckpointError(SedonaError):
     """A file of weights, of a training run or of a search cannot be read, or belongs to another net, plan or schedule.
 
-    Raised by ``load``, ``net.load_weights``, ``fit`` with a checkpoint, a schedule's ``load_state_dict``, and a search
-    with ``folder=``.
+    Raised by ``load``, ``net.load_weights``, ``net.load_state_dict``, ``net.save`` (extra state that could not be read
+    again), ``fit`` with a checkpoint, a schedule's ``load_state_dict``, and a search with ``folder=``, which another
+    search may be using.
     """
 
 
@@ -117,9 +118,9 @@ class ScheduleError(SedonaError):
 
 
 class ExportError(SedonaError):
-    """The net cannot be exported, or the exported file does not compute what the net computes.
+    """The net cannot be exported or pickled, or the exported file does not compute what the net computes.
 
-    Raised by ``net.to_onnx``.
+    Raised by ``net.to_onnx``, and by ``pickle`` and ``torch.save`` of a whole net.
     """
 
 

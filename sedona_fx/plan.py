@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch.utils import _pytree as pytree
-
 from sedona_fx.errors import PlanError, did_you_mean
-from sedona_fx.files import replacing
+from sedona_fx.files import json_digest, parse_json, replacing
+from sedona_fx.plan_values import check_seconds, check_spec, finite, inputs_from_json, inputs_to_json
 
 FORMAT = 2
 """Version of the JSON. Version 1 kept `capture`, `seed` and `block_seconds` in the provenance; it is still read."""
@@ -69,6 +66,10 @@ class Plan:
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` for each tensor of the example batch, or the
             value of an argument without tensors.
         seed: seed of the search, of the heads' initial weights and of the blocks' random draws in training.
+        loss: qualified name of the net's loss, ``"none"`` for a net without one. None: not known (a plan from before
+            losses were named, or of no net yet).
+        local_losses: for each block but the last the qualified name of its own objective, or None for the net's loss.
+            None: all have the net's loss, or it is not known.
         capture: how the model became a graph. Replaced whenever the plan is applied; None: not applied yet.
         block_seconds: seconds of stretches and heads as measured for the budget, so that the same budget gives the same
             plan again; None: not measured.
@@ -89,6 +90,8 @@ class Plan:
     base_layers: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    loss: str | None = None
+    local_losses: tuple[str | None, ...] | None = None
     capture: Capture | None = None
     block_seconds: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +103,11 @@ class Plan:
             raise PlanError(f"a plan names a cut twice: {list(self.cuts)}. Leave one out, with its head.")
         if self.devices is not None and len(self.devices) != self.blocks:
             raise PlanError(f"a plan needs one device a block: {self.blocks} blocks, {len(self.devices)} devices.")
-        object.__setattr__(self, "provenance", _finite(self.provenance))
+        if self.local_losses is not None and len(self.local_losses) != len(self.cuts):
+            raise PlanError(
+                f"a plan needs one local loss (or null) a cut: {len(self.cuts)} cuts, {len(self.local_losses)} losses."
+            )
+        object.__setattr__(self, "provenance", finite(self.provenance))
 
     @property
     def blocks(self) -> int:
@@ -110,7 +117,7 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan as JSON text in the standard form, without ``Infinity`` and ``NaN``."""
         data = dataclasses.asdict(self)
-        data["inputs"] = _inputs_to_json(data["inputs"])
+        data["inputs"] = inputs_to_json(data["inputs"])
         return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -122,18 +129,20 @@ class Plan:
             source: what the text is, for messages.
 
         Raises:
-            PlanError: the text is not JSON (perhaps truncated), is of another format, lacks a field, or has an unknown
-                field or one of a wrong type.
+            PlanError: the text is not JSON (perhaps truncated), is of another format, lacks a field, has an unknown
+                field or one of a wrong type, or is not what :meth:`save` wrote.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise PlanError(
                 f"{source} is not JSON: {error}. The file may be truncated; {_ADVICE[0].lower()}{_ADVICE[1:]}"
             ) from None
         if not isinstance(data, dict):
             raise PlanError(f"{source} holds {type(data).__name__}, not an object with the fields of a plan. {_ADVICE}")
         field_names = {f.name for f in dataclasses.fields(cls)}
+        checksum = data.pop("checksum", None)
+        digest = json_digest(data)
         version = data.pop("format", None)
         if version not in (1, FORMAT):
             raise PlanError(
@@ -148,7 +157,13 @@ class Plan:
         for name in ("cuts", "heads"):
             if name not in data:
                 raise PlanError(f"{source} lacks the field {name!r}. {_ADVICE}")
-        return cls(**{name: _checked_field(name, value, source) for name, value in data.items()})
+        plan = cls(**{name: _checked_field(name, value, source) for name, value in data.items()})
+        if checksum not in (None, digest):
+            raise PlanError(
+                f"{source} is damaged: it has another checksum than when it was written. {_ADVICE} If you edited it by "
+                'hand, remove its line "checksum".'
+            )
+        return plan
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -167,39 +182,10 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file. An existing file is replaced as a whole, or left as it is if writing fails."""
+        data = json.loads(self.to_json())
+        text = json.dumps({**data, "checksum": json_digest(data)}, indent=1, allow_nan=False) + "\n"
         with replacing(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Return a nested value with None in place of every number that is not finite; the same object if all are."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        changed = {key: _finite(item) for key, item in value.items()}
-        return value if all(changed[key] is item for key, item in value.items()) else changed
-    if isinstance(value, (list, tuple)):
-        items = [_finite(item) for item in value]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    return value
-
-
-def _inputs_to_json(inputs: dict[str, Any]) -> Any:
-    """Return inputs as values of JSON. An argument that is infinite is kept, as ``{"float": "inf"}``: nets need it."""
-
-    def encoded(value: Any) -> Any:
-        return {"float": repr(float(value))} if isinstance(value, float) and not math.isfinite(value) else value
-
-    return pytree.tree_map(encoded, inputs)
-
-
-def _inputs_from_json(inputs: dict[str, Any]) -> Any:
-    """Return the inputs that :func:`_inputs_to_json` was given."""
-
-    def is_encoded(value: Any) -> bool:
-        return isinstance(value, dict) and value.keys() == {"float"} and value["float"] in ("inf", "-inf", "nan")
-
-    return pytree.tree_map(lambda v: float(v["float"]) if is_encoded(v) else v, inputs, is_leaf=is_encoded)
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _upgrade_format_1(data: dict[str, Any], source: str) -> None:
@@ -226,22 +212,29 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
     def wrong(expected: str) -> PlanError:
         return PlanError(f"{source}: the field {name!r} should be {expected}, not {type(value).__name__}.")
 
-    if name in ("cuts", "heads", "base_layers", "devices"):
-        if name == "devices" and value is None:
+    if name in ("cuts", "heads", "base_layers", "devices", "local_losses"):
+        if name in ("devices", "local_losses") and value is None:
             return None
-        allowed = (str, type(None)) if name == "heads" else (str,)
+        allowed = (str, type(None)) if name in ("heads", "local_losses") else (str,)
         if not isinstance(value, list) or not all(isinstance(item, allowed) for item in value):
             raise wrong("a list of names")
         return tuple(value)
     if name == "output":
         if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
             raise wrong("a name, an index or null")
+        if isinstance(value, int) and abs(value) >= 2**31:
+            raise PlanError(f"{source}: the field 'output' has {value.bit_length()} bits; no output has that index.")
     elif name in ("model", "root"):
         if not isinstance(value, str):
             raise wrong("a name")
+    elif name == "loss":
+        if not isinstance(value, (str, type(None))):
+            raise wrong("a name or null")
     elif name == "seed":
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong("a whole number")
+        if not -(2**63) <= value < 2**64:
+            raise PlanError(f"{source}: the field 'seed' has {value.bit_length()} bits; seeds have 64 at most.")
     elif name in ("capture", "block_seconds") and value is None:
         return None
     elif not isinstance(value, dict):
@@ -251,10 +244,11 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
     elif name == "block_seconds":
         if not value.keys() >= {"places", "stretches", "heads"}:
             raise PlanError(f"{source}: the field 'block_seconds' should have places, stretches and heads.")
+        check_seconds(value, f"{source}: the field 'block_seconds'")
     elif name == "inputs":
         for argument, spec in value.items():
-            _check_spec(f"{source}: the input {argument!r}", spec)
-        return _inputs_from_json(value)
+            check_spec(f"{source}: the input {argument!r}", spec)
+        return inputs_from_json(value)
     return value
 
 
@@ -274,23 +268,3 @@ def _read_capture(value: dict[str, Any], source: str) -> Capture:
     if capture.front_end not in ("symbolic", "export"):
         raise PlanError(f"{source}: the front end {capture.front_end!r} is neither 'symbolic' nor 'export'.")
     return capture
-
-
-def _check_spec(where: str, spec: Any) -> None:
-    """Check the description of an input: shape and dtype of a tensor, or plain values, nested as the input was.
-
-    Raises:
-        PlanError: a shape is not a list of sizes, or a dtype is not one of PyTorch's.
-    """
-    if isinstance(spec, list):
-        for item in spec:
-            _check_spec(where, item)
-    elif isinstance(spec, dict) and spec.keys() == {"shape", "dtype"}:
-        shape, dtype = spec["shape"], spec["dtype"]
-        if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
-            raise PlanError(f"{where} has the shape {shape!r}, which should be a list of whole numbers.")
-        if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise PlanError(f"{where} has the dtype {dtype!r}, which torch does not know. Give one such as 'float32'.")
-    elif isinstance(spec, dict):
-        for item in spec.values():
-            _check_spec(where, item)

@@ -1,13 +1,18 @@
 """Plans: what they hold, how they are read and written, and what bad files get."""
 
+import dataclasses
 import json
 import math
+import random
 
 import numpy as np
 import pytest
+import torch
 
+import sedona_fx
 from sedona_fx import Plan
 from sedona_fx.errors import PlanError
+from sedona_fx.net.signature import example_like
 from sedona_fx.plan import Capture
 
 PLAN = Plan(
@@ -175,3 +180,81 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(PlanError, match="cannot read the plan"):
         Plan.load(tmp_path / "bytes")
+
+
+def test_damaged_files_are_what_was_written_or_refused(tmp_path):
+    path, draw, refused = tmp_path / "plan.json", random.Random(0), 0
+    PLAN.save(path)
+    raw = path.read_bytes()
+    for place in range(len(raw)):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert Plan.load(path) == PLAN, place
+        except PlanError:
+            refused += 1
+    assert refused > len(raw) // 2
+    data = json.loads(raw)
+    path.write_text(json.dumps({**data, "seed": 4}))
+    with pytest.raises(PlanError, match=r'plan.json\' is damaged: .*edited it by hand, remove its line "checksum"'):
+        Plan.load(path)
+    del data["checksum"]
+    path.write_text(json.dumps({**data, "seed": 4}, indent=3))
+    assert Plan.load(path) == dataclasses.replace(PLAN, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PLAN.to_json().replace('"search": "uniform"', '"a": ' + "[" * 200 + "]" * 200), "nested deeper than 100"),
+        (PLAN.to_json().replace('"search": "uniform"', '"a": ' + "[" * 10**6), "is not JSON"),
+        (PLAN.to_json().replace('"seed": 3', '"seed": ' + "9" * 5000), "is not JSON: Exceeds the limit"),
+        (PLAN.to_json().replace('"seed": 3', '"seed": 3, "seed": 4'), "the key 'seed' stands twice"),
+        (but(seed=2**64), "the field 'seed' has 65 bits"),
+        (but(seed=-(10**400)), "the field 'seed' has 1329 bits"),
+        (but(output=10**400), "the field 'output' has 1329 bits"),
+        (but(inputs={"x": {"shape": [10**12], "dtype": "int64"}}), "the input 'x' has a shape .* no tensor has"),
+        (but(inputs={"x": {"shape": [2**20, 2**20], "dtype": "int64"}}), "the input 'x' has a shape .* no tensor has"),
+        (but(inputs={"x": {"shape": [0, 10**30], "dtype": "int64"}}), "the input 'x' has a shape .* no tensor has"),
+        (but(inputs={"x": {"shape": [-1], "dtype": "int64"}}), r"the input 'x' has the shape \[-1\]"),
+        (but(loss=3), "the field 'loss' should be a name or null, not int"),
+        (but(local_losses=["a"]), "one local loss .* a cut: 2 cuts, 1 losses"),
+        (but(local_losses=[1, 2]), "the field 'local_losses' should be a list of names"),
+        (but(block_seconds={"places": [], "stretches": ["a"], "heads": {}}), "has 'a' where seconds should be"),
+        (but(block_seconds={"places": [], "stretches": [-1.0], "heads": {}}), "has '-1.0' where seconds should be"),
+        (but(block_seconds={"places": [3], "stretches": [], "heads": {}}), "the names of places as a list"),
+        (but(block_seconds={"places": [], "stretches": [], "heads": {"a": []}}), "an object of heads"),
+        (but(block_seconds={"places": [], "stretches": 3, "heads": {}}), "the seconds of stretches as a list"),
+    ],
+)
+def test_absurd_values(tmp_path, text, message):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("change", [{"devices": ["cuda:77"] * 2}, {"devices": ["nowhere"] * 2}, {"heads": ["lineer"]}])
+def test_what_a_plan_names_and_is_not_there(tmp_path, change):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    net = sedona_fx.decouple(model, (torch.randn(4, 4), torch.randint(3, (4,))), cuts=["1"], heads="linear")
+    net.save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    del data["checksum"]
+    (tmp_path / "plan.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(sedona_fx.SedonaError, match=r"cuda:77|nowhere|lineer"):
+        sedona_fx.load(tmp_path, model)
+
+
+@pytest.mark.filterwarnings("ignore:.*support is experimental")
+def test_inputs_of_any_dtype_are_made_or_refused():
+    """Each dtype that torch names."""
+    for name in sorted(n for n in vars(torch) if isinstance(getattr(torch, n), torch.dtype)):
+        inputs = {"x": {"shape": [2, 3], "dtype": name}}
+        plan = Plan.from_json(Plan(inputs=inputs).to_json())
+        try:
+            (value,) = example_like(plan.inputs, torch.device("cpu")).kwargs.values()
+        except PlanError:
+            continue
+        assert value.dtype == getattr(torch, name)

@@ -13,6 +13,7 @@ decide      The decision about cuts and heads: by the user's plan, by the user's
 provenance  The plan of a decision: what is saved with the net
 request     What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one
             record
+saved_loss  The losses of a net that is loaded, compared with those that its plan names; functions are not saved
 """
 
 __all__: list[str] = []  # internal

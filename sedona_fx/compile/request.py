@@ -6,13 +6,14 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sedona_fx.compile.analyse import Where
 from sedona_fx.compile.choices import Cuts, Heads, named_cuts
+from sedona_fx.compile.saved_loss import check_objectives, loss_to_load
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
@@ -168,7 +169,7 @@ def request_to_load(
     *,
     plan: Plan,
     model: nn.Module,
-    loss: Loss | None,
+    loss: Loss | Literal["saved"] | None,
     heads: Heads,
     local_loss: LocalLosses,
     leaf_modules: Collection[str],
@@ -179,7 +180,13 @@ def request_to_load(
 
     The saved weights fit the graphs whatever the first batch is. So without `data` the example is noise in the shapes
     of the plan's inputs; the loss is not tried.
+
+    Raises:
+        PlanError: the plan names a loss that has to be given again, or devices that are not there.
     """
+    objectives = one_a_block(local_loss, plan.blocks)
+    check_objectives(plan, objectives)
+    loss = loss_to_load(plan, loss)
     owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     if data is None:
@@ -199,10 +206,10 @@ def request_to_load(
         search_name="None",
         cuts=None,
         heads=heads,
-        objectives=one_a_block(local_loss, plan.blocks),
+        objectives=objectives,
         plan=plan,
         limits=None,
-        devices=plan.devices,
+        devices=_device_names(plan.devices, plan.blocks),
         output=plan.output,
         root=plan.root,
         leaf_modules=leaf_modules,

@@ -17,9 +17,9 @@ from sedona_fx.ir.modules import device_of, direct_children, share_copy
 from sedona_fx.net.exits import EarlyExit, ensemble
 from sedona_fx.net.parts import NetParts
 from sedona_fx.net.placing import place, redirect, relink
+from sedona_fx.net.saved import Saved
 from sedona_fx.net.signature import Signature
 from sedona_fx.net.variants import Variants
-from sedona_fx.net.weights import load_weights, save_weights
 from sedona_fx.passes import strip
 from sedona_fx.plan import Capture, Plan
 from sedona_fx.report.text import net_report
@@ -27,7 +27,7 @@ from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.engine import Batch, Engine, OnBlock, StepOptions
 
 
-class Net(nn.Module):
+class Net(Saved):
     """A decoupled net. Made by :func:`sedona_fx.decouple` or :func:`sedona_fx.load`.
 
     ``net(x)`` takes the arguments of the model and returns what the model returns; it runs no head. The net owns the
@@ -203,24 +203,7 @@ class Net(nn.Module):
         devices = [block.device for block in self.blocks]
         return net_report(self.plan, self.costs, devices, self.shared_parameters())
 
-    # ---- save and export --------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``plan.json`` and ``weights.pt`` (model and heads) to a folder; each file is replaced as a whole."""
-        self.plan.save(Path(folder) / "plan.json")
-        save_weights(Path(folder) / "weights.pt", {"model": self.model, "heads": self.heads}, self.steps)
-
-    def load_weights(self, path: str | Path) -> None:
-        """Load a ``weights.pt`` that :meth:`save` wrote.
-
-        Raises:
-            CheckpointError: the file cannot be read, or belongs to another net; nothing is loaded then.
-        """
-        self.steps = load_weights(path, {"model": self.model, "heads": self.heads})
-
-    def original_state_dict(self) -> dict[str, Any]:
-        """Return the state dict of the user's model; it loads with ``strict=True`` into the user's class."""
-        return self.model.state_dict()
+    # ---- export -----------------------------------------------------------------------------------------------------
 
     def to_onnx(self, path: str | Path) -> Path:
         """Write the inference graph with a dynamic batch, and check the file against PyTorch in ONNX Runtime.
@@ -252,6 +235,11 @@ class Net(nn.Module):
         return ensemble(self._graphs[False], self.blocks, self.engine.output.key, n)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> Net:
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
         twin = type(self).__new__(type(self))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.data.args import Args, same_plain
-from sedona_fx.errors import DataError, shape_text
+from sedona_fx.errors import DataError, PlanError, shape_text
 from sedona_fx.plan import Capture
 
 
@@ -112,16 +112,26 @@ def described(example: Args) -> dict[str, Any]:
 
 
 def example_like(inputs: Mapping[str, Any], device: torch.device) -> Args:
-    """Return a batch that fits a plan's description of the inputs: zeros for integers, seeded noise for floats."""
+    """Return a batch that fits a plan's description of the inputs: zeros for integers, seeded noise for floats.
+
+    Raises:
+        PlanError: PyTorch cannot make a tensor of that dtype and shape.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def make(spec: Any) -> Any:
         if not is_spec(spec):
             return spec  # a plain value
         dtype = getattr(torch, spec["dtype"])
-        if dtype.is_floating_point:
-            return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)
-        return torch.zeros(spec["shape"], dtype=dtype, device=device)
+        try:
+            if dtype.is_floating_point:
+                return torch.randn(spec["shape"], generator=generator).to(dtype).to(device)
+            return torch.zeros(spec["shape"], dtype=dtype, device=device)
+        except (RuntimeError, NotImplementedError, TypeError, MemoryError) as error:
+            raise PlanError(
+                f"an input of the plan, {spec['dtype']} of shape {spec['shape']}, cannot be made here "
+                f"({str(error).splitlines()[0].rstrip('.')}). Hand a batch as data=."
+            ) from None
 
     def is_spec(value: Any) -> bool:
         return isinstance(value, Mapping) and set(value) == {"shape", "dtype"}

@@ -81,6 +81,8 @@ def transfer_plan(
         base_layers=tuple(layers),
         inputs=described(example),
         capture=None,
+        loss=None,
+        local_losses=None,
         block_seconds=None,
         provenance={**search, "transfer": {"from": source, "by": by, "map": [list(pair) for pair in pairs]}},
     )

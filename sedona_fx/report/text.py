@@ -70,7 +70,11 @@ def net_report(
         notes = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{notes}"
     if plan.capture is not None and plan.capture.left_out:
         notes += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
-    title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}"
+    loss = f", loss {plan.loss}" if plan.loss is not None else ""
+    own = [f"\n  block {k}: {name}" for k, name in enumerate(plan.local_losses or ()) if name is not None]
+    if own:
+        notes += f"\nlocal losses in place of the net's:{''.join(own)}"
+    title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}{loss}"
     return f"{title}\n{table(titles, rows)}{notes}"
 
 

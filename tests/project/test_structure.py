@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2] / "sedona_fx"
 ORDER = (
-    *("errors", "extras", "files", "rng", "measure", "models", "plan", "data", "heads", "fake", "ir"),
+    *("errors", "extras", "files", "rng", "measure", "models", "plan_values", "plan", "data", "heads", "fake", "ir"),
     *("report", "export", "capture", "runtime", "passes", "net", "search", "compile", "train", "decouple"),
     *("distributed", "recipes", "integrations", "__init__", "cli", "__main__"),
 )
