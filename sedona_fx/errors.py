@@ -146,6 +146,36 @@ class NonFiniteLossError(SedonaError):
         )
 
 
+class NonFiniteGradientError(NonFiniteLossError):
+    """The gradient of a block turned infinite or NaN, although its loss is finite.
+
+    Raised like :class:`NonFiniteLossError`, and caught with it: by ``net.backward`` before it returns, by
+    ``schedule.step`` and ``fit`` before the block's optimizer steps; where the check waits for an accelerator, up to
+    one step later.
+
+    Attributes:
+        block: 0-based index of the block whose gradient it is.
+        step: 0-based number of the training step.
+        value: a number in the gradient that is not finite; NaN where it is not known.
+        parameter: the name of the parameter that the gradient is of; empty where it is not known, on accelerators.
+        blocks: the indices of all blocks that failed.
+    """
+
+    def __init__(
+        self, block: int, step: int, parameter: str = "", value: float = float("nan"), *, blocks: Sequence[int] = ()
+    ) -> None:
+        self.block, self.step, self.value, self.blocks = block, step, value, list(blocks) or [block]
+        self.parameter = parameter
+        where = f"{value} at step {step}, in that of {parameter!r}," if parameter else f"not finite at step {step},"
+        SedonaError.__init__(
+            self,
+            f"the gradient of block {block} is {where} although the losses are finite. The parameters, optimizer state "
+            f"and BatchNorm statistics of block {block} keep their values from before this step. The gradient of a "
+            "root, logarithm, norm or quotient at 0 is such a one (torch.autograd.detect_anomaly() finds the line): "
+            "keep it away from 0. If the numbers grew too large, lower the learning rate or clip.",
+        )
+
+
 class SearchDivergedError(SedonaError):
     """A search met losses or gradients that are not finite, and cannot go on.
 

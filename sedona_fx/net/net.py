@@ -147,9 +147,12 @@ class Net(Saved):
             NonFiniteLossError: a loss is not finite; with block and step. It is raised before the method returns, so no
                 optimizer has stepped on it. The buffers of all blocks (with `on_block`: of that block) are as before.
                 Gradients may be incomplete: call ``zero_grad`` before the next batch.
+            NonFiniteGradientError: the same for a gradient, with what earlier calls have added to it. With an enabled
+                `scaler` it is not raised: ``scaler.step`` skips the step.
         """
         scalers = [scaler] * len(self.blocks) if scaler is not None else None
         result = self.engine.backward(self.batch(x, y), StepOptions(weight=weight, scalers=scalers), on_block)
+        self.engine.guard.release()
         self.steps += 1
         return result
 

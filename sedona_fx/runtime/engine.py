@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.ir.graph import BlockGraph
+from sedona_fx.ir.graph import HEADS, BlockGraph
 from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
 from sedona_fx.rng import block_random
 from sedona_fx.runtime.block import Block, StepResult, buffers_of
-from sedona_fx.runtime.guard import FiniteGuard
+from sedona_fx.runtime.gradients import trained_in
+from sedona_fx.runtime.guard import FiniteGuard, Gradients
 from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 
@@ -63,6 +64,8 @@ class StepOptions:
         block_loss: what the backward pass starts from; None: the local loss.
         graphs: one graph per block to run in the place of the block's own, for a `block_loss` that needs more exports.
         buffers_of: returns the buffers that a local step of given blocks may change, those of `block_loss` included.
+        guard_gradients: check what a step leaves in ``.grad``, unless a scaler is there to skip it. False: the caller
+            does so when the gradients are complete.
     """
 
     weight: float = 1.0
@@ -72,6 +75,7 @@ class StepOptions:
     block_loss: BlockLoss | None = None
     graphs: Sequence[BlockGraph] | None = None
     buffers_of: Callable[..., list[Tensor]] = buffers_of
+    guard_gradients: bool = True
 
     def scaler(self, block: Block) -> Any:
         """Return the scaler of a block's gradients, or None."""
@@ -91,7 +95,7 @@ class Engine:
         seed: of the blocks' random draws.
 
     Attributes:
-        guard: checks the losses; it is shared by all schedules of the net.
+        guard: checks losses and gradients; it is shared by all schedules of the net.
     """
 
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
@@ -119,9 +123,9 @@ class Engine:
     ) -> StepResult:
         """Do a local step of every block, one after the other; gradients are added to ``.grad``.
 
-        Without `on_block`, the step is all or nothing: if any loss is not finite, the buffers of all blocks are
-        restored, and the host waits for the losses once, at the end. With `on_block`, each block is on its own: the
-        host waits for each loss, or with ``options.defer`` not at all, and then `on_block` must step its optimizer
+        Without `on_block`, the step is all or nothing: if any loss or gradient is not finite, the buffers of all blocks
+        are restored, and the host waits for the verdicts once, at the end. With `on_block`, each block is on its own:
+        the host waits for each loss, or with ``options.defer`` not at all, and then `on_block` must step its optimizer
         through the guard.
 
         Args:
@@ -134,7 +138,7 @@ class Engine:
             The local losses (not weighted) and the output, detached.
 
         Raises:
-            NonFiniteLossError: a loss is not finite, or one of the step before was not.
+            NonFiniteLossError: a loss or gradient is not finite, or one of the step before was not.
             ScheduleError: a block has no head, or gradients are disabled.
         """
         self.require_heads("net.backward")
@@ -142,15 +146,16 @@ class Engine:
         self.guard.raise_pending()
         all_or_nothing = on_block is None
         values, losses, local = dict(batch.inputs), [], None
-        with self.guard.protecting(options.buffers_of(*self.blocks)) if all_or_nothing else nullcontext():
+        with self.guard.protecting(options.buffers_of(*self.blocks)) if all_or_nothing else nullcontext() as snapshot:
             for block in self.blocks:
                 loss, exports, local = self.local_step(block, batch, values, options, independent=not all_or_nothing)
                 losses.append(loss)
                 self.hand_on(block, values, exports, batch.training)
                 if on_block is not None:
                     on_block(block.index)
-            if all_or_nothing:
+            if snapshot is not None:
                 self.guard.raise_pending()
+                self.guard.keep(snapshot, range(len(self.blocks)))
         return StepResult(losses, local)
 
     def local_step(
@@ -163,14 +168,14 @@ class Engine:
             batch: gives inputs, target and the step's number.
             values: what the block reads, by name.
             options: how the step is done.
-            independent: whether the block's buffers are restored here if its loss is not finite. If False, the check of
-                its loss may be deferred in any case, and the caller protects the buffers of all blocks.
+            independent: whether the block's buffers are restored here if its loss or gradient is not finite. If False,
+                the check may be deferred in any case, and the caller protects the buffers of all blocks.
 
         Returns:
             The local loss, the exports by name, and the local output, all detached.
 
         Raises:
-            NonFiniteLossError: the loss is not finite, and the verdict was not deferred.
+            NonFiniteLossError: the loss or a gradient is not finite, and the verdict was not deferred.
         """
         graph = options.graphs[block.index] if options.graphs is not None else block.graph(batch.training)
         with self.guard.protecting(options.buffers_of(block) if independent else []) as snapshot:
@@ -181,9 +186,15 @@ class Engine:
                 total = loss
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, dict(values), exports, loss)
-            self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
-            self.loss_backward(block, total, options.scaler(block), options.weight)
+            defer, scaler = options.defer or not independent, options.scaler(block)
+            self.guard.check(block.index, batch.step, total, defer=defer)
+            self.loss_backward(block, total, scaler, options.weight)
             self.guard.settle(block.index, snapshot)
+            if options.guard_gradients and (scaler is None or not scaler.is_enabled()):
+                gradients = Gradients(block.index, trained_in(block.module))
+                self.guard.check_gradients([gradients], batch.step, self.parameter_names, defer=defer)
+            if independent:
+                self.guard.keep(snapshot, [block.index])
         return loss.detach(), detached(exports), map_tensors(Tensor.detach, local)
 
     def local_loss(self, block: Block, local: Any, target: Any, inputs: Mapping[str, Any] | None = None) -> Tensor:
@@ -265,6 +276,11 @@ class Engine:
     def hand_on(self, block: Block, values: Values, exports: Mapping[str, Any], training: bool) -> None:
         """Add a block's exports, detached, to `values`, and drop from them what no later block reads."""
         hand_on(values, exports, block.index, self._last_reader[training])
+
+    def parameter_names(self) -> dict[nn.Parameter, str]:
+        """Return the names of the parameters of all blocks: those of the user's model, and "heads." and so on."""
+        named = [pair for block in self.blocks for pair in block.module.named_parameters()]
+        return {p: f"heads{name.removeprefix(HEADS)}" if name.startswith(HEADS) else name for name, p in named}
 
     def buffers(self) -> list[Tensor]:
         """Return the buffers of all blocks, each once."""

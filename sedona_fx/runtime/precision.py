@@ -72,3 +72,11 @@ def unscaled(gradient: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
         return gradient
     wide = gradient.float() if gradient.dtype in LOW else gradient
     return wide / scaler.scale(torch.ones((), device=gradient.device, dtype=wide.dtype))
+
+
+def overflows(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return what a scaler found when it unscaled an optimizer's gradients: scalars, 1.0 where it will skip the step.
+
+    One a device; none if the scaler is disabled, or has unscaled nothing.
+    """
+    return list(scaler._found_inf_per_device(optimizer).values()) if scaler.is_enabled() else []

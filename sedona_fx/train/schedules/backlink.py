@@ -98,7 +98,7 @@ class BackLink(Headed):
             batch, options = net.batch(inputs, target), self.step_options()
             values, losses, local = dict(batch.inputs), list[Tensor](), None
             link: Link | None = None
-            with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext():
+            with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext() as snapshot:
                 for block in net.blocks:
                     previous = link
                     loss, exports, local, link = self._local_step(block, batch, values, options, previous)
@@ -109,10 +109,12 @@ class BackLink(Headed):
                     del previous  # frees the graph of its tail before optimizers step
                     for index in complete if updates and not sync else ():
                         self.step_block(index)
-                if sync:
+                if snapshot is not None:
                     engine.guard.raise_pending()
-            for block in net.blocks if updates and sync else ():
-                self.step_block(block.index)
+                    engine.guard.keep(snapshot, range(len(net.blocks)))
+            if updates and sync:
+                self.update_all(wait=True)
+                self.zero_grad()
             net.steps += 1
         return StepResult(losses, local)
 
@@ -146,6 +148,8 @@ class BackLink(Headed):
                 _backward([body_exports[name] for name in tail_leaves], [leaf.grad for leaf in tail_leaves.values()])
             if not linked:
                 engine.guard.settle(block.index, snapshot)
+            if independent:
+                engine.guard.keep(snapshot, [block.index])
         if previous is not None:
             gradients = {n: unscaled(leaf.grad, scaler) for n, leaf in entry_leaves.items() if leaf.grad is not None}
             self._link_backward(previous, gradients, options)

@@ -49,6 +49,7 @@ class Backprop(Schedule):
                 engine.loss_backward(last, loss, self.scaler(last.index), self.loss_weight)
                 engine.guard.settle(last.index, snapshot)
             net.steps += 1
-            for block in net.blocks if updates else ():
-                self.update(block.index, {last.index})
+            if updates:
+                engine.guard.keep(snapshot, range(len(net.blocks)))
+                self.update_all(wait=False)
         return StepResult([loss.detach()], map_tensors(Tensor.detach, output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -22,9 +22,10 @@ from sedona_fx.train.schedules.optimizers import (
     users_of,
 )
 from sedona_fx.train.schedules.state import check_state
+from sedona_fx.train.schedules.updating import Updating
 
 
-class Schedule:
+class Schedule(Updating):
     """Base of all schedules: trains a net's blocks, each with an optimizer of its own.
 
     A parameter used in several blocks belongs to the last of them: only that block's optimizer steps it, and only that
@@ -101,6 +102,7 @@ class Schedule:
         half = autocast is torch.float16
         self.scalers = make_scalers(net.blocks, self.parameters, single=self.single_scaler) if half else None
         self._calls = 0  # of step(), in this window
+        self._number = net.steps  # of the step that runs
         self._unscaled: set[int] = set()  # ids of the scalers that unscaled gradients in this step
 
     # ---- to be overridden -------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class Schedule:
         """
         if not self._calls:
             self.zero_grad()
-        self._unscaled = set()
+        self._unscaled, self._number = set(), self.net.steps
         try:
             yield self._calls + 1 == self.accumulate
         except BaseException:
@@ -162,52 +164,15 @@ class Schedule:
         finally:  # the scalers of the blocks that stepped adapt, also where a later block failed
             for scaler in {id(s): s for s in self.scalers or [] if id(s) in self._unscaled}.values():
                 scaler.update()
+            self.net.engine.guard.release()
 
     @property
     def loss_weight(self) -> float:
         """Factor of a batch's loss: 1/accumulate."""
         return 1.0 / self.accumulate
 
-    def scaler(self, index: int) -> torch.amp.GradScaler | None:
-        """Return the gradient scaler of block `index`, or None."""
-        return self.scalers[index] if self.scalers is not None else None
-
-    def step_block(self, index: int, contributors: Collection[int] | None = None) -> None:
-        """Update block `index` and zero its gradients, which frees them before the next block runs.
-
-        Args:
-            index: the block.
-            contributors: see :meth:`update`; None: those in ``self.contributors``.
-        """
-        self.update(index, self.contributors[index] if contributors is None else contributors)
-        self.zero_grad(index)
-
-    def update(self, index: int, contributors: Collection[int]) -> None:
-        """Unscale and clip the gradients of block `index`, and step its optimizer; nothing if there are no gradients.
-
-        Args:
-            index: the block.
-            contributors: the optimizer does not step if the loss of one of these blocks was not finite in this step.
-        """
-        optimizer, scaler = self.optimizers[index], self.scaler(index)
-        if optimizer is None or all(parameter.grad is None for parameter in self.parameters[index]):
-            return
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-            self._unscaled.add(id(scaler))
-        self.on_gradients(self.net.blocks[index])
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters[index], self.clip)
-        self.net.engine.guard.step_optimizer(optimizer, contributors, scaler)
-
-    def zero_grad(self, index: int | None = None) -> None:
-        """Set the gradients of block `index` to None; without an index, those of all blocks."""
-        for optimizer in self.optimizers if index is None else [self.optimizers[index]]:
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-
     def raise_pending(self) -> None:
-        """Check the losses of the last step whose check was deferred; the host waits for them.
+        """Check the losses and gradients of the last step whose check was deferred; the host waits for them.
 
         Raises:
             NonFiniteLossError: one was not finite.
@@ -244,7 +209,7 @@ class Schedule:
         A subclass that adds keys names them in `parts`.
 
         Raises:
-            NonFiniteLossError: a loss of the last step was not finite, and its check had been deferred.
+            NonFiniteLossError: a loss or gradient of the last step was not finite; its check had been deferred.
         """
         self.raise_pending()
         return {

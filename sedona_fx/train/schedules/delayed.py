@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from sedona_fx.errors import NonFiniteLossError, ScheduleError
+from sedona_fx.errors import NonFiniteGradientError, NonFiniteLossError, ScheduleError
 from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.net.net import Net
@@ -115,6 +115,8 @@ class Delayed(Schedule):
             blocks_wait = self.check == "sync" or self.weights == "current"
             try:
                 with engine.guard.protecting(engine.buffers()) as snapshot:
+                    for block in net.blocks:
+                        engine.guard.keep(snapshot.part(block.buffers()), [block.index])
                     for block in net.blocks[:-1]:
                         held, exports = self._forward(block, flight, values)
                         flight.held[block.index] = held
@@ -127,31 +129,47 @@ class Delayed(Schedule):
                     engine.loss_backward(last, loss, self.scaler(last.index), self.loss_weight)
                     self._pass_down(last, flight, held)
                     engine.guard.settle(last.index, snapshot)
-            except BaseException:
+            except BaseException as error:
                 if blocks_wait:  # no block has stepped: as if this batch had never been
                     self._flights.pop()
                 else:
+                    self._abandon(error)
                     flight.abandon()
                     net.steps += 1
                 raise
             net.steps += 1
-            for block in net.blocks[:-1] if blocks_wait else ():
-                self._delayed_step(block, updates)
-            if updates:
-                self.step_block(last.index, {last.index})
+            try:
+                for block in net.blocks[:-1] if blocks_wait else ():
+                    self._delayed_step(block, updates and self.check == "async")
+                if updates and self.check == "sync":
+                    self.update_all(wait=True)
+                    self.zero_grad()
+                elif updates:
+                    self.step_block(last.index, {last.index})
+            except NonFiniteGradientError as error:
+                self._abandon(error)
+                raise
         return StepResult([loss.detach()], output)
 
     def raise_pending(self) -> None:
-        """Check the loss of the last step, if its check was deferred; abandon a bad batch.
+        """Check the loss and the gradients of the last step, if the check was deferred; abandon bad batches.
 
         Raises:
-            NonFiniteLossError: it was not finite.
+            NonFiniteLossError: one was not finite.
         """
         try:
             super().raise_pending()
-        except NonFiniteLossError:
-            self._flights[-1].abandon()
+        except NonFiniteLossError as error:
+            self._abandon(error)
             raise
+
+    def _abandon(self, error: BaseException) -> None:
+        """Abandon the batches on which blocks failed in the last step: each block has one of its own age."""
+        if isinstance(error, NonFiniteLossError):
+            ages = [len(self.net.blocks) - 1 - block for block in error.blocks]
+            for age in ages:
+                if age < len(self._flights):
+                    self._flights[-1 - age].abandon()
 
     # ---- forward ----------------------------------------------------------------------------------------------------
 

@@ -28,8 +28,9 @@ class Greedy(Headed):
                 result = net.engine.backward(batch, self.step_options(), on_block)
             else:
                 result = net.engine.backward(batch, self.step_options())
-                for block in net.blocks if updates else ():
-                    self.step_block(block.index)
+                if updates:
+                    self.update_all(wait=True)
+                    self.zero_grad()
             net.steps += 1
         return result
 

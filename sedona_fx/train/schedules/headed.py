@@ -45,9 +45,10 @@ class Headed(Schedule):
         optimizer: called once per block with that block's parameters, those of its head and of its extra losses
             included.
         extra: losses to add to the local ones, for example ``[PredSim(weight=0.5)]``.
-        check: ``"async"``: each block steps as soon as its gradients are complete; a loss that is not finite leaves its
-            own block unharmed and is reported at the latest one step later. ``"sync"``: no block steps before all K
-            losses are known to be finite; if one is not, the BatchNorm buffers of all blocks are restored as well.
+        check: ``"async"``: each block steps as soon as its gradients are complete; a loss or a gradient that is not
+            finite leaves its own block unharmed and is reported at the latest one step later. ``"sync"``: no block
+            steps before all K losses and the gradients of all blocks are known to be finite; if one is not, the
+            BatchNorm buffers of all blocks are restored as well.
         options: see :class:`~sedona_fx.train.schedules.base.Schedule`.
 
     Attributes:
@@ -108,6 +109,7 @@ class Headed(Schedule):
             block_loss=self.block_loss if self.extra else None,
             graphs=self.layer_graphs[self.net.training] if self.layer_graphs is not None else None,
             buffers_of=self.buffers_of,
+            guard_gradients=False,  # they are checked when they are complete, by `update`
         )
 
     def buffers_of(self, *blocks: Block) -> list[Tensor]:

@@ -68,8 +68,8 @@ class Replay(Headed):
         codec: how activations are compressed: ``"fp16"``, ``"bf16"``, ``"int8"``, ``"vq"``, or a
             :class:`~sedona_fx.train.VectorQuantizer`. None: not at all.
         options: see :class:`~sedona_fx.train.schedules.headed.Headed`. With ``check="sync"``, a step whose losses are
-            not all finite leaves the buffers of batches as they were, too. In any case a batch on which a loss was not
-            finite is removed.
+            not all finite leaves the buffers of batches as they were, too. In any case a batch on which a loss or a
+            gradient was not finite is removed.
 
     Attributes:
         buffers: one between each pair of neighbouring blocks.
@@ -137,20 +137,22 @@ class Replay(Headed):
             before = [buffer.snapshot() for buffer in self.buffers] if sync else []
             output = None
             try:
-                with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext():
+                with engine.guard.protecting(self.buffers_of(*net.blocks)) if sync else nullcontext() as snapshot:
                     for block in net.blocks:
                         output = self._turn(block, batch, options, store=store, filling=filling)
                         if updates and not sync:
                             self.step_block(block.index)
-                    if sync:
+                    if snapshot is not None:
                         engine.guard.raise_pending()
+                        engine.guard.keep(snapshot, range(len(net.blocks)))
+                if updates and sync:
+                    self.update_all(wait=True)
+                    self.zero_grad()
             except NonFiniteLossError as error:
                 for buffer, state in zip(self.buffers, before, strict=False):
                     buffer.restore(state)
                 self._drop_entries(error.blocks)
                 raise
-            for block in net.blocks if updates and sync else ():
-                self.step_block(block.index)
             self._stored += filling and store
             net.steps += 1
         return StepResult([loss if loss is not None else torch.tensor(float("nan")) for loss in self._latest], output)
@@ -216,10 +218,10 @@ class Replay(Headed):
         return bool(self.extra) or any(block.objective is not None for block in self.net.blocks)
 
     def raise_pending(self) -> None:
-        """Check the losses of the last step whose check was deferred; remove a bad batch from the buffers.
+        """Check what was deferred in the last step; remove a bad batch from the buffers.
 
         Raises:
-            NonFiniteLossError: one was not finite.
+            NonFiniteLossError: a loss or gradient was not finite.
         """
         try:
             super().raise_pending()
