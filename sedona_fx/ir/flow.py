@@ -22,15 +22,41 @@ def dependency_graph(graph: fx.Graph) -> nx.DiGraph:
     takes the first one takes the latest.
     """
     position = {node: k for k, node in enumerate(graph.nodes)}
-    last_writes: dict[int, fx.Node] = {}
     needs = nx.DiGraph()
     needs.add_nodes_from(graph.nodes)
+    for node, sources in needed_before(graph).items():
+        needs.add_edges_from((source, node) for source in sorted(sources, key=position.__getitem__, reverse=True))
+    return needs
+
+
+def needed_before(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """Return for each node, in the order of the program, its inputs and the last earlier writes to them."""
+    last_writes: dict[int, fx.Node] = {}
+    needed: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
         read = {storage for source in node.all_input_nodes for storage in info(source).storages}
-        sources = {*node.all_input_nodes, *(last_writes[storage] for storage in read if storage in last_writes)}
-        needs.add_edges_from((source, node) for source in sorted(sources, key=position.__getitem__, reverse=True))
+        needed[node] = {*node.all_input_nodes, *(last_writes[storage] for storage in read if storage in last_writes)}
         last_writes.update(dict.fromkeys(info(node).mutates, node))
-    return needs
+    return needed
+
+
+def readers_before_writes(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return for each node that overwrites a value the nodes that read it before, and so may not move behind the write.
+
+    Left out are branches of training outputs, for which :func:`~sedona_fx.passes.lower.lower` keeps a copy.
+    """
+    readers: dict[int, list[fx.Node]] = {}
+    before: dict[fx.Node, list[fx.Node]] = {}
+    shown = shown_late(graph)
+    for node in graph.nodes:
+        written = info(node).mutates
+        earlier = [reader for storage in sorted(written) for reader in readers.get(storage, ())]
+        if kept := [reader for reader in earlier if not info(reader).training_only or written & shown]:
+            before[node] = kept
+        read = info(node).storages.union(*(info(source).storages for source in node.all_input_nodes))
+        for storage in read:
+            readers.setdefault(storage, []).append(node)
+    return before
 
 
 def input_graph(graph: fx.Graph) -> nx.DiGraph:
@@ -83,14 +109,8 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     for block, end in enumerate(ends):
         _claim([end], block, needs, blocks)
     needed = ancestors(output_node(graph), needs)
-    readers: dict[int, list[fx.Node]] = {}
-    reads_before_writes: list[tuple[fx.Node, fx.Node]] = []
-    shown = shown_late(graph)
+    readers = readers_before_writes(graph)
     for node in graph.nodes:
-        written = info(node).mutates
-        earlier_readers = [reader for storage in sorted(written) for reader in readers.get(storage, ())]
-        before = [reader for reader in earlier_readers if not info(reader).training_only or written & shown]
-        reads_before_writes.extend((reader, node) for reader in before)
         if node not in blocks and (node in needed or node.op == "output"):
             blocks[node] = len(ends)
         if node in blocks and _crosses_for_free(node):
@@ -100,11 +120,9 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
         elif node in blocks and is_unpacking(node):
             blocks[node] = blocks[node.all_input_nodes[0]]
         elif node not in blocks:
-            sources = [source for source in (*needs.pred[node], *before) if not _is_given(source)]
+            sources = [source for source in (*needs.pred[node], *readers.get(node, ())) if not _is_given(source)]
             blocks[node] = max((blocks[source] for source in sources), default=_block_of_code_around(node, blocks))
-        read = info(node).storages.union(*(info(source).storages for source in node.all_input_nodes))
-        for storage in read:
-            readers.setdefault(storage, []).append(node)
+    reads_before_writes = [(reader, write) for write, before in readers.items() for reader in before]
     while too_late := [(reader, write) for reader, write in reads_before_writes if blocks[reader] > blocks[write]]:
         for reader, write in too_late:
             _claim([reader], blocks[write], needs, blocks)

@@ -52,6 +52,7 @@ class NodeInfo:
     without_grad: str = ""  # trace: the line that ran it under torch.no_grad(), which a graph does not record
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
+    trained: tuple[str, ...] = ()  # annotate: those of them that require a gradient
     weighty: bool = False  # annotate: it reads a parameter of two or more dimensions
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs

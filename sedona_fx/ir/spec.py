@@ -33,7 +33,8 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     ANALYSED as TRACED; every cut point is one live tensor, on the path to the primary output, with a unique name
     RELAXED  each split point reads a cut point and other live values; no later node reads the cut point itself
     PRUNED   as RELAXED; each split point holds at most one head
-    LOWERED  every node has a block; no node reads a later block; every live value crosses through a detach
+    LOWERED  every node has a block; no node reads a later block; every live value crosses through a detach; a block
+             between ends of base layers has a weight
     BLOCK    no split point and no detached export; the output is ``(exports, local output)``
     ======== ==============================================================================================
 
@@ -124,6 +125,24 @@ def _verify_lowered(nodes: list[fx.Node], require: Require) -> None:
             require(
                 source_block == block or isolated, node, f"reads {source.name!r} of block {source_block} undetached"
             )
+    _verify_weights(nodes, require)
+
+
+def _verify_weights(nodes: list[fx.Node], require: Require) -> None:
+    """Check that no block between ends of base layers is without a weight; one that ends elsewhere is the user's."""
+    ends: dict[int, fx.Node] = {}  # of blocks: what a block ends at comes after all other cut points in it
+    with_weights: set[int | None] = set()
+    for node in nodes:
+        record = info(node)
+        if record.cut is not None and record.block is not None and not record.boundary:
+            ends[record.block] = node
+        with_weights.update([record.block] if record.weighty else [])
+        with_weights.update(record.block for source in node.all_input_nodes if info(source).weighty)
+    last = max((info(node).block or 0 for node in nodes), default=0)
+    for block in range(last + 1) if last else ():
+        edges = [ends.get(k) for k in (block - 1, block) if 0 <= k < last]
+        if all(edge is not None and info(edge).base_layer for edge in edges):
+            require(block in with_weights, edges[-1], f"block {block}, between ends of base layers, has a weight")
 
 
 def _verify_block(nodes: list[fx.Node], require: Require) -> None:

@@ -19,8 +19,9 @@ import networkx as nx
 from torch import fx, nn
 
 from sedona_fx.ir.flow import dependency_graph, longest_chain
-from sedona_fx.ir.graph import NodeInfo, info, operation
+from sedona_fx.ir.graph import NodeInfo, cut_points, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.holdings import Held, Holdings
 from sedona_fx.ir.spec import Phase
 
 _FOLLOWERS = (
@@ -73,10 +74,12 @@ def cuts(
     chain = set(longest_chain(gm.graph, [n for n in candidates.values() if info(n).crossing <= max_live]))
     for node in gm.graph.nodes:
         info(node).cut, info(node).base_layer = None, False
+    holdings = Holdings(gm.graph)
+    legal = set(holdings.select(chain, _trains) if holdings.total.frozen else chain)
     for name, node in candidates.items():
-        if node in chain or not named_by_user.isdisjoint(aliases(info(node))):
+        if node in legal or not named_by_user.isdisjoint(aliases(info(node))):
             info(node).cut = name
-    mark_base_layers(gm)
+    mark_base_layers(gm, holdings)
     return gm
 
 
@@ -140,40 +143,55 @@ def _is_output_of(node: fx.Node, module: str) -> bool:
     return module in (name.partition("#")[0] for name in info(node).returned_by) or str(node.target) == module
 
 
-def mark_base_layers(gm: fx.GraphModule) -> None:
+def _trains(end: fx.Node, block: Held, rest: Held) -> bool:
+    """Whether a block and what is left behind it have parameters to train, or none that are frozen either."""
+    return bool(block.trained or not block.frozen) and bool(rest.trained or not rest.frozen)
+
+
+def mark_base_layers(gm: fx.GraphModule, holdings: Holdings | None = None) -> None:
     """Mark the cut points that end base layers: those that the model declares, else those that a rule selects.
 
     The rule marks a cut point if
 
-    - a weight of two or more dimensions was used since the last marked one;
+    - it needs a weight of two or more dimensions, and a parameter that requires a gradient, that the marked ones before
+      it do not need;
     - its only reader is no norm, activation, pool or dropout. One such reader among several, as in a pre-norm residual
       block, begins something new;
-    - more than one weight is left after it: a head there would only repeat the classifier that follows.
+    - more than one weight is left after it: a head there would only repeat the classifier that follows. One of the
+      parameters left requires a gradient.
+
+    What a cut point needs is asked of the data flow, and not of the order of the program, in which the end of a layer
+    may come after the beginning of the next: an ``nn.Identity`` on a shortcut is such an end.
+
+    Args:
+        gm: ANALYSED but for the marks.
+        holdings: those of its graph; None: they are counted here.
     """
+    holdings = holdings if holdings is not None else Holdings(gm.graph)
     declared = gm.meta.get("base_layers")
     if declared:
         named_cuts = resolve(gm.graph)
-        for path in declared[:-1]:  # the last base layer ends where the model does
-            if path in named_cuts:
-                info(named_cuts[path]).base_layer = True
-        return
-    weighty = [node for node in gm.graph.nodes if info(node).weighty and not info(node).training_only]
-    weights_left = len({name for node in weighty for name in info(node).parameters[:1]})
-    weights_since_mark = 0
-    counted: set[str] = set()
-    for node in gm.graph.nodes:
-        record = info(node)
-        if record.training_only:
-            continue
-        if record.weighty and record.parameters[0] not in counted:
-            counted.add(record.parameters[0])
-            weights_since_mark, weights_left = weights_since_mark + 1, weights_left - 1
-        if record.cut is None:
-            continue
-        readers = [user for user in node.users if not info(user).training_only]
-        followed = len(readers) == 1 and _is_follower(gm, readers[0])
-        if weights_since_mark and weights_left > 1 and not followed:
-            record.base_layer, weights_since_mark = True, 0
+        ends = {
+            named_cuts[path] for path in declared[:-1] if path in named_cuts
+        }  # the last one ends where the net does
+
+        def is_end(node: fx.Node, block: Held, rest: Held) -> bool:
+            return bool(block.weights and rest.weights) and _trains(node, block, rest)
+    else:
+        ends = set(cut_points(gm.graph))
+
+        def is_end(node: fx.Node, block: Held, rest: Held) -> bool:
+            enough = block.weights and block.trained and rest.weights.bit_count() > 1 and rest.trained
+            return bool(enough) and not _is_followed(gm, node)
+
+    for node in holdings.select(ends, is_end):
+        info(node).base_layer = True
+
+
+def _is_followed(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the only reader of a node belongs to the layer that the node is of."""
+    readers = [user for user in node.users if not info(user).training_only]
+    return len(readers) == 1 and _is_follower(gm, readers[0])
 
 
 def _is_follower(gm: fx.GraphModule, node: fx.Node) -> bool:

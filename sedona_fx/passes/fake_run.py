@@ -81,6 +81,7 @@ class FakeRun(fx.Interpreter):
         record.mutates = frozenset(storage.number for storage in mutates)
         parameters = list(self._parameters(n))
         record.parameters = tuple(self.parameter_names[parameter] for parameter in parameters)
+        record.trained = tuple(self.parameter_names[p] for p in parameters if p.requires_grad)
         record.weighty = any(parameter.dim() >= 2 for parameter in parameters)
         return result
 

@@ -87,7 +87,7 @@ def best_first(
     limit = weight_limit.limit if weight_limit is not None else 0
     common = math.prod(bound.score_factor for bound in bounds)
     scaled = [(common // bound.score_factor, bound) for bound in bounds]
-    next_cuts = [[(b, m) for b in range(n) for m in np.flatnonzero(fits[a, b]).tolist()] for a in range(n + 1)]
+    next_cuts: dict[int, list[tuple[int, int]]] = {}  # by first stretch, of those that are asked for
     score_rest = bounds[0].rest
 
     def lower_bound(left: int, first: int, score: int, weight: int) -> int:
@@ -107,6 +107,8 @@ def best_first(
             continue
         if not extended.setdefault((left, first), _Extended(count)).admits(score, plan, weight):
             continue
+        if first not in next_cuts:
+            next_cuts[first] = list(zip(*(at.tolist() for at in np.nonzero(fits[first, :n])), strict=True))
         for place, head in next_cuts[first]:
             if not score_rest.possible(score_rest.rest[left - 1][place + 1]):
                 continue

@@ -45,9 +45,9 @@ class PlanSums:
 class LeastSums:
     """The least sum from every state to the end of a plan.
 
-    Numbers are Python integers in arrays of dtype object, which neither round nor overflow. "Impossible" is a number so
-    large that it stays above every sum of a plan whatever terms are added to it: additions and minima need no special
-    case for it.
+    Numbers are whole, and neither round nor overflow: int64 where all of them fit, else Python integers in arrays of
+    dtype object, which take thirty times as long. "Impossible" is a number so large that it stays above every sum of a
+    plan whatever terms are added to it: additions and minima need no special case for it.
 
     Args:
         sums: what is added up along a plan over n places.
@@ -63,14 +63,16 @@ class LeastSums:
         n, cuts = len(sums.heads), len(sums.cuts)
         largest = sum(max((abs(c) for row in rows for c in row), default=0) for rows in (sums.heads, sums.cuts))
         self._impossible = 4 * (cuts + 2) * (2 * largest + 1)
-        impossible = np.array(self._impossible, dtype=object)
-        head_terms = np.full((n, fits.shape[2]), self._impossible, dtype=object)
+        # No number in here is above twice "impossible" and a term.
+        self._dtype: type = np.int64 if 4 * self._impossible < 2**63 else object
+        impossible = np.array(self._impossible, dtype=self._dtype)
+        head_terms = np.full((n, fits.shape[2]), self._impossible, dtype=self._dtype)
         for place, row in enumerate(sums.heads):
             head_terms[place, : len(row)] = row
-        self._cut_terms = [np.array(row, dtype=object) for row in sums.cuts]
+        self._cut_terms = [np.array(row, dtype=self._dtype) for row in sums.cuts]
         self._block_terms = np.where(fits[:, :n], head_terms[None], impossible)  # by first stretch, place and head
-        self._best_terms = self._block_terms.min(axis=2) if n else np.empty((1, 0), dtype=object)
-        rest = [np.where(fits[:, n, 0], np.array(0, dtype=object), impossible)]
+        self._best_terms = self._block_terms.min(axis=2) if n else np.empty((1, 0), dtype=self._dtype)
+        rest = [np.where(fits[:, n, 0], np.array(0, dtype=self._dtype), impossible)]
         for cut in reversed(range(cuts)):
             by_place = self._best_terms + (self._cut_terms[cut] + rest[-1][1:])[None]
             rest.append(by_place.min(axis=1, initial=self._impossible))
@@ -90,7 +92,7 @@ class LeastSums:
         plan, first = [], 0
         for cut, cut_terms in enumerate(self._cut_terms):
             rest = self.rest[len(self._cut_terms) - 1 - cut]
-            place = int((self._best_terms[first] + cut_terms + np.array(rest[1:], dtype=object)).argmin())
+            place = int((self._best_terms[first] + cut_terms + np.array(rest[1:], dtype=self._dtype)).argmin())
             plan.append((place, int(self._block_terms[first, place].argmin())))
             first = place + 1
         return tuple(plan)

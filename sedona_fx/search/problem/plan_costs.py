@@ -35,13 +35,13 @@ class PlanCosts:
     Attributes:
         problem: the net, its candidate heads and the limits.
         places: the cut points to choose from, n of them.
-        runs: measure -> (n + 1, n + 1): the cost of the stretches a to b without a head.
+        runs: measure -> (n + 1, n + 1), int64 or float64: the cost of the stretches a to b without a head.
         heads: measure -> for each place the cost of each of its heads (a single 0 where it has none).
     """
 
     problem: Problem
     places: tuple[str, ...]
-    runs: dict[str, list[list[float]]]
+    runs: dict[str, np.ndarray]
     heads: dict[str, list[list[float]]]
 
     @classmethod
@@ -73,7 +73,7 @@ class PlanCosts:
             heads={"block_flops": head_flops, "head_flops": head_flops, "activation_bytes": head_bytes},
         )
 
-    def table(self, measure: str) -> tuple[list[list[float]], list[list[float]]]:
+    def table(self, measure: str) -> tuple[np.ndarray, list[list[float]]]:
         """Return the costs by `measure` of the stretches a to b without a head, and of the heads of each place."""
         if measure not in self.runs:
             stretches, heads = self._seconds()
@@ -100,8 +100,8 @@ class PlanCosts:
             return sum(self.heads[measure][b][m] for b, m in plan)
         runs, heads = self.table(measure)
         starts = [0, *(b + 1 for b, _ in plan)]
-        with_heads = [runs[a][b] + heads[b][m] for a, (b, m) in zip(starts, plan, strict=False)]
-        return max([*with_heads, runs[starts[-1]][len(self.places)]])
+        with_heads = [runs.item(a, b) + heads[b][m] for a, (b, m) in zip(starts, plan, strict=False)]
+        return max([*with_heads, runs.item(starts[-1], len(self.places))])
 
     def within(self, plan: Positions, limits: Limits) -> bool:
         """Whether a plan keeps within all limits."""
@@ -118,7 +118,7 @@ class PlanCosts:
         for place, row in enumerate(heads):
             head_costs[place, : len(row)] = row
         head_costs[-1, 0] = 0.0
-        costs: np.ndarray = np.asarray(runs)[:, :, None] + head_costs[None]
+        costs: np.ndarray = runs[:, :, None] + head_costs[None]
         return costs
 
     def fits(self, limits: Limits | None) -> np.ndarray:
@@ -183,8 +183,10 @@ def plan_costs(problem: Problem) -> PlanCosts:
 
 def allowed(problem: Problem, plan: Choice) -> bool:
     """Whether a plan keeps within the problem's limits. Takes tens of microseconds after the first call."""
-    costs, limits = plan_costs(problem), problem.limits
-    return limits is None or costs.within(tuple((problem.position(place), head) for place, head in plan), limits)
+    if problem.limits is None:
+        return True
+    positions = tuple((problem.position(place), head) for place, head in plan)
+    return plan_costs(problem).within(positions, problem.limits)
 
 
 def best_plans(problem: Problem, scores: Sequence[Sequence[float]], count: int = 10) -> list[Choice]:

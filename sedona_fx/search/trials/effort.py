@@ -87,10 +87,10 @@ class Effort:
         """
         heads = work(problem, places).heads
         candidates = sum(len(problem.candidates[place]) for place in places)
-        runs = plan_costs(problem).runs["block_flops"]
-        net_flops = max(1.0, float(runs[0][len(places)]))
+        flops = plan_costs(problem).runs["block_flops"][0].tolist()  # of the net up to each place
+        net_flops = max(1.0, float(flops[len(places)]))
         # All backward passes of a comparison but that of the final loss, in backward passes through the whole net.
-        walks = sum(len(problem.candidates[place]) * runs[0][k] / net_flops for k, place in enumerate(places))
+        walks = sum(len(problem.candidates[place]) * flops[k] / net_flops for k, place in enumerate(places))
         plan_heads = heads * (problem.blocks - 1) / candidates  # a plan's share of the heads, on average
         fixed = overhead(problem)
         step = (1 + plan_heads) / parts + fixed
