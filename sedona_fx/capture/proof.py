@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,29 +49,48 @@ def check_equal_forward(
     """
     mode = "train" if training else "eval"
     runs = _Runs(model, gm, example.bind(model.forward))
+    gradients = gradients or bool(hooked_modules(model, "backward"))
     with keep_modes(model):
         model.train(training)
         try:
-            expected, buffers = runs.outcome(runs.run_model)
+            expected = runs.outcome(runs.run_model, gradients=gradients)
         except Exception as error:
             raise DataError(
                 f"{type(model).__name__} in {mode} mode cannot run the first batch {example!r}: "
                 f"{type(error).__name__}: {error}{user_line(error)}. Check the shapes and dtypes of the data."
             ) from error
         try:
-            actual, graph_buffers = runs.outcome(runs.run_graph)
+            actual = runs.outcome(runs.run_graph, gradients=gradients)
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
-        same_output = same_bits(without_objects(expected)[0], without_objects(actual)[0])
-        if same_output and same_bits(buffers, graph_buffers):
-            if gradients or runs.custom_functions or runs.hooks or hooked_modules(model, "backward"):
-                _check_equal_gradients(runs, mode)
-            return expected
+        same_output = same_bits(without_objects(expected.output)[0], without_objects(actual.output)[0])
+        if same_output and same_bits(expected.buffers, actual.buffers):
+            if not gradients and (runs.custom_functions or runs.hooks):
+                again = (runs.outcome(run, gradients=True) for run in (runs.run_model, runs.run_graph))
+                _check_equal_gradients(runs, mode, *again)
+            elif gradients:
+                _check_equal_gradients(runs, mode, expected, actual)
+            return expected.output
         place = _first_difference(runs)
     raise TraceError(
         f"the {mode} graph of {type(model).__name__} does not compute what the model computes{place}: its forward "
         f"does something that tracing cannot see (a branch on Python state, a value kept between calls). {_ADVICE}"
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one run gives.
+
+    Attributes:
+        output: of the run, tensors detached.
+        buffers: copies of the model's buffers after it.
+        gradients: name of a parameter -> its gradient, or the error of the backward.
+    """
+
+    output: Any
+    buffers: list[Tensor]
+    gradients: dict[str, Tensor] | Exception
 
 
 class _Runs:
@@ -107,37 +127,44 @@ class _Runs:
             registrations.remove()
             self.hooks += [*registrations.gradient_hooks, *registrations.saved_tensors]
 
-    def outcome(self, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """Return the detached output of a run, and copies of the buffers after it."""
-        with self.same_start():
-            result = run()
-            self.custom_functions |= _custom_functions(result)
-            return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in self.model.buffers()]
-
-    def gradients(self, run: Callable[[], Any], *, rounded: bool = False) -> dict[str, Tensor]:
-        """Return name -> a vector-Jacobian product of a run for every trainable parameter; the cotangents are noise.
+    def outcome(self, run: Callable[[], Any], *, gradients: bool = False, rounded: bool = False) -> _Outcome:
+        """Return what a run gives; the cotangents of its gradients are noise.
 
         The noise is the same for runs that leave the generators in the same states.
 
         Args:
             run: a run of the model or of its graph.
+            gradients: whether gradients are computed.
             rounded: change every cotangent by a few units in the last place.
         """
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self.same_start():
-            outputs: list[Tensor] = []
-            map_tensors(outputs.append, without_objects(run())[0])
-            roots = [output for output in outputs if output.requires_grad]
-            if not roots or not parameters:
-                return {}
-            cotangents = [torch.randn_like(root) for root in roots]
-            if rounded:
-                cotangents = [c * (1 + 4 * torch.finfo(c.dtype).eps * torch.randn_like(c)) for c in cotangents]
-            gradients = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
-            return {
-                name: torch.zeros(()) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
-                for name, gradient in zip(parameters, gradients, strict=True)
-            }
+            result = run()
+            self.custom_functions |= _custom_functions(result)
+            buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+            found: dict[str, Tensor] | Exception = {}
+            if gradients:
+                try:
+                    found = self._gradients(without_objects(result)[0], rounded=rounded)
+                except Exception as error:
+                    found = error
+            return _Outcome(map_tensors(Tensor.detach, result), buffers, found)
+
+    def _gradients(self, result: Any, *, rounded: bool) -> dict[str, Tensor]:
+        """Return name -> a vector-Jacobian product of an output for every trainable parameter."""
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        outputs: list[Tensor] = []
+        map_tensors(outputs.append, result)
+        roots = [output for output in outputs if output.requires_grad]
+        if not roots or not parameters:
+            return {}
+        cotangents = [torch.randn_like(root) for root in roots]
+        if rounded:
+            cotangents = [c * (1 + 4 * torch.finfo(c.dtype).eps * torch.randn_like(c)) for c in cotangents]
+        gradients = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
+        return {
+            name: torch.zeros(()) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+            for name, gradient in zip(parameters, gradients, strict=True)
+        }
 
 
 def _custom_functions(output: Any) -> set[str]:
@@ -158,26 +185,22 @@ def autograd_nodes(value: Any) -> Iterator[Any]:
             stack.extend(source for source, _ in node.next_functions)
 
 
-def _check_equal_gradients(runs: _Runs, mode: str) -> None:
+def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph: _Outcome) -> None:
     """Raise TraceError unless graph and model have equal gradients, to rounding: a captured backward rounds otherwise.
 
     A gradient that is zero but for rounding (of a bias before BatchNorm) is known by what a change of the last place in
     the cotangents does to it. A model that has no backward itself is not compared.
     """
-    try:
-        expected = runs.gradients(runs.run_model)
-    except Exception:
+    expected, actual = of_model.gradients, of_graph.gradients
+    if isinstance(expected, Exception):
         return
-    try:
-        actual = runs.gradients(runs.run_graph)
-    except Exception as error:
+    if isinstance(actual, Exception):
         raise TraceError(
-            f"the backward of the {mode} graph of {type(runs.model).__name__} does not run: {error}. {_ADVICE}"
-        ) from error
+            f"the backward of the {mode} graph of {type(runs.model).__name__} does not run: {actual}. {_ADVICE}"
+        ) from actual
     suspects = [name for name, gradient in expected.items() if not _near(gradient, actual.get(name), 1e-3)]
-    if not suspects:
-        return
-    again = runs.gradients(runs.run_model, rounded=True)
+    again = runs.outcome(runs.run_model, gradients=True, rounded=True).gradients if suspects else {}
+    assert not isinstance(again, Exception)
     for name in suspects:
         noise = (again[name] - expected[name]).norm()
         if name in actual and (actual[name] - expected[name]).norm() <= 25 * noise:
