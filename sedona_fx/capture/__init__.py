@@ -13,6 +13,7 @@ convert       Rewrite an exported program in the graph dialect, so that no later
 exported      The second front end: ``torch.export``, for models that symbolic tracing cannot record
 graph_module  What the front ends share: records of nodes, and the module that runs a recorded graph, without dead
               code
+hooks         Hooks: those that a forward registers while it runs, and those that hang on modules before it does
 host          ``root=``: only a sub-module becomes a graph; the code around it, its host, runs as plain Python in
               two calls
 host_calls    The two calls that run the code around a sub-module as plain Python: up to the sub-module, and from it

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.graph_module import build_graph_module
+from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
 from sedona_fx.capture.proof import same_bits
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
@@ -46,8 +47,14 @@ def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx
         The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
 
     Raises:
-        TraceError: the program cannot be captured, or the forward changed state or drew numbers outside of the graph.
+        TraceError: the program cannot be captured, or the forward changed state, drew numbers outside of the graph or
+            registered hooks, or modules have backward hooks.
     """
+    if hooked := hooked_modules(model, "backward"):
+        raise TraceError(
+            f"backward hooks hang on {', '.join(hooked)}, and an exported program has no modules for them to hang on. "
+            "Remove them before the model is decoupled."
+        )
     free_batch = Args(**arguments).batch_size() is not None
     capture = _capture(model, arguments, free_batch=free_batch)
     if free_batch and not _serves_every_batch(capture, arguments):
@@ -80,7 +87,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     around them.
     """
     example = _repeat_to_unusual_batch(arguments) if free_batch else dict(arguments)
-    watch = StateWatch(model)
+    watch, registrations = StateWatch(model), Registrations()
     mode_reads: dict[nn.Module, None] = {}
     changes: list[str] = []
     replaced: list[tuple[Any, str]] | None = []
@@ -99,13 +106,18 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads):
             shapes = _dynamic_shapes(example) if free_batch else None
-            program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+            with watch_hooks(registrations):
+                program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+            hook = registrations.first()
             source = program.module()
     except Exception as error:
         raise TraceError(_reason(error)) from error
     finally:
         handle.remove()
+        registrations.remove()
         change_after = watch.restore()
+    if hook:
+        raise TraceError(refusal(hook))
     if not change_after and changes and replaced and _are_scratch(model, arguments, replaced):
         changes = []  # every forward writes these attributes before it reads them: earlier values have no effect
     if change := next(filter(None, [*changes, change_after]), ""):

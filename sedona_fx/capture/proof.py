@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, TraceError
@@ -21,18 +23,22 @@ from sedona_fx.rng import seed_all
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."
 
 
-def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool) -> Any:
+def check_equal_forward(
+    model: nn.Module, gm: fx.GraphModule, example: Args, *, training: bool, gradients: bool = False
+) -> Any:
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
 
     Objects in the output, which a graph cannot give (:func:`~sedona_fx.ir.outputs.without_objects`), are not compared.
-    If the model has a ``torch.autograd.Function`` of the user's, whose backward a graph may have lost, the gradients of
-    all parameters are compared as well.
+    The gradients of all parameters are compared as well, to rounding, if a graph may have lost what changes them: if
+    the model has a ``torch.autograd.Function`` of the user's, if backward hooks hang on its modules, if its forward
+    registers hooks, or if the caller says so.
 
     Args:
         model: its state and its modes are the same afterwards.
         gm: its graph for one mode; reads the same parameters and buffers.
         example: the inputs.
         training: the mode of the graph.
+        gradients: whether gradients are compared in any case.
 
     Returns:
         What the model returned, tensors detached.
@@ -43,24 +49,28 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
     """
     mode = "train" if training else "eval"
     runs = _Runs(model, gm, example.bind(model.forward))
+    gradients = gradients or bool(hooked_modules(model, "backward"))
     with keep_modes(model):
         model.train(training)
         try:
-            expected, buffers = runs.outcome(runs.run_model)
+            expected = runs.outcome(runs.run_model, gradients=gradients)
         except Exception as error:
             raise DataError(
                 f"{type(model).__name__} in {mode} mode cannot run the first batch {example!r}: "
                 f"{type(error).__name__}: {error}{user_line(error)}. Check the shapes and dtypes of the data."
             ) from error
         try:
-            actual, graph_buffers = runs.outcome(runs.run_graph)
+            actual = runs.outcome(runs.run_graph, gradients=gradients)
         except Exception as error:
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
-        same_output = same_bits(without_objects(expected)[0], without_objects(actual)[0])
-        if same_output and same_bits(buffers, graph_buffers):
-            if runs.custom_functions:
-                _check_equal_gradients(runs)
-            return expected
+        same_output = same_bits(without_objects(expected.output)[0], without_objects(actual.output)[0])
+        if same_output and same_bits(expected.buffers, actual.buffers):
+            if not gradients and (runs.custom_functions or runs.hooks):
+                again = (runs.outcome(run, gradients=True) for run in (runs.run_model, runs.run_graph))
+                _check_equal_gradients(runs, mode, *again)
+            elif gradients:
+                _check_equal_gradients(runs, mode, expected, actual)
+            return expected.output
         place = _first_difference(runs)
     raise TraceError(
         f"the {mode} graph of {type(model).__name__} does not compute what the model computes{place}: its forward "
@@ -68,16 +78,33 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
     )
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What one run gives.
+
+    Attributes:
+        output: of the run, tensors detached.
+        buffers: copies of the model's buffers after it.
+        gradients: name of a parameter -> its gradient, or the error of the backward.
+    """
+
+    output: Any
+    buffers: list[Tensor]
+    gradients: dict[str, Tensor] | Exception
+
+
 class _Runs:
     """Runs of a model and of its graph, each on a copy of the same arguments.
 
     Attributes:
         custom_functions: names of the user's own ``torch.autograd.Function`` classes seen in runs so far.
+        hooks: what runs did so far that may change gradients, in words that follow on "its forward".
     """
 
     def __init__(self, model: nn.Module, gm: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
         self.model, self.gm, self.arguments = model, gm, arguments
         self.custom_functions: set[str] = set()
+        self.hooks: list[str] = []
 
     def run_model(self) -> Any:
         return self.model(**map_tensors(torch.clone, self.arguments))
@@ -90,31 +117,54 @@ class _Runs:
 
     @contextmanager
     def same_start(self) -> Iterator[None]:
-        """Seed the global generators, and undo what the body does to them and to the model's state."""
-        with keep_state(self.model), torch.enable_grad():
-            seed_all(0)
-            yield
+        """Seed the global generators, and undo what the body does to them and to the model's state, hooks included."""
+        registrations = Registrations()
+        try:
+            with keep_state(self.model), torch.enable_grad(), watch_hooks(registrations):
+                seed_all(0)
+                yield
+        finally:
+            registrations.remove()
+            self.hooks += [*registrations.gradient_hooks, *registrations.saved_tensors]
 
-    def outcome(self, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """Return the detached output of a run, and copies of the buffers after it."""
+    def outcome(self, run: Callable[[], Any], *, gradients: bool = False, rounded: bool = False) -> _Outcome:
+        """Return what a run gives; the cotangents of its gradients are noise.
+
+        The noise is the same for runs that leave the generators in the same states.
+
+        Args:
+            run: a run of the model or of its graph.
+            gradients: whether gradients are computed.
+            rounded: change every cotangent by a few units in the last place.
+        """
         with self.same_start():
             result = run()
             self.custom_functions |= _custom_functions(result)
-            return map_tensors(Tensor.detach, result), [buffer.detach().clone() for buffer in self.model.buffers()]
+            buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+            found: dict[str, Tensor] | Exception = {}
+            if gradients:
+                try:
+                    found = self._gradients(without_objects(result)[0], rounded=rounded)
+                except Exception as error:
+                    found = error
+            return _Outcome(map_tensors(Tensor.detach, result), buffers, found)
 
-    def gradients(self, run: Callable[[], Any]) -> list[Tensor]:
-        """Return a vector-Jacobian product of a run for every trainable parameter; the cotangents are noise.
-
-        The noise is the same for runs that leave the generators in the same states.
-        """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        with self.same_start():
-            outputs: list[Tensor] = []
-            map_tensors(outputs.append, run())
-            roots = [output for output in outputs if output.requires_grad]
-            cotangents = [torch.randn_like(root) for root in roots]
-            gradients = torch.autograd.grad(roots, parameters, cotangents, allow_unused=True)
-            return [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
+    def _gradients(self, result: Any, *, rounded: bool) -> dict[str, Tensor]:
+        """Return name -> a vector-Jacobian product of an output for every trainable parameter."""
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        outputs: list[Tensor] = []
+        map_tensors(outputs.append, result)
+        roots = [output for output in outputs if output.requires_grad]
+        if not roots or not parameters:
+            return {}
+        cotangents = [torch.randn_like(root) for root in roots]
+        if rounded:
+            cotangents = [c * (1 + 4 * torch.finfo(c.dtype).eps * torch.randn_like(c)) for c in cotangents]
+        gradients = torch.autograd.grad(roots, list(parameters.values()), cotangents, allow_unused=True)
+        return {
+            name: torch.zeros(()) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+            for name, gradient in zip(parameters, gradients, strict=True)
+        }
 
 
 def _custom_functions(output: Any) -> set[str]:
@@ -135,15 +185,49 @@ def autograd_nodes(value: Any) -> Iterator[Any]:
             stack.extend(source for source, _ in node.next_functions)
 
 
-def _check_equal_gradients(runs: _Runs) -> None:
-    """Raise TraceError unless graph and model have equal gradients, to rounding: a custom backward rounds otherwise."""
-    for expected, actual in zip(runs.gradients(runs.run_model), runs.gradients(runs.run_graph), strict=True):
-        if not (actual - expected).norm() <= 1e-3 * expected.norm():
+def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph: _Outcome) -> None:
+    """Raise TraceError unless graph and model have equal gradients, to rounding: a captured backward rounds otherwise.
+
+    A gradient that is zero but for rounding (of a bias before BatchNorm) is known by what a change of the last place in
+    the cotangents does to it. A model that has no backward itself is not compared.
+    """
+    expected, actual = of_model.gradients, of_graph.gradients
+    if isinstance(expected, Exception):
+        return
+    if isinstance(actual, Exception):
+        raise TraceError(
+            f"the backward of the {mode} graph of {type(runs.model).__name__} does not run: {actual}. {_ADVICE}"
+        ) from actual
+    suspects = [name for name, gradient in expected.items() if not _near(gradient, actual.get(name), 1e-3)]
+    again = runs.outcome(runs.run_model, gradients=True, rounded=True).gradients if suspects else {}
+    assert not isinstance(again, Exception)
+    for name in suspects:
+        noise = (again[name] - expected[name]).norm()
+        if name in actual and (actual[name] - expected[name]).norm() <= 25 * noise:
+            continue
+        if runs.custom_functions:
             raise TraceError(
                 f"{type(runs.model).__name__} has a backward of its own ({', '.join(sorted(runs.custom_functions))}, a "
                 "torch.autograd.Function) that the graph has lost: its gradients differ. Put the function into a "
                 "module and name that in leaf_modules=[...]."
             )
+        hooks = f" Its forward {runs.hooks[0]}." if runs.hooks else ""
+        raise TraceError(
+            f"the gradients of the {mode} graph of {type(runs.model).__name__} are not the model's (first that of "
+            f"{name!r}): something changes them that tracing cannot see, such as a hook.{hooks} {_ADVICE}"
+        )
+
+
+def _near(first: Tensor, second: Tensor | None, tolerance: float) -> bool:
+    """Whether two gradients are equal up to a part of the norm of the first, and not finite in the same places."""
+    if second is None:
+        return False
+    if bool(((second - first).norm() <= tolerance * first.norm()).item()):
+        return True
+    finite = first.isfinite()
+    if bool(finite.all()) or first.shape != second.shape or not torch.equal(finite, second.isfinite()):
+        return False
+    return _near(torch.where(finite, first, 0), torch.where(finite, second, 0), tolerance)
 
 
 def same_bits(first: Any, second: Any) -> bool:

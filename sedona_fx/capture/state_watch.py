@@ -147,11 +147,14 @@ class StateWatch:
         restore_random(self._random)
         return changed
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Put everything back, except what a forward pass only notes once: a size it has seen, hooks it has installed.
 
         Such notes are attributes whose plain value changed. If a parameter or buffer changed as well, no note is kept:
         it might say that they have been initialised, which is undone.
+
+        Returns:
+            Whether there are notes that were kept.
         """
         same_values = all(w.copy is None or torch.equal(w.copy, w.tensor) for w in self._tensors)
         same_versions = all(w.tensor._version == w.version for w in self._tensors)
@@ -165,8 +168,12 @@ class StateWatch:
             and (entry.copy.get(name) != value)
         ]
         self.restore()
-        for container, name, value in notes if same_values and same_versions else ():
+        # PyTorch's own mark at modules with backward hooks goes with the hook: it stays only if a note says so.
+        if not (same_values and same_versions and any(name not in _MODULE_INTERNALS for _, name, _ in notes)):
+            return False
+        for container, name, value in notes:
             container[name] = value
+        return True
 
 
 @contextmanager

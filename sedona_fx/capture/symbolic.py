@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from sedona_fx.capture.blame import locate_side_effect
 from sedona_fx.capture.graph_module import build_graph_module
+from sedona_fx.capture.hooks import Registrations, refusal, watch_hooks
 from sedona_fx.capture.state_watch import StateWatch
 from sedona_fx.capture.tracer import Tracer
 from sedona_fx.errors import TraceError, did_you_mean
@@ -56,16 +57,21 @@ def record_symbolically(
         TraceError: the forward cannot be traced, or it changed state or drew random numbers meanwhile.
     """
     tracer = Tracer(leaves, arguments)
-    watch = StateWatch(model)
+    watch, registrations = StateWatch(model), Registrations()
     try:
-        graph = tracer.trace(model)
+        with watch_hooks(registrations):
+            graph = tracer.trace(model)
+        hook = registrations.first()
         change = watch.changed()
         graph, _ = copy_graph(graph)  # without the tracer's class, which would be asked to unpickle the graph
         gm = build_graph_module(model, graph, model)
     except Exception as error:
         raise TraceError(f"cannot record the forward of {tracer.explain(error)}") from error
     finally:
+        registrations.remove()
         watch.restore()
+    if hook:
+        raise TraceError(f"cannot record the forward of {type(model).__name__}: {refusal(hook)}")
     if change:
         line = locate_side_effect(model, lambda: Tracer(leaves, arguments).trace(model))
         raise TraceError(

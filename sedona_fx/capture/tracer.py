@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.blame import current_line, user_line
+from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.outputs import without_objects
@@ -20,7 +21,7 @@ class Tracer(fx.Tracer):
     """Records one forward of a model.
 
     Args:
-        leaves: modules that become one node each, besides PyTorch's own layers.
+        leaves: modules that become one node each, besides PyTorch's own layers and modules with hooks.
         values: argument name -> value. Values with a tensor in them become placeholders, others are used as they are.
             Arguments without a value keep their default.
 
@@ -54,7 +55,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one node."""
-        return m in self.leaves or super().is_leaf_module(m, module_qualified_name)
+        return m in self.leaves or super().is_leaf_module(m, module_qualified_name) or bool(hooks_of(m))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that records in-place operators."""
@@ -75,6 +76,12 @@ class Tracer(fx.Tracer):
             record = info(result.node)
             record.returned_by = (*record.returned_by, path)
         return result
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make a node and its proxy. A method that puts a hook on a tensor would be taken for one that does nothing."""
+        if kind == "call_method" and target in TENSOR_HOOKS:
+            raise TypeError("it registers a hook on a tensor, which a graph does not keep")
+        return super().create_proxy(kind, target, *args, **kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node with a record of where it was made."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,14 @@ from torch import nn
 
 from sedona_fx.compile.analyse import Where
 from sedona_fx.compile.choices import Cuts, Heads, named_cuts
+from sedona_fx.compile.copying import owned_copy
 from sedona_fx.compile.saved_loss import check_objectives, loss_to_load
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
-from sedona_fx.ir.modules import device_of, share_copy
+from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import Key, Loss
 from sedona_fx.net.signature import example_like
 from sedona_fx.plan import Plan
@@ -218,27 +218,6 @@ def request_to_load(
         seed=plan.seed,
         progress=False,
     )
-
-
-def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
-    """Return the copy of the model that the net will own; with `inplace` it shares the tensors.
-
-    Raises:
-        DataError: `model` is not a module, or cannot be copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise DataError(
-            f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
-            "it."
-        )
-    try:
-        return share_copy(model) if inplace else copy.deepcopy(model)
-    except Exception as error:
-        raise DataError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
-            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
-            "torch.nn.utils.parametrizations."
-        ) from error
 
 
 def _plan_of(plan: Any) -> Plan | None:

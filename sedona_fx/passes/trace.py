@@ -3,11 +3,14 @@
 There are two front ends, which make the same kind of graph: symbolic tracing is tried first, ``torch.export`` if it
 fails. A recording is trusted only after checks, since either can be silently wrong: making it drew no random number and
 changed no state (:mod:`sedona_fx.capture.state_watch`), and one forward pass in each mode gives exactly what the model
-gives, buffers included (:mod:`sedona_fx.capture.proof`).
+gives, buffers included (:mod:`sedona_fx.capture.proof`). Gradients are compared as well where a recording may have lost
+what changes them: in all exported programs, and wherever the model has hooks (:mod:`sedona_fx.capture.hooks`).
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, refusal, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
@@ -35,6 +39,8 @@ WAYS_OUT = (
     "forward go into a module of their own first); decouple only a part of the model with root='...' and let the rest "
     "run as it is; or move the decision out of forward (into __init__, or into torch.where)."
 )
+log = logging.getLogger(__name__)
+
 Recorder = Callable[[], tuple[fx.GraphModule, list[nn.Module]]]
 """Records the model in its present mode; returns the graph and the modules that read their ``training`` flag."""
 
@@ -80,6 +86,19 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             line of the user's code or the first module that differs.
         DataError: the model itself cannot run the example.
     """
+    if "backward" in hooks_of(model):
+        raise TraceError(
+            f"a backward hook hangs on {type(model).__name__} itself, and no block runs the whole of it. Register it "
+            "on the layers that it is about."
+        )
+    traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
+    if not traced.capture.hosted:
+        _tell_of_silent_hooks(model, traced.capture.front_end)
+    return traced
+
+
+def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str) -> Traced:
+    """:func:`trace`, without a look at hooks that hang on the model itself."""
     leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
     inputs = example.bind(model.forward)
     try:
@@ -92,7 +111,7 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         return _trace_root(model, example, leaf_modules, root)
     if leaves:
         raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
-    watch = _settle(model, example)
+    watch, registrations = _settle(model, example)
     free_batches: list[bool] = []  # of the recordings made so far
 
     def record() -> tuple[fx.GraphModule, list[nn.Module]]:
@@ -103,6 +122,7 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     try:
         return _record_both(model, example, record, "export", lambda: all(free_batches))
     except TraceError as export_error:
+        registrations.remove()
         watch.restore()
         raise TraceError(
             f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
@@ -112,10 +132,16 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
     """Trace a sub-module with what enters it, and put the untraced code around it into the graphs as two calls."""
     inputs = example.bind(model.forward)
-    seen = {training: watch_root(model, example, root, training=training) for training in (True, False)}
+    registrations = Registrations()
+    with watch_hooks(registrations):
+        seen = {training: watch_root(model, example, root, training=training) for training in (True, False)}
+    hook = registrations.first()
+    registrations.remove()
+    if hook:
+        raise TraceError(f"cannot run the code around {root!r} twice a step: {refusal(hook)}")
     inner_leaves = [path.removeprefix(f"{root}.") for path in leaf_modules if path.startswith(f"{root}.")]
     entering = Args(**map_tensors(lambda t: t.detach(), seen[True].given))
-    traced = trace(model.get_submodule(root), entering, leaf_modules=inner_leaves)
+    traced = _trace(model.get_submodule(root), entering, leaf_modules=inner_leaves, root="")
     host_reads = reads_of(model, root, seen[True])
     train, evaluation = (
         graph_around(model, root, gm, arguments=inputs, seen=seen[training], reads=host_reads, training=training)
@@ -136,18 +162,40 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     )
 
 
-def _settle(model: nn.Module, example: Args) -> StateWatch:
+def _tell_of_silent_hooks(model: nn.Module, front_end: FrontEnd) -> None:
+    """Say which hooks will never run: those of the model itself and, in an exported program, those of all modules.
+
+    In symbolic graphs other modules with hooks stay whole, so that the hooks run; what that costs is logged.
+    """
+    hooked = hooked_modules(model, "forward")
+    if silent := hooked if front_end == "export" else hooked[:1] if hooks_of(model) else []:
+        where = ", which torch.export has recorded as one flat program" if front_end == "export" else ""
+        warnings.warn(
+            f"hooks hang on {', '.join(silent)}{where}: they never run in the net. What they do to values while the "
+            "model is recorded is part of the net.",
+            stacklevel=2,
+        )
+    elif whole := [path for path, module in model.named_modules() if hooks_of(module) and any(module.children())]:
+        log.warning(
+            "hooks hang on %s: such modules stay whole, so that their hooks run, and there is no cut inside of them. "
+            "Remove the hooks before the model is decoupled for cuts there.",
+            ", ".join(map(repr, whole)),
+        )
+
+
+def _settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
     """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
 
     Returns:
-        The watch from before that, which can restore the state without the notes.
+        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
     """
-    watch = StateWatch(model)
+    watch, registrations = StateWatch(model), Registrations()
     with keep_parameters(model):
-        with keep_modes(model), torch.no_grad(), suppress(Exception):
+        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
             model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-        watch.settle()
-    return watch
+        if not watch.settle():
+            registrations.remove()
+    return watch, registrations
 
 
 def _record_both(
@@ -176,8 +224,12 @@ def _record_both(
         # For a module that read its flag in eval mode only, the flag in train mode is the one that train() sets.
         mode_paths = {} if same else {path: (train_flags.get(m, True), m.training) for m, path in readers.items()}
     few = example.first(2) if free_batch() else example
-    output, left_out = without_objects(check_equal_forward(model, verify(train, Phase.TRACED), few, training=True))
-    eval_output, _ = without_objects(check_equal_forward(model, verify(evaluation, Phase.TRACED), few, training=False))
+    output, eval_output = (
+        check_equal_forward(model, verify(gm, Phase.TRACED), few, training=training, gradients=front_end == "export")
+        for gm, training in ((train, True), (evaluation, False))
+    )
+    output, left_out = without_objects(output)
+    eval_output, _ = without_objects(eval_output)
     retype(train, output)
     if not same:
         retype(evaluation, eval_output)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sedona_fx.compile.analyse import Where, analyse
-from sedona_fx.compile.request import owned_copy
+from sedona_fx.compile.copying import owned_copy
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import DataError, HeadError, PlanError, did_you_mean

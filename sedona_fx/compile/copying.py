@@ -1,0 +1,157 @@
+"""The copy of the user's model that a net owns: with the hooks on its parameters, and with no way back to the original.
+
+``copy.deepcopy`` drops hooks that hang on parameters, and it does not copy functions: a function among the attributes
+of a module (``m.layer.forward = lambda h: ...``) is the same one in the copy, and whatever it reaches by its closure or
+by a global name is the original, whose weights no net would train.
+"""
+
+from __future__ import annotations
+
+import copy
+import dis
+import functools
+from collections.abc import Iterator
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from sedona_fx.errors import DataError, TraceError
+from sedona_fx.ir.modules import share_copy
+
+_INTERNALS = frozenset(vars(nn.Module()))
+_MOST = 10_000  # objects that are looked at behind one attribute
+
+
+def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
+    """Return the copy of the model that the net will own; with `inplace` it shares the tensors.
+
+    Raises:
+        DataError: `model` is not a module, or cannot be copied.
+        TraceError: a function among the attributes of the copy would use layers of the original.
+    """
+    if not isinstance(model, nn.Module):
+        raise DataError(
+            f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
+            "it."
+        )
+    try:
+        owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
+    except Exception as error:
+        raise DataError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
+            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
+            "torch.nn.utils.parametrizations."
+        ) from error
+    _check_functions(model, owned)
+    if not inplace:
+        _copy_hooks(model, owned)
+    return owned
+
+
+def _copy_hooks(model: nn.Module, owned: nn.Module) -> None:
+    """Put the hooks of the parameters on their copies."""
+    for original, parameter in zip(model.parameters(), owned.parameters(), strict=True):
+        for hook in (original._backward_hooks or {}).values():
+            if parameter.requires_grad:
+                parameter.register_hook(hook)
+        for hook in (original._post_accumulate_grad_hooks or {}).values():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(hook)
+
+
+def _check_functions(model: nn.Module, owned: nn.Module) -> None:
+    """Raise TraceError if a function among the attributes of the copy reaches a module or a tensor of the original."""
+    originals: frozenset[int] | None = None
+    for path, module in owned.named_modules():
+        for name, value in vars(module).items():
+            for function in _functions(value) if name not in _INTERNALS else ():
+                if originals is None:
+                    originals = frozenset(map(id, _parts(model))) - frozenset(map(id, _parts(owned)))
+                if _reaches(function, originals):
+                    raise TraceError(
+                        f"{f'{path}.{name}' if path else name!r} is a function{_line(function)} that uses layers of "
+                        "the model by its closure or by a global name. The net owns a copy of the model, and a "
+                        "function is not copied with it: it would go on to use the layers of your own model, whose "
+                        "weights no block trains. Write it as a method of a subclass, or bind it: "
+                        "module.forward = types.MethodType(function, module), and reach layers by its first argument."
+                    )
+
+
+def _parts(model: nn.Module) -> Iterator[Any]:
+    """Yield the modules, parameters and buffers of a model."""
+    yield from model.modules()
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _functions(value: Any) -> Iterator[Any]:
+    """Yield the functions in an attribute, those in plain containers included."""
+    if isinstance(value, (FunctionType, MethodType, functools.partial)):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        yield from (item for item in value if isinstance(item, (FunctionType, MethodType, functools.partial)))
+    elif isinstance(value, dict):
+        yield from _functions(list(value.values()))
+
+
+def _reaches(function: Any, originals: frozenset[int]) -> bool:
+    """Whether a function can get hold of one of the modules and tensors with these ids, other than by an argument."""
+    seen, stack = dict[int, Any](), [function]  # the values are kept, so that no id is given twice
+    while stack and len(seen) < _MOST:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (type, ModuleType, str, int, float, CodeType)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (nn.Module, Tensor)):
+            if id(value) in originals:
+                return True
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        else:
+            stack += _behind(value)
+    return False
+
+
+def _behind(value: Any) -> Iterator[Any]:
+    """Yield what a function, a method, a partial function or another object holds."""
+    if isinstance(value, FunctionType):
+        if str(value.__module__).partition(".")[0] == "torch" and value.__closure__ is None:
+            return
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not set yet
+                continue
+        yield value.__defaults__
+        yield value.__kwdefaults__
+        yield vars(value)
+        for name in _globals_of(value.__code__):
+            yield value.__globals__.get(name)
+    elif isinstance(value, MethodType):
+        yield value.__self__
+        yield value.__func__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    else:
+        yield getattr(value, "__dict__", None)
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    """Yield the global names that code reads, nested functions included."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield str(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
+
+
+def _line(function: Any) -> str:
+    """Return ``", file.py line 12,"`` for a function that was written in Python."""
+    while isinstance(function, (MethodType, functools.partial)):
+        function = function.__func__ if isinstance(function, MethodType) else function.func
+    code = getattr(function, "__code__", None)
+    return f", {code.co_filename} line {code.co_firstlineno}," if code is not None else ""

@@ -1,0 +1,155 @@
+"""The copy that a net owns: hooks of parameters come along, and functions that would use the original are refused."""
+
+import functools
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sedona_fx
+from sedona_fx.errors import TraceError
+
+X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def make():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(*layers, nn.Linear(4, 3)).double()
+
+
+def decoupled(model, **options):
+    return sedona_fx.decouple(model, (X, Y), blocks=1, search="uniform", **options)
+
+
+def with_closure():
+    model = make()
+    forward = model[1].forward
+    model[1].forward = lambda h: 2 * forward(h)
+    return model
+
+
+def with_default():
+    model = make()
+    model[1].forward = lambda h, forward=model[1].forward: 2 * forward(h)
+    return model
+
+
+def with_wrapper():
+    model = make()
+
+    def doubled(forward):
+        @functools.wraps(forward)
+        def wrapped(*args):
+            return 2 * forward(*args)
+
+        return wrapped
+
+    model[1].forward = doubled(model[1].forward)
+    return model
+
+
+def with_weight():
+    model = make()
+    weight = model[3].weight
+    model[3].forward = lambda h: F.linear(h, weight)
+    return model
+
+
+def with_other_attribute():
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.steps = {"first": [lambda h: self.layer(h)][0]}
+
+        def forward(self, h):
+            return self.steps["first"](h)
+
+    model = make()
+    model[1] = Calls().double()
+    return model
+
+
+def with_compiled_forward():
+    model = make()
+    model[1].forward = torch.compile(model[1].forward)
+    return model
+
+
+GLOBAL = make()
+_forward = GLOBAL[1].forward
+GLOBAL[1].forward = lambda h: 2 * _forward(h)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (with_closure, "1.forward"),
+        (with_default, "1.forward"),
+        (with_wrapper, "1.forward"),
+        (with_other_attribute, "1.steps"),
+        (with_compiled_forward, "1.forward"),
+        (lambda: GLOBAL, "1.forward"),
+    ],
+    ids=["closure", "default", "wrapper", "attribute", "compiled", "global"],
+)
+def test_functions_that_use_layers_of_the_original_are_refused_by_name(build, name, inplace):
+    with pytest.raises(TraceError, match=rf"'{name}' is a function, .* line \d+, that uses layers of the model.*bind"):
+        decoupled(build(), inplace=inplace)
+
+
+def test_functions_that_use_a_weight_of_the_original_are_refused_unless_it_is_shared():
+    with pytest.raises(TraceError, match=r"'3.forward' is a function"):
+        decoupled(with_weight())
+    net = decoupled(with_weight(), inplace=True)
+    net.backward(X, Y)
+    assert net.model[3].weight.grad is not None
+
+
+def free(layer):
+    layer.forward = lambda h: 2 * h.tanh()
+
+
+def method(layer):
+    layer.forward = types.MethodType(lambda self, h: 2 * nn.Sequential.forward(self, h), layer)
+
+
+def partial(layer):
+    layer.forward = functools.partial(lambda self, h: 2 * nn.Sequential.forward(self, h), layer)
+
+
+@pytest.mark.parametrize("change", [free, method, partial])
+def test_functions_that_are_right_in_the_copy_are_no_obstacle(change):
+    model = make()
+    change(model[1] if change is not free else model[1][1])
+    net = decoupled(model)
+    net.backward(X, Y)
+    F.cross_entropy(model(X), Y).backward()
+    for p, q in zip(net.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def clamp(parameter):
+    parameter.grad.clamp_(-1e-3, 1e-3)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_hooks_on_parameters_come_along(blocks):
+    model = make()
+    for p in model.parameters():
+        p.register_hook(lambda g: 0.5 * g)
+        p.register_post_accumulate_grad_hook(clamp)
+    plain = make()
+    nets = [
+        sedona_fx.decouple(m, (X, Y), cuts=["0"] if blocks == 2 else [], heads="linear" if blocks == 2 else None)
+        for m in (model, plain)
+    ]
+    for net in nets:
+        net.backward(X, Y)
+    for p, q in zip(nets[0].model.parameters(), nets[1].model.parameters(), strict=True):
+        assert torch.equal(p.grad, (0.5 * q.grad).clamp(-1e-3, 1e-3))
