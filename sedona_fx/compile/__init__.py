@@ -10,6 +10,7 @@ build       ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block 
 choices     What the user chose: cuts by name, heads, a plan. Names are resolved to cut points, or refused with the
             reason
 decide      The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search
+head_loss   Try the model's loss on what a head gives, and name the fields of the output that it misses there
 provenance  The plan of a decision: what is saved with the net
 request     What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one
             record

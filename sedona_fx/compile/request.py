@@ -18,8 +18,9 @@ from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
-from sedona_fx.ir.modules import device_of, share_copy
+from sedona_fx.ir.modules import device_of, share_copy, unwrapped
 from sedona_fx.ir.outputs import Key, Loss
+from sedona_fx.net.net import Net
 from sedona_fx.net.signature import example_like
 from sedona_fx.plan import Plan
 from sedona_fx.search import SEARCHES, Balanced, Search
@@ -85,6 +86,12 @@ class Request:
         """Where the user allows cuts."""
         named = self.plan.cuts if self.plan is not None else self.cuts or ()
         return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether some head is to be trained by the model's own loss."""
+        no_heads = self.heads is False or (self.plan is not None and not any(self.plan.heads))
+        return self.blocks > 1 and not no_heads and None in self.objectives
 
     @property
     def searches(self) -> bool:
@@ -216,6 +223,8 @@ def request_to_load(
 def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
     """Return the copy of the model that the net will own; with `inplace` it shares the tensors.
 
+    Of a wrapped model it is the model inside (:func:`~sedona_fx.ir.modules.unwrapped`).
+
     Raises:
         DataError: `model` is not a module, or cannot be copied.
     """
@@ -224,6 +233,9 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
             f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
             "it."
         )
+    model = unwrapped(model)
+    if isinstance(model, Net):
+        raise DataError("the model is a net already: decouple the model that it holds, decouple(net.model, ...).")
     try:
         return share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:

@@ -10,8 +10,10 @@ net        The decoupled net: the user's model as K blocks that train without wa
 parts      The record of everything that a net is built from
 placing    Move the tensors of a net between devices, and keep every graph consistent with that
 signature  The arguments of a net: bound by name, and checked against the ones that its graphs were made for
+trial      Run a net's model on the example batch, for questions that the graphs cannot answer themselves
 variants   Variants of a net's blocks that schedules need, such as blocks without heads; made when they are first
            asked for
+wrapped    Nets inside of PyTorch's wrappers, which have the net's parameters but not its methods
 weights    Weight files of a net. Names and shapes are compared before anything is loaded
 """
 
