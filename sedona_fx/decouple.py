@@ -60,7 +60,8 @@ def decouple(
     only with a `search` that trains; its cost is given there.
 
     Args:
-        model: any ``nn.Module``. The net owns a copy, and the model itself is not changed, unless `inplace`.
+        model: any ``nn.Module``. The net owns a copy, and the model itself is not changed, unless `inplace`. Of
+            ``DataParallel``, ``DistributedDataParallel`` and what ``torch.compile`` returns, it is the model inside.
         data: an iterable of (inputs, target) batches, or one such pair as a tuple. Inputs are a tuple of positional
             arguments, a mapping of keyword arguments, or else the single argument; ``sedona_fx.Args(...)`` states them
             explicitly. Tensors have the batch as their first dimension and are moved to the model's device. Costs and
@@ -70,8 +71,8 @@ def decouple(
         blocks: number of blocks K, at least 1 (1 is backpropagation). `cuts` and `plan` determine the number
             themselves, and this is ignored.
         loss: ``loss(output, target)``, which returns a scalar tensor. It is called with what the model returns, and
-            with each head's output in the same form. None: no schedule can train the net, and no search that trains can
-            choose its cuts.
+            with each head's output in the same form, where every field but the primary output is None. None: no
+            schedule can train the net, and no search that trains can choose its cuts.
         val_data: validation batches for the search, without any example of `data`. None: `data` is split 60/40, a
             map-style loader by its indices (drawn with `seed`), another re-iterable by whole batches.
         search: how cuts and heads are chosen.
@@ -103,8 +104,8 @@ def decouple(
             the measurements of an earlier decision.
         devices: one device per block, to which its tensors are moved; blocks on different devices cannot share a
             parameter. None: those of `plan`, else the model's device for all.
-        output: key, attribute or index of the primary output, the one that heads imitate. None: ``logits``, else the
-            only or first float tensor.
+        output: key, attribute or index (-1 is the last) of the primary output, the one that heads imitate. None:
+            ``logits``, else the only or first float tensor.
         root: module path of the part that is cut; the code around it belongs to the first and to the last block. If
             that code cannot be traced, it runs as Python, on one device, and what it does before `root` runs twice per
             step.
@@ -203,7 +204,7 @@ def _make(request: Request) -> Net:
     """Analyse the model, decide, and build: the steps that both functions have in common."""
     analysed = analyse(request.model, request.example, request.output, request.leaf_modules, request.where)
     if request.tries_loss:
-        check_target(analysed, request.target, request.loss)
+        check_target(analysed, request.target, request.loss, heads=request.trains_heads)
     if request.devices is not None and analysed.capture.hosted:
         raise PlanError(f"the code around root={request.root!r} runs as it is, on one device: leave out devices=.")
     if request.own_heads:

@@ -12,6 +12,7 @@ choices     What the user chose: cuts by name, heads, a plan. Names are resolved
 copying     The copy of the user's model that a net owns: with the hooks on its parameters, and with no way back to
             the original
 decide      The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search
+head_loss   Try the model's loss on what a head gives, and name the fields of the output that it misses there
 provenance  The plan of a decision: what is saved with the net
 request     What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one
             record

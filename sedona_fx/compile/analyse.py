@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
 from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.compile.head_loss import check_head_output
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
@@ -21,7 +22,7 @@ from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import cut_points, info, output_node
 from sedona_fx.ir.modules import keep_modes
-from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick
+from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick, resolve_key
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 
@@ -93,7 +94,8 @@ def analyse(
         evaluation = passes.annotate(traced.eval, example.kwargs, training=False, memo=memo)
         evaluation = passes.explicit_writes(evaluation)
         eval_returned = _returned_specs(evaluation)
-        eval_key = output if output in dict(fields(eval_returned)) else None
+        eval_key = resolve_key(eval_returned, output)
+        eval_key = eval_key if eval_key in dict(fields(eval_returned)) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.capture.hosted)
         auxiliary = _auxiliary_fields(returned, eval_returned, key)
     if not any(info(node).depends for node in output_node(train.graph).all_input_nodes):
@@ -210,16 +212,18 @@ def _head_contexts(train: fx.GraphModule, output: Key, output_shape: tuple[int, 
     return contexts
 
 
-def check_target(traced: Analysed, target: Any, loss: Loss | None) -> None:
-    """Try the loss on the model's own output for a few examples, before anything is searched.
+def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:
+    """Try the loss on the model's own output for a few examples, and on a head's, before anything is searched.
 
     Args:
         traced: what analysis found out about the model.
         target: target of the example batch.
         loss: ``loss(output, target)``; None: nothing is checked.
+        heads: whether heads are to be trained by this loss.
 
     Raises:
-        DataError: the loss does not take the target (with both shapes), or does not return a scalar tensor.
+        DataError: the loss does not take the target (with both shapes), does not return a scalar tensor, or reads
+            fields of the output that a head does not give (with their names).
     """
     if loss is None:
         return
@@ -242,6 +246,8 @@ def check_target(traced: Analysed, target: Any, loss: Loss | None) -> None:
             f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}. Return the "
             "mean over the batch, as a tensor."
         )
+    if heads and not traced.output.bare:
+        check_head_output(traced, few, loss)
 
 
 def check_validation(model: nn.Module, traced: Analysed, pair: Pair | None, loss: Loss) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sedona_fx.errors import DataError, TraceError
-from sedona_fx.ir.modules import share_copy
+from sedona_fx.ir.modules import share_copy, unwrapped
+from sedona_fx.net.net import Net
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _MOST = 10_000  # objects that are looked at behind one attribute
@@ -25,6 +26,8 @@ _MOST = 10_000  # objects that are looked at behind one attribute
 
 def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
     """Return the copy of the model that the net will own; with `inplace` it shares the tensors.
+
+    Of a wrapped model it is the model inside (:func:`~sedona_fx.ir.modules.unwrapped`).
 
     Raises:
         DataError: `model` is not a module, or cannot be copied.
@@ -35,6 +38,9 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
             f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
             "it."
         )
+    model = unwrapped(model)
+    if isinstance(model, Net):
+        raise DataError("the model is a net already: decouple the model that it holds, decouple(net.model, ...).")
     try:
         owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:

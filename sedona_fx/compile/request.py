@@ -88,6 +88,12 @@ class Request:
         return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
 
     @property
+    def trains_heads(self) -> bool:
+        """Whether some head is to be trained by the model's own loss."""
+        no_heads = self.heads is False or (self.plan is not None and not any(self.plan.heads))
+        return self.blocks > 1 and not no_heads and None in self.objectives
+
+    @property
     def searches(self) -> bool:
         """Whether a search that reads data chooses the cuts."""
         return self.plan is None and self.cuts is None and self.search.needs_data and self.blocks > 1

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+_INNER = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Classes of PyTorch that wrap a model -> the attribute that holds it."""
+
 
 @contextmanager
 def keep_modes(*models: nn.Module) -> Iterator[None]:
@@ -37,6 +40,17 @@ def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
 def share_copy(module: nn.Module) -> Any:
     """Return a copy of a module whose parameters and buffers are those of the original, the same objects."""
     return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of ``DataParallel``, ``DistributedDataParallel`` and what ``torch.compile`` returns.
+
+    These run the model that they hold on devices, in processes or as compiled code, and change nothing of what it
+    computes.
+    """
+    while (name := _INNER.get(type(model).__name__)) and type(model).__module__.startswith("torch."):
+        model = getattr(model, name)
+    return model
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -123,15 +123,16 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
 
     Args:
         output: what the model returns, tensors or :class:`TensorSpec` at its leaves.
-        wanted: the user's ``output=``: an attribute, a key or an index.
+        wanted: the user's ``output=``: an attribute, a key or an index; a negative one counts from the end.
 
     Raises:
         OutputError: no float tensor is named `wanted`, or there is no float tensor at all.
     """
     floats = [key for key, value in fields(output) if _is_float(value)]
     if wanted is not None:
-        if wanted in floats:
-            return wanted
+        named = resolve_key(output, wanted)
+        if named in floats:
+            return named
         raise OutputError(
             f"output={wanted!r} names no float tensor in what the model returns ({type(output).__name__}); "
             f"float tensors are {floats or 'none'}."
@@ -144,6 +145,19 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
         f"the model returns {type(output).__name__} with no float tensor that a loss could be about; name one with "
         "output=... (an attribute, a key or an index of what the model returns)."
     )
+
+
+def resolve_key(output: Any, wanted: Key) -> Key:
+    """Return the key of the field that the user means: an index (-1 is the last) is that field's key, names are kept.
+
+    Args:
+        output: what the model returns, tensors or :class:`TensorSpec` at its leaves.
+        wanted: the user's ``output=``.
+    """
+    keys = [key for key, _ in fields(output)]
+    if wanted in keys or keys == [None] or isinstance(wanted, bool) or not isinstance(wanted, int):
+        return wanted
+    return keys[wanted] if -len(keys) <= wanted < len(keys) else wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +193,16 @@ class OutputFormat:
         """
         return self.kind is None or hasattr(self.kind, "_fields")
 
-    def wrap(self, primary: Tensor) -> Any:
-        """Return a head's output in the form that the loss reads: in the model's output type, other fields are None."""
+    def wrap(self, primary: Tensor, others: Mapping[Key, Any] | None = None) -> Any:
+        """Return a head's output in the form that the loss reads: in the model's output type, other fields are None.
+
+        Args:
+            primary: what the head gives.
+            others: values for fields that would be None.
+        """
         if self.bare:
             return primary
-        values: dict[Any, Any] = {name: primary if name == self.key else None for name in self.names}
+        values: dict[Any, Any] = dict.fromkeys(self.names) | dict(others or {}) | {self.key: primary}
         kind: Any = self.kind
         is_dataclass = dataclasses.is_dataclass(kind)
         if issubclass(kind, (list, tuple)):

@@ -11,9 +11,12 @@ parts      The record of everything that a net is built from
 placing    Move the tensors of a net between devices, and keep every graph consistent with that
 saved      Saving a net: the folder with plan and weights, its state dict, and why it cannot be pickled
 signature  The arguments of a net: bound by name, and checked against the ones that its graphs were made for
+trial      Run a net's model on the example batch, for questions that the graphs cannot answer themselves
 variants   Variants of a net's blocks that schedules need, such as blocks without heads; made when they are first
            asked for
 weights    Weight files of a net. Cuts, heads, names, shapes and dtypes are compared before anything is loaded
+wrapped    Nets inside of PyTorch's wrappers, which have the net's parameters but not its methods
+weights    Weight files of a net. Names and shapes are compared before anything is loaded
 """
 
 __all__: list[str] = []  # internal

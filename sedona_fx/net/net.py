@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ from sedona_fx.net.exits import EarlyExit, ensemble
 from sedona_fx.net.parts import NetParts
 from sedona_fx.net.placing import place, redirect, relink
 from sedona_fx.net.saved import Saved
-from sedona_fx.net.signature import Signature
+from sedona_fx.net.signature import Signature, method_like
+from sedona_fx.net.trial import Trial
 from sedona_fx.net.variants import Variants
 from sedona_fx.passes import strip
 from sedona_fx.plan import Capture, Plan
@@ -68,7 +72,10 @@ class Net(Saved):
         # Modules whose own code depends on their training flag: each graph is right only for these flags.
         self._flagged = [(path, model.get_submodule(path), flags) for path, flags in parts.analysed.mode_paths.items()]
         placeholders = [str(node.target) for node in self._graphs[True].graph.nodes if node.op == "placeholder"]
-        self._signature = Signature(model.forward, plan.inputs, placeholders, parts.analysed.capture)
+        trial = Trial(model, self.example, parts.analysed.capture, spread=len(set(plan.devices or ())) > 1)
+        self._signature = Signature(trial, plan.inputs, placeholders)
+        self._forward = method_like(model.forward, Net._run)
+        self.__signature__ = inspect.signature(self.forward)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
         devices = _devices(plan, model)
         self.blocks = tuple(
@@ -101,9 +108,10 @@ class Net(Saved):
 
     # ---- run --------------------------------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return exactly what the model returns for these arguments, in the net's mode."""
-        return self._run(Args(*args, **kwargs))
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The method that returns exactly what the model returns, in the net's mode; its signature is the model's."""
+        return MethodType(self._forward, self)
 
     def call(self, inputs: Any) -> Any:
         """Return ``net(...)`` for inputs as data loaders give them: a tuple, a mapping, or the single argument."""

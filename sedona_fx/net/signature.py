@@ -14,33 +14,43 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, PlanError, shape_text
-from sedona_fx.plan import Capture
+from sedona_fx.net.trial import Trial
+
+
+class Untouched:
+    """Stands for an argument's value, to see whether the model does anything with it: nothing can be done with it."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("this value stands for no value")
+
+    __bool__ = __eq__ = __len__ = __iter__ = __int__ = __float__ = __index__ = __str__ = __repr__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Signature:
     """Binds the arguments of a call by name, and refuses those that the graphs of a net cannot take.
 
+    An argument that the graphs do not have, or have with another value, is let pass if it makes no difference: that is
+    tried once for each such value, on the model itself.
+
     Args:
-        forward: the model's own method, which names the arguments.
+        trial: runs the model, whose own ``forward`` names the arguments.
         inputs: the description of the batch that the graphs were made with, as in a plan.
         placeholders: names of the arguments that the graphs read; all others are part of the graphs.
-        capture: how the graphs were made.
 
     Attributes:
         fixed: names of the arguments that are part of the graphs.
+        capture: how the graphs were made.
     """
 
-    def __init__(
-        self,
-        forward: Callable[..., Any],
-        inputs: Mapping[str, Any],
-        placeholders: Collection[str],
-        capture: Capture,
-    ) -> None:
-        self.forward, self.inputs, self.capture = forward, inputs, capture
+    def __init__(self, trial: Trial, inputs: Mapping[str, Any], placeholders: Collection[str]) -> None:
+        self.trial, self.inputs, self.capture = trial, inputs, trial.capture
         self.fixed = [name for name in inputs if name not in placeholders]
+        self._unread: dict[str, bool] = {}  # argument that the graphs lack -> whether the model leaves it alone
+        self._tried: list[tuple[str, Any, bool]] = []  # argument, value, whether it makes no difference
 
     def bind(self, args: Args, device: torch.device | None) -> dict[str, Any]:
         """Return argument name -> value.
@@ -52,20 +62,25 @@ class Signature:
         Raises:
             DataError: the net was traced with other arguments, or with other sizes, values or devices.
         """
-        values = args.bind(self.forward)
-        for name in values.keys() - self.inputs.keys():
-            raise DataError(
-                f"the net was traced without the argument {name!r}; give it in the first batch handed to decouple."
-            )
+        values = args.bind(self.trial.model.forward)
+        for name in [name for name in values if name not in self.inputs]:
+            value = values.pop(name)
+            if not self._makes_no_difference(name, value):
+                raise DataError(self._unknown(name, value))
         for name in self.inputs.keys() - values.keys():
-            if not (self.capture.hosted and self._has_default(name)):
+            default = self._default(name)
+            if name in self.fixed and self._has_default(name) and self._makes_no_difference(name, default):
+                values[name] = self.inputs[name]
+            elif self.capture.hosted and self._has_default(name):
+                values[name] = None  # the host's own code handles it, such as a detector's targets in evaluation
+            else:
+                other = f" (its default is {default!r})" if self._has_default(name) else ""
                 raise DataError(
-                    f"the argument {name!r} is missing; the net was traced with {sorted(self.inputs)}. Give it in "
-                    "every batch, or leave it out of the first batch handed to decouple."
+                    f"the argument {name!r} is missing{other}; the net was traced with {sorted(self.inputs)}. Give it "
+                    "in every batch, or leave it out of the first batch handed to decouple."
                 )
-            values[name] = None  # the host's own code handles its absence, such as a detector's targets in evaluation
         for name in self.fixed:
-            if not same_plain(values[name], self.inputs[name]):
+            if not same_plain(values[name], self.inputs[name]) and not self._makes_no_difference(name, values[name]):
                 raise DataError(
                     f"the argument {name!r} is {values[name]!r}, the net was traced with {self.inputs[name]!r}: "
                     "arguments without tensors are part of the graph. Hand what changes from batch to batch as a "
@@ -76,8 +91,42 @@ class Signature:
                 self._check_tensor(name, value, device)
         return values
 
+    def _unknown(self, name: str, value: Any) -> str:
+        """Return the error for an argument that the first batch did not have."""
+        default = self._default(name)
+        held = f"the graph holds its default, {default!r}" if self._has_default(name) else "the graph does not have it"
+        target = "; a target goes to the loss, net.backward(inputs, target)" if holds_tensor(value) else ""
+        return (
+            f"the net was traced without the argument {name!r}, which the model takes: {held}. Give it in the first "
+            f"batch handed to decouple, and then in every batch; or leave it out of the call{target}."
+        )
+
+    def _makes_no_difference(self, name: str, value: Any) -> bool:
+        """Whether the model computes what the graphs hold if this argument has this value."""
+        if name not in self.inputs:
+            if name not in self._unread:
+                self._unread[name] = self.trial.same_with({name: Untouched()})
+            if self._unread[name]:
+                return True
+        # Of tensors and numbers, a few examples tell too little, unless it is the same number in another type.
+        held = self.inputs.get(name, self._default(name))
+        number = isinstance(value, (int, float, complex)) and not isinstance(value, bool)
+        if holds_tensor(value) or (number and not (isinstance(held, (int, float, complex)) and value == held)):
+            return False
+        for tried, plain, same in self._tried:
+            if tried == name and same_plain(plain, value):
+                return same
+        same = self.trial.same_with({name: value})
+        self._tried.append((name, value, same))
+        return same
+
+    def _default(self, name: str) -> Any:
+        """Return the default of an argument; ``inspect.Parameter.empty`` if it has none."""
+        parameter = inspect.signature(self.trial.model.forward).parameters.get(name)
+        return parameter.default if parameter is not None else inspect.Parameter.empty
+
     def _has_default(self, name: str) -> bool:
-        return inspect.signature(self.forward).parameters[name].default is not inspect.Parameter.empty
+        return self._default(name) is not inspect.Parameter.empty
 
     def _check_tensor(self, name: str, tensor: Tensor, device: torch.device | None) -> None:
         if device is not None and tensor.device != device:
@@ -94,6 +143,25 @@ class Signature:
                     f"({sizes}): of a model captured by torch.export only the size of the batch is free. Pad or crop "
                     "the input, or decouple the model anew for this size."
                 )
+
+
+def method_like(forward: Callable[..., Any], run: Callable[[Any, Args], Any]) -> Callable[..., Any]:
+    """Return a function for use as a method, ``run(self, arguments)``, that has the signature of the model's forward.
+
+    Trainers and exporters look at the signature to see which inputs a model takes.
+    """
+
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the model returns for these arguments, in the net's mode."""
+        return run(self, Args(*args, **kwargs))
+
+    own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+    signature = inspect.signature(forward)
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=own + [p for p in signature.parameters.values() if p.name != "self"]
+    )
+    method.__name__ = "forward"
+    return method
 
 
 def described(example: Args) -> dict[str, Any]:

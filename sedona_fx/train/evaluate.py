@@ -12,6 +12,7 @@ from sedona_fx.errors import DataError
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
+from sedona_fx.net.wrapped import require_net
 
 
 def evaluate(net: Net, loader: Any) -> dict[str, float]:
@@ -30,6 +31,7 @@ def evaluate(net: Net, loader: Any) -> dict[str, float]:
     Raises:
         DataError: the loader is empty.
     """
+    require_net(net, "evaluate")
     device = net.blocks[0].device
     total = correct = loss = 0.0
     classes = True

@@ -11,6 +11,7 @@ from torch import nn
 
 from sedona_fx.errors import ScheduleError
 from sedona_fx.net.net import Net
+from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.precision import check_autocast
@@ -83,6 +84,7 @@ class Schedule(Updating):
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
     ) -> None:
+        require_net(net, type(self).__name__)
         if not callable(optimizer):
             raise ScheduleError(
                 f"optimizer= takes a factory, called once a block, and not {type(optimizer).__name__} itself. Write it "

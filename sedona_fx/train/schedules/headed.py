@@ -12,6 +12,7 @@ from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
+from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import seeded_init
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.engine import Batch, StepOptions
@@ -72,6 +73,7 @@ class Headed(Schedule):
         check: Check = "async",
         **options: Any,
     ) -> None:
+        require_net(net, type(self).__name__)
         net.engine.require_heads(type(self).__name__)
         check_mode(check)
         self.check, self.extra = check, list(extra)

@@ -1,0 +1,75 @@
+"""Run a net's model on the example batch, for questions that the graphs cannot answer themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedona_fx.capture.proof import same_bits
+from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.data.args import Args
+from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
+from sedona_fx.ir.outputs import map_tensors, without_objects
+from sedona_fx.plan import Capture
+from sedona_fx.rng import seed_all
+
+
+class Trial:
+    """Runs the model of a net on a few examples; nothing of it is changed by that.
+
+    Args:
+        model: the model that the net owns.
+        example: the batch that the net was traced with, every input under its argument name.
+        capture: how the graphs were made.
+        spread: whether the blocks are on several devices; the model cannot run as it is then.
+    """
+
+    def __init__(self, model: nn.Module, example: Args, capture: Capture, *, spread: bool) -> None:
+        self.model, self.example, self.capture, self.spread = model, example, capture, spread
+
+    def arguments(self) -> Args:
+        """Return the examples, on the device and in the precision that the model has now."""
+        parameter, device = first_float_parameter(self.model), device_of(self.model)
+
+        def moved(tensor: Tensor) -> Tensor:
+            floats = parameter is not None and tensor.is_floating_point()
+            return tensor.to(device, parameter.dtype if floats and parameter is not None else tensor.dtype)
+
+        few = self.example.first(2) if self.capture.free_batch else self.example
+        return Args(**map_tensors(moved, few.kwargs))
+
+    @contextmanager
+    def same_start(self, *, training: bool) -> Iterator[None]:
+        """Set mode and seed for a run; modes, buffers, attributes and random states are as before afterwards."""
+        with keep_modes(self.model), keep_state(self.model), torch.enable_grad():
+            self.model.train(training)
+            seed_all(0)
+            yield
+
+    def run(self, changes: Mapping[str, Any] | None = None) -> Any:
+        """Return what the model returns for the examples, with other values for some arguments.
+
+        Args:
+            changes: argument name -> value.
+        """
+        return self.model(**{**map_tensors(torch.clone, self.arguments().kwargs), **(changes or {})})
+
+    def same_with(self, changes: Mapping[str, Any]) -> bool:
+        """Whether the model returns the same bits with other arguments, in both modes; False if it cannot run."""
+        if self.spread:
+            return False
+        for training in (True, False):
+            outputs = []
+            for arguments in ({}, changes):
+                with self.same_start(training=training):
+                    try:
+                        outputs.append(without_objects(self.run(arguments))[0])
+                    except Exception:  # the model does not take such a value
+                        return False
+            if type(outputs[0]) is not type(outputs[1]) or not same_bits(*outputs):
+                return False
+        return True
