@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,9 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
 def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cost], list[int]]:
     """Return the cost of each stretch between consecutive cut points, and the bytes that adjacent stretches share.
 
+    Where parameters are frozen, a stretch is taken as a block of its own: what it runs before its first parameter that
+    requires a gradient keeps nothing for backward.
+
     Args:
         gm: an ANALYSED graph.
         ends: the n cut points, in order.
@@ -66,6 +69,7 @@ def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cos
         holds both stretches counts these bytes once.
     """
     blocks = block_of(gm.graph, ends)
+    reach = gradient_reach(gm.graph, blocks)
     elements = {name: parameter.numel() for name, parameter in gm.named_parameters()}
     flops = [0] * (len(ends) + 1)
     saved: list[dict[int, int]] = [{} for _ in flops]  # storage -> bytes
@@ -73,7 +77,8 @@ def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cos
     for node, block in blocks.items():
         record = info(node)
         flops[block] += record.flops
-        saved[block].update(record.saved)
+        if reach.get(node, block) == block:
+            saved[block].update(record.saved)
         names[block].update(record.parameters)
     costs = [
         Cost(flops[k], sum(elements.get(name, 0) for name in names[k]), sum(saved[k].values()))
@@ -83,6 +88,35 @@ def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cos
         sum(first[storage] for storage in first.keys() & second.keys()) for first, second in itertools.pairwise(saved)
     ]
     return costs, shared
+
+
+def gradient_reach(graph: fx.Graph, stretches: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Return which nodes run without a graph because parameters are frozen, depending on where their block begins.
+
+    What enters a block is detached. So a node has a graph if a parameter that requires a gradient comes before it in
+    its own block, and frozen parameters at the beginning of a block run as fast as under ``torch.no_grad()``.
+
+    Args:
+        graph: annotated.
+        stretches: the stretch of each node, as :func:`~sedona_fx.ir.flow.block_of` gives it.
+
+    Returns:
+        Node -> the last stretch that its block may begin with so that the node has a graph; -1 if it never has one.
+        Nodes that would not have one either if all parameters were trained, and those that always have one, are left
+        out.
+    """
+    trained, reading = dict[fx.Node, int](), dict[fx.Node, int]()  # the last stretch with such a parameter before
+    reach = {}
+    for node in graph.nodes:
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        records = [info(node), *(info(source) for source in node.all_input_nodes if source.op == "get_attr")]
+        here = stretches[node]
+        for latest, own in ((trained, any(r.trained for r in records)), (reading, any(r.parameters for r in records))):
+            before = max((latest[source] for source in sources), default=-1)
+            latest[node] = -1 if not info(node).depends else here if own else before
+        if trained[node] < reading[node]:
+            reach[node] = trained[node]
+    return reach
 
 
 def block_costs(gm: fx.GraphModule, ends: Sequence[fx.Node], heads: Sequence[Cost | None]) -> list[Cost]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from sedona_fx.errors import BudgetError, CutError, PlanError
 from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.cost import gradient_reach
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import info
 from sedona_fx.search.problem import dynamic_program
@@ -25,7 +26,7 @@ from sedona_fx.search.problem.block_seconds import measure_seconds
 from sedona_fx.search.problem.dynamic_program import RankedPlan
 from sedona_fx.search.problem.limits import MEASURES, Limits, amount
 from sedona_fx.search.problem.problem import Choice, Decision, Positions, Problem, candidate_cost
-from sedona_fx.search.problem.stretch_tables import run_bytes, run_sums
+from sedona_fx.search.problem.stretch_tables import run_bytes, run_flops_without_graph, run_sums
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class PlanCosts:
         places: the cut points to choose from, n of them.
         runs: measure -> (n + 1, n + 1), int64 or float64: the cost of the stretches a to b without a head.
         heads: measure -> for each place the cost of each of its heads (a single 0 where it has none).
+
+    Besides the measures that can be limited there is ``step_flops``: FLOPs of a training step, three times those of the
+    forward pass, but once where frozen parameters run without a graph.
     """
 
     problem: Problem
@@ -48,7 +52,8 @@ class PlanCosts:
     def of(cls, problem: Problem, places: Sequence[str] | None = None) -> PlanCosts:
         """Count what all blocks between places cost.
 
-        The bytes of a block are those of the storages that its stretches save for backward, each counted once.
+        The bytes of a block are those of the storages that its stretches save for backward, each counted once; frozen
+        parameters at the beginning of a block save nothing.
 
         Args:
             problem: the net, its candidate heads and the limits.
@@ -57,21 +62,26 @@ class PlanCosts:
         names = problem.places() if places is None else list(places)
         nodes = [problem.node(name) for name in names]
         flops, saved = [0] * (len(names) + 1), [dict[int, int]() for _ in range(len(names) + 1)]
-        for node, stretch in block_of(problem.train.graph, nodes).items():
+        stretches = block_of(problem.train.graph, nodes)
+        reach = gradient_reach(problem.train.graph, stretches)
+        for node, stretch in stretches.items():
             flops[stretch] += info(node).flops
-            saved[stretch].update(info(node).saved)
+            if node not in reach:
+                saved[stretch].update(info(node).saved)
+        frozen = [(stretches[node], last, info(node)) for node, last in reach.items()]
+        frozen_saved = [(at, last, *item) for at, last, record in frozen for item in record.saved.items()]
+        frozen_flops = [(at, last, record.flops) for at, last, record in frozen]
         costs = [
             [candidate_cost(problem, name, node, m) for m in range(max(1, len(problem.candidates[name])))]
             for name, node in zip(names, nodes, strict=True)
         ]
         head_flops: list[list[float]] = [[cost.flops for cost in row] for row in costs]
         head_bytes: list[list[float]] = [[cost.activation_bytes for cost in row] for row in costs]
-        return cls(
-            problem=problem,
-            places=tuple(names),
-            runs={"block_flops": run_sums(flops), "activation_bytes": run_bytes(saved)},
-            heads={"block_flops": head_flops, "head_flops": head_flops, "activation_bytes": head_bytes},
-        )
+        runs = {"block_flops": run_sums(flops), "activation_bytes": run_bytes(saved, frozen_saved)}
+        runs["step_flops"] = 3 * runs["block_flops"] - 2 * run_flops_without_graph(len(flops), frozen_flops)
+        step_flops: list[list[float]] = [[3 * cost for cost in row] for row in head_flops]
+        heads = {"block_flops": head_flops, "head_flops": head_flops, "activation_bytes": head_bytes}
+        return cls(problem=problem, places=tuple(names), runs=runs, heads={**heads, "step_flops": step_flops})
 
     def table(self, measure: str) -> tuple[np.ndarray, list[list[float]]]:
         """Return the costs by `measure` of the stretches a to b without a head, and of the heads of each place."""

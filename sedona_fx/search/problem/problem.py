@@ -142,7 +142,7 @@ class Problem:
         if self.blocks - 1 > len(names):
             raise CutError(
                 f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(names)} legal cut "
-                f"points, enough for {len(names) + 1} blocks."
+                f"points, enough for {len(names) + 1} blocks.{self._frozen()}"
             )
         return names
 
@@ -212,6 +212,16 @@ class Problem:
             "candidates": {p: [head_name(spec) for spec in self.candidates[p]] for p in self.places()},
             "shapes": {name: list(p.shape) for name, p in self.train.named_parameters()},
         }
+
+    def _frozen(self) -> str:
+        """Return what is to be said of frozen parameters, if there are any, where there are too few cut points."""
+        flags = [parameter.requires_grad for parameter in self.train.parameters()]
+        if all(flags):
+            return ""
+        return (
+            f" {flags.count(False)} of its {len(flags)} parameters are frozen (requires_grad=False), and no block is "
+            "made without parameters to train: take fewer blocks, unfreeze some, or name cuts=[...]."
+        )
 
     @functools.cached_property
     def _positions(self) -> dict[str, int]:

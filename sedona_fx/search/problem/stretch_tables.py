@@ -30,20 +30,41 @@ def run_sums(costs: Sequence[float]) -> np.ndarray:
     return np.array(rows)
 
 
-def run_bytes(saved: Sequence[Mapping[int, int]]) -> np.ndarray:
+def run_bytes(saved: Sequence[Mapping[int, int]], frozen: Sequence[tuple[int, int, int, int]] = ()) -> np.ndarray:
     """Return ``table[a, b]``, the bytes of the storages that the stretches a to b save for backward; 0 where b < a.
 
     A run that begins with stretch a counts a storage in the first of its stretches that saves it.
 
     Args:
         saved: for each stretch, storage -> bytes. A storage that several stretches save counts once in a run.
+        frozen: what is saved by nodes that have a graph in some blocks only, as (stretch, reach, storage, bytes): in
+            runs that begin with stretch `reach` or before (:func:`~sedona_fx.ir.cost.gradient_reach`).
     """
     n = len(saved)
+    by_stretch: list[list[tuple[int, int, int]]] = [[] for _ in saved]
+    for b, reach, storage, size in sorted(frozen):
+        by_stretch[b].append((reach, storage, size))
     added = np.zeros((n + 1, n), dtype=np.int64)  # [a, b]: what a run gains by stretch b, as differences along a
-    last_seen: dict[int, int] = {}
+    counted: dict[int, int] = {}  # storage -> the last stretch that a run may begin with so that it is counted already
     for b, stretch in enumerate(saved):
-        for storage, size in stretch.items():
-            added[last_seen.get(storage, -1) + 1, b] += size  # in runs that begin behind the stretch that saved it last
-            added[b + 1, b] -= size
-            last_seen[storage] = b
+        for reach, storage, size in (*by_stretch[b], *((b, *item) for item in stretch.items())):
+            if reach > (before := counted.get(storage, -1)):
+                added[before + 1, b] += size
+                added[reach + 1, b] -= size
+                counted[storage] = reach
+    return added[:-1].cumsum(axis=0).cumsum(axis=1)
+
+
+def run_flops_without_graph(stretches: int, frozen: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Return ``table[a, b]``, the FLOPs that a block of the stretches a to b runs without a graph.
+
+    Args:
+        stretches: how many there are.
+        frozen: (stretch, reach, FLOPs) of nodes that have a graph only in blocks that begin with stretch `reach` or
+            before (:func:`~sedona_fx.ir.cost.gradient_reach`).
+    """
+    added = np.zeros((stretches + 1, stretches), dtype=np.int64)
+    for b, reach, flops in frozen:
+        added[reach + 1, b] += flops
+        added[b + 1, b] -= flops
     return added[:-1].cumsum(axis=0).cumsum(axis=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,9 @@ from sedona_fx.search.rules.head_rule import HeadRule, check_head_rule, head_by_
 @dataclass(frozen=True)
 class Balanced(Search):
     """Minimise the largest cost of a block, its head included, over all choices of cuts.
+
+    Frozen parameters at the beginning of a block run without a graph: they keep no bytes for backward, and their FLOPs
+    count a third.
 
     If that plan exceeds the problem's limits, the largest cost is the least among the plans within them. These have the
     heads of the rule if any plan with these keeps within the limits, else other heads too.
@@ -49,24 +52,45 @@ class Balanced(Search):
             CutError: the net has too few places to cut.
         """
         places = problem.places()
+        head_indices = [head_by_rule(problem, name, self.head) for name in places]
+        measure, unit = str(self.by if self.by != "flops" else "block_flops"), 1
+        if all(parameter.requires_grad for parameter in problem.train.parameters()):
+            chosen, largest = self._of_trained(problem, places, head_indices)
+        else:
+            measure, unit = ("step_flops", 3) if self.by == "flops" else (measure, 1)
+            chosen, largest = _of_measured(problem, measure, head_indices)
+        provenance = {"search": "balanced", "by": self.by, "largest_block": largest // unit}
+        plan = tuple((places[k], head_indices[k]) for k in chosen)
+        if allowed(problem, plan):
+            return problem.decision(plan, {**provenance, "head": self.head})
+        within = balance_within(problem, measure, head_indices)
+        provenance["largest_block"] = int(plan_costs(problem).value(measure, within)) // unit
+        return plan_costs(problem).decision(within, {**provenance, "balanced_cuts": [places[k] for k in chosen]})
+
+    def _of_trained(
+        self, problem: Problem, places: Sequence[str], head_indices: Sequence[int]
+    ) -> tuple[list[int], int]:
+        """Return the places to cut at and the largest cost of a block, for a net without frozen parameters."""
         nodes = [problem.node(name) for name in places]
         stretches, shared_bytes = stretch_costs(problem.train, nodes)
-        head_indices = [head_by_rule(problem, name, self.head) for name in places]
         head_costs = [
             getattr(candidate_cost(problem, name, node, index), self.by)
             for name, node, index in zip(places, nodes, head_indices, strict=True)
         ]
         costs = [getattr(cost, self.by) for cost in stretches]
         shared = shared_bytes if self.by == "activation_bytes" else [0] * len(shared_bytes)
-        chosen, largest = balance(costs, shared, head_costs, problem.blocks)
-        provenance = {"search": "balanced", "by": self.by, "largest_block": largest}
-        plan = tuple((places[k], head_indices[k]) for k in chosen)
-        if allowed(problem, plan):
-            return problem.decision(plan, {**provenance, "head": self.head})
-        measure = "block_flops" if self.by == "flops" else self.by
-        within = balance_within(problem, measure, head_indices)
-        provenance["largest_block"] = int(plan_costs(problem).value(measure, within))
-        return plan_costs(problem).decision(within, {**provenance, "balanced_cuts": [places[k] for k in chosen]})
+        return balance(costs, shared, head_costs, problem.blocks)
+
+
+def _of_measured(problem: Problem, measure: str, head_indices: Sequence[int]) -> tuple[list[int], int]:
+    """Return the places to cut at and the largest cost of a block, for a net with frozen parameters.
+
+    What those cost depends on where their block begins: at its beginning they run without a graph.
+    """
+    costs = plan_costs(problem)
+    runs, heads = costs.table(measure)
+    block_costs = runs + np.array([*(row[m] for row, m in zip(heads, head_indices, strict=True)), 0], dtype=np.int64)
+    return _balance(lambda a, b: block_costs[a, b], len(costs.places), problem.blocks)
 
 
 def balance_within(problem: Problem, measure: str, preferred: Sequence[int]) -> Positions:
@@ -119,6 +143,11 @@ def balance(costs: Sequence[int], shared: Sequence[int], heads: Sequence[int], b
     def run_cost(a: Any, b: Any) -> Any:
         return sums[b + 1] - sums[a] - (shared_sums[b] - shared_sums[a]) + head_costs[b]
 
+    return _balance(run_cost, n, blocks)
+
+
+def _balance(run_cost: Callable[[Any, Any], Any], n: int, blocks: int) -> tuple[list[int], int]:
+    """Do the work of :func:`balance`, given the cost of the runs of stretches a to b for arrays of indices."""
     # largest[j][b]: the least largest cost of j + 1 runs that end with stretch b; previous[j][b]: the end of run j.
     largest = [run_cost(0, np.arange(n + 1))]
     previous = [np.full(n + 1, -1)]

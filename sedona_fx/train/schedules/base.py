@@ -20,6 +20,7 @@ from sedona_fx.train.schedules.optimizers import (
     make_optimizer,
     make_scalers,
     owned_parameters,
+    refuse_unfrozen,
     users_of,
 )
 from sedona_fx.train.schedules.state import check_state
@@ -103,6 +104,7 @@ class Schedule(Updating):
         ]
         half = autocast is torch.float16
         self.scalers = make_scalers(net.blocks, self.parameters, single=self.single_scaler) if half else None
+        self._frozen = [p for b in net.blocks for p in self.block_parameters(b) if not p.requires_grad]
         self._calls = 0  # of step(), in this window
         self._number = net.steps  # of the step that runs
         self._unscaled: set[int] = set()  # ids of the scalers that unscaled gradients in this step
@@ -151,7 +153,11 @@ class Schedule(Updating):
         """Surround one step: zero the gradients when a window of accumulation begins, or if the step raises.
 
         Gives True in the last step of the window, the one that updates the blocks.
+
+        Raises:
+            ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient.
         """
+        refuse_unfrozen(self._frozen, self.net, type(self).__name__)
         if not self._calls:
             self.zero_grad()
         self._unscaled, self._number = set(), self.net.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -62,6 +62,27 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter], in
             "torch.optim.SGD(params, lr=0.1)."
         )
     return optimizer
+
+
+def refuse_unfrozen(frozen: Iterable[nn.Parameter], net: nn.Module, who: str) -> None:
+    """Check that no parameter was unfrozen: no optimizer has it, so that it would never be stepped.
+
+    Args:
+        frozen: the parameters that required no gradient when the schedule was made.
+        net: has their names.
+        who: name of the schedule, for the error's text.
+
+    Raises:
+        ScheduleError: one requires a gradient.
+    """
+    unfrozen = [parameter for parameter in frozen if parameter.requires_grad]
+    if unfrozen:
+        names = {parameter: name for name, parameter in net.named_parameters()}
+        raise ScheduleError(
+            f"{names.get(unfrozen[0], 'a parameter')!r} was frozen when this {who} was made and requires a gradient "
+            f"now ({len(unfrozen)} parameters do): no optimizer of its steps them. Make a new {who}, which trains them "
+            "in the blocks they are in; decouple again for cuts that reckon with them."
+        )
 
 
 def make_scalers(
