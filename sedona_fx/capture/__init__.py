@@ -8,6 +8,8 @@ Files
 
 blame         Find the line of the user's code that caused an error or a side effect while a forward pass is
               recorded
+checkpoints   Reentrant checkpoints (``torch.utils.checkpoint``, ``use_reentrant=True``) while a forward is recorded
+              or proven
 convert       Rewrite an exported program in the graph dialect, so that no later pass need know which front end made
               a graph
 exported      The second front end: ``torch.export``, for models that symbolic tracing cannot record
@@ -19,6 +21,8 @@ host          ``root=``: only a sub-module becomes a graph; the code around it, 
 host_calls    The two calls that run the code around a sub-module as plain Python: up to the sub-module, and from it
               to the end
 inplace       In-place operators of Python, recorded as functions that write to their first argument and return it
+names         Names that a model may have and torch.fx cannot write as code: keywords, ``self``, attributes of graph
+              modules
 proof         The last check of a trace: model and graph compute the same numbers from the same seed, buffers
               included
 sites         Site names: names of nodes that are the same in the train graph and in the eval graph of a model

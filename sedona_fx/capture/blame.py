@@ -16,8 +16,11 @@ from torch import nn
 
 from sedona_fx.capture.state_watch import StateWatch
 
-_NOT_USERS = tuple(os.path.join(os.path.dirname(f), "") for f in (torch.__file__, np.__file__, __file__))
-"""Folders of code that is not the user's: PyTorch, NumPy, and this one."""
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_PACKAGES = (os.path.dirname(torch.__file__), os.path.dirname(np.__file__), _PACKAGE)
+_NOT_USERS = tuple(os.path.join(folder, "") for folder in _PACKAGES)
+"""Folders of code that is not the user's: PyTorch, NumPy, and this package but for its reference nets."""
+_MODELS = os.path.join(_PACKAGE, "models", "")
 
 _STANDARD_LIBRARY = os.path.join(os.path.dirname(os.__file__), "")
 
@@ -71,7 +74,7 @@ def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:
 def _is_users(filename: str) -> bool:
     """Whether a file is the user's: installed packages count, except for those of `_NOT_USERS`."""
     standard = filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in filename
-    return not standard and not filename.startswith((*_NOT_USERS, "<"))
+    return filename.startswith(_MODELS) or (not standard and not filename.startswith((*_NOT_USERS, "<")))
 
 
 def _last_user_line(stack: traceback.StackSummary) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
@@ -93,12 +94,13 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     replaced: list[tuple[Any, str]] | None = []
     model_output: Any = None
 
-    # torch.export undoes what a forward does to attributes. This hook looks at them before that.
+    # torch.export undoes what a forward does to attributes that there were. This hook looks at them before that.
     def observe(_module: nn.Module, _inputs: Any, output: Any) -> list[Any]:
         nonlocal replaced, model_output
         if change := watch.changed(tensors=False):
             changes.append(change)
             replaced = watch.replaced_attributes()
+            watch.remove_added()
         model_output, _ = without_objects(output)
         return list(leaves(model_output))
 
@@ -106,7 +108,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads):
             shapes = _dynamic_shapes(example) if free_batch else None
-            with watch_hooks(registrations):
+            with watch_hooks(registrations), plain_checkpoints():
                 program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args, same_plain
@@ -59,6 +60,11 @@ def check_equal_forward(
                 f"{type(model).__name__} in {mode} mode cannot run the first batch {example!r}: "
                 f"{type(error).__name__}: {error}{user_line(error)}. Check the shapes and dtypes of the data."
             ) from error
+        if training and runs.frozen_checkpoints:
+            raise TraceError(
+                f"a reentrant checkpoint of {type(model).__name__}{runs.frozen_checkpoints[0]} has no input that needs "
+                "a gradient, so that PyTorch would give none to the layers inside. Write use_reentrant=False."
+            )
         try:
             actual = runs.outcome(runs.run_graph, gradients=gradients)
         except Exception as error:
@@ -99,12 +105,14 @@ class _Runs:
     Attributes:
         custom_functions: names of the user's own ``torch.autograd.Function`` classes seen in runs so far.
         hooks: what runs did so far that may change gradients, in words that follow on "its forward".
+        frozen_checkpoints: lines of the last run with a reentrant checkpoint none of whose inputs needs a gradient.
     """
 
     def __init__(self, model: nn.Module, gm: fx.GraphModule, arguments: Mapping[str, Any]) -> None:
         self.model, self.gm, self.arguments = model, gm, arguments
         self.custom_functions: set[str] = set()
         self.hooks: list[str] = []
+        self.frozen_checkpoints: list[str] = []
 
     def run_model(self) -> Any:
         return self.model(**map_tensors(torch.clone, self.arguments))
@@ -120,7 +128,12 @@ class _Runs:
         """Seed the global generators, and undo what the body does to them and to the model's state, hooks included."""
         registrations = Registrations()
         try:
-            with keep_state(self.model), torch.enable_grad(), watch_hooks(registrations):
+            with (
+                keep_state(self.model),
+                torch.enable_grad(),
+                watch_hooks(registrations),
+                plain_checkpoints() as self.frozen_checkpoints,
+            ):
                 seed_all(0)
                 yield
         finally:

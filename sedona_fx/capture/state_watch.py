@@ -132,6 +132,13 @@ class StateWatch:
                 replaced.append((entry.container, name))
         return replaced if same_random_states(self._random, random_states()) else None
 
+    def remove_added(self) -> None:
+        """Delete the attributes of modules that were not there at the start."""
+        for entry in self._containers:
+            if entry.path in self._paths and isinstance(entry.container, dict):
+                for name in [n for n in entry.container if n not in entry.copy and not _CONSTANT.fullmatch(str(n))]:
+                    del entry.container[name]
+
     def restore(self) -> str:
         """Put everything back; return what :meth:`changed` said before."""
         changed = self.changed()

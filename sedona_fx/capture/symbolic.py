@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from sedona_fx.capture.blame import locate_side_effect
+from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, refusal, watch_hooks
 from sedona_fx.capture.state_watch import StateWatch
@@ -59,7 +60,7 @@ def record_symbolically(
     tracer = Tracer(leaves, arguments)
     watch, registrations = StateWatch(model), Registrations()
     try:
-        with watch_hooks(registrations):
+        with watch_hooks(registrations), plain_checkpoints():
             graph = tracer.trace(model)
         hook = registrations.first()
         change = watch.changed()

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
+from sedona_fx.capture.names import free_self
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.outputs import without_objects
 
@@ -86,6 +87,7 @@ class Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node with a record of where it was made."""
         node = super().create_node(*args, **kwargs)
+        free_self(node)
         without_grad = "" if torch.is_grad_enabled() else current_line() or " "
         node.meta[INFO] = NodeInfo(path=self._path_stack[-1], without_grad=without_grad)
         return node

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import inspect
+import itertools
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -50,9 +52,38 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
             "torch.nn.utils.parametrizations."
         ) from error
     _check_functions(model, owned)
+    _name_arguments(owned)
     if not inplace:
         _copy_hooks(model, owned)
     return owned
+
+
+def _name_arguments(owned: nn.Module) -> None:
+    """Let a forward with positional-only arguments, ``forward(x, /)``, take them by name as well, in the copy alone."""
+    if "forward" in vars(owned):
+        return
+    signature = inspect.signature(type(owned).forward)
+    parameters = list(signature.parameters.values())
+    if not any(p.kind is p.POSITIONAL_ONLY for p in parameters[1:]):
+        return
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        positional = list(args)
+        missing = parameters[1 + len(args) :]
+        for parameter in itertools.takewhile(lambda p: p.kind is p.POSITIONAL_ONLY, missing):
+            if parameter.name not in kwargs and parameter.default is parameter.empty:
+                break  # Python says what is missing
+            positional.append(kwargs.pop(parameter.name, parameter.default))
+        return type(self).forward(self, *positional, **kwargs)
+
+    named = [
+        p.replace(kind=p.POSITIONAL_OR_KEYWORD) if p.kind is p.POSITIONAL_ONLY and k else p
+        for k, p in enumerate(parameters)
+    ]
+    if parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY:
+        named[0] = parameters[0]
+    vars(forward)["__signature__"] = signature.replace(parameters=named)
+    owned.forward = MethodType(forward, owned)
 
 
 def _copy_hooks(model: nn.Module, owned: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch import fx, nn
 from sedona_fx.capture.exported import record_by_export
 from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, refusal, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
+from sedona_fx.capture.names import allow_names
 from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters
@@ -91,6 +92,7 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             f"a backward hook hangs on {type(model).__name__} itself, and no block runs the whole of it. Register it "
             "on the layers that it is about."
         )
+    allow_names(model)
     traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
     if not traced.capture.hosted:
         _tell_of_silent_hooks(model, traced.capture.front_end)

@@ -380,6 +380,38 @@ def test_attributes_that_are_written_before_they_are_read_are_no_obstacle():
         trace(Remembers(), Args(x=images()))
 
 
+class Keeps(Looks):
+    """Leaves a value of the forward in an attribute that was not there before."""
+
+    def __init__(self, inner="feat"):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        setattr(self.mid, self.inner, 2 * x)
+        return self.body(getattr(self.mid, self.inner))
+
+
+class KeepsAll(Looks):
+    def __init__(self):
+        super().__init__()
+        self.all = []
+
+    def forward(self, x):
+        self.all.append(x)
+        return self.body(x)
+
+
+def test_a_value_left_in_a_new_attribute_is_no_obstacle():
+    model, x = Keeps(), images()
+    net = sedona_fx.decouple(model, (x, torch.arange(4)), cuts=["mid"], heads="linear")
+    assert not hasattr(net.model.mid, "feat")
+    for actual, expected in in_both_modes(net, model, x):
+        assert torch.equal(actual, expected)
+    with pytest.raises(TraceError, match=r"changes the attribute 'all.0'"):
+        trace(KeepsAll(), Args(x=images()))
+
+
 class AsksForTheBatch(Looks):
     def __init__(self, asks):
         super().__init__()

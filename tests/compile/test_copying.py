@@ -153,3 +153,33 @@ def test_hooks_on_parameters_come_along(blocks):
         net.backward(X, Y)
     for p, q in zip(nets[0].model.parameters(), nets[1].model.parameters(), strict=True):
         assert torch.equal(p.grad, (0.5 * q.grad).clamp(-1e-3, 1e-3))
+
+
+class PositionalOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x, scale=1.0, /, shift=None):
+        h = self.b(self.a(x).tanh()) * scale
+        return h if shift is None else h + shift
+
+
+class CapturedPositionalOnly(PositionalOnly):
+    def forward(self, x, scale=1.0, /, shift=None):
+        if x.shape[1] != 4:
+            raise ValueError("four features")
+        return super().forward(x, scale, shift)
+
+
+@pytest.mark.parametrize("kind", [PositionalOnly, CapturedPositionalOnly])
+def test_positional_only_arguments(kind):
+    model, shift = kind(), torch.ones(6, 3, dtype=torch.float64)
+    for args, given in (((X,), {}), ((X, 0.5), {}), ((X,), {"shift": shift}), ((X, 0.5), {"shift": shift})):
+        net = sedona_fx.decouple(model, (sedona_fx.Args(*args, **given), Y), cuts=["a"], heads="linear")
+        assert torch.equal(net(*args, **given), model(*args, **given))
+        assert torch.equal(net.model(*args, **given), model(*args, **given))
+        net.backward(sedona_fx.Args(*args, **given), Y)
+    assert "forward" not in vars(model)

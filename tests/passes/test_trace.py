@@ -119,6 +119,16 @@ class Loop(nn.Module):
         return total
 
 
+class KeptActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.tanh())
+        return x
+
+
 class GlobalState(nn.Module):
     def forward(self, x):
         COUNTER["calls"] += 1
@@ -158,6 +168,7 @@ def example(rows: int = 3) -> Args:
         (Counter(), "changes the attribute 'inner.n'", "setattr(self, self.name, getattr(self, self.name) + 1)"),
         (Counter("_n"), "changes the attribute 'inner._n'", "setattr(self, self.name"),
         (Diary(), "changes the attribute 'inner.seen.sizes.0'", 'self.seen["sizes"].append(4)'),
+        (KeptActivation(), "changes the attribute 'inner.seen.0'", "self.seen.append(x.tanh())"),
         (ReplacedBuffer(), "replaces the buffer 'inner.buf'", "self.buf = self.buf + 1"),
         (KeptTensor(), "overwrites 'inner.kept'", "self.kept.add_(1)"),
     ],
