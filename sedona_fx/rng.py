@@ -2,19 +2,33 @@
 
 A block draws from a stream that depends on (seed, block, step) only. So its draws do not depend on the order in which
 blocks run, nor on what other code draws, and a resumed run draws the same numbers.
+
+The streams themselves are PyTorch's global ones, since its layers draw from no others. Threads take turns with them:
+while one has them seeded, others wait (:func:`turn`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_locks = [threading.RLock()]
+# A worker of a data loader may be forked while another thread holds the lock, and would wait for ever.
+os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.RLock()))
+
+
+def turn() -> AbstractContextManager[Any]:
+    """Return a lock that is held while the global generators are in the hands of one thread; it may be taken twice."""
+    return _locks[0]
 
 
 def block_seed(seed: int, block: int | str, step: int) -> int:
@@ -34,7 +48,7 @@ def block_random(seed: int, block: int, step: int, device: torch.device) -> Iter
     """Seed PyTorch's generators of the CPU and of `device` for the body, and restore their states afterwards."""
     derived_seed = block_seed(seed, block, step)
     devices = [device] if _has_generator(device) else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+    with turn(), torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         # torch.manual_seed would seed every accelerator there is, and only the state of this block's one is restored.
         torch.default_generator.manual_seed(derived_seed)
         for accelerator in devices:
@@ -62,14 +76,15 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     devices = []
     if _has_generator(device):
         devices = [torch.device(device.type, k) for k in range(torch.get_device_module(device).device_count())]
-    states = random_states(devices)
-    try:
-        if devices:
-            torch.manual_seed(seed)
-        _seed_cpu(seed)
-        yield
-    finally:
-        restore_random(states)
+    with turn():
+        states = random_states(devices)
+        try:
+            if devices:
+                torch.manual_seed(seed)
+            _seed_cpu(seed)
+            yield
+        finally:
+            restore_random(states)
 
 
 @contextmanager
@@ -78,7 +93,7 @@ def seeded_init(seed: int) -> Iterator[None]:
 
     ``torch.manual_seed`` would seed every accelerator too, whose states would not be restored.
     """
-    with torch.random.fork_rng(devices=[]):
+    with turn(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 

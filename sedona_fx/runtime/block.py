@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.ir.graph import BlockGraph
+from sedona_fx.ir.graph import HEADS, BlockGraph
 from sedona_fx.runtime.run import run_graph
 
 
@@ -99,3 +99,9 @@ class Block:
 def buffers_of(*blocks: Block) -> list[Tensor]:
     """Return the buffers of these blocks, each once."""
     return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
+
+
+def parameter_names(blocks: Iterable[Block]) -> dict[nn.Parameter, str]:
+    """Return the names of the parameters of these blocks: as in the user's model, those of heads with ``heads.``."""
+    named = [pair for block in blocks for pair in block.module.named_parameters()]
+    return {p: f"heads{name.removeprefix(HEADS)}" if name.startswith(HEADS) else name for name, p in named}

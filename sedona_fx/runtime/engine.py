@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.ir.graph import HEADS, BlockGraph
+from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
-from sedona_fx.rng import block_random
-from sedona_fx.runtime.block import Block, StepResult, buffers_of
+from sedona_fx.rng import block_random, turn
+from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
 from sedona_fx.runtime.gradients import trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
 from sedona_fx.runtime.precision import casting, no_autocast
@@ -154,7 +154,9 @@ class Engine:
                 if on_block is not None:
                     on_block(block.index)
             if snapshot is not None:
+                checked = [g for block in self.blocks for g in self._gradients(block, options)]
                 self.guard.raise_pending()
+                self.guard.check_gradients(checked, batch.step, self.parameter_names, defer=False)
                 self.guard.keep(snapshot, range(len(self.blocks)))
         return StepResult(losses, local)
 
@@ -186,14 +188,12 @@ class Engine:
                 total = loss
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, dict(values), exports, loss)
-            defer, scaler = options.defer or not independent, options.scaler(block)
-            self.guard.check(block.index, batch.step, total, defer=defer)
-            self.loss_backward(block, total, scaler, options.weight)
+            self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
+            self.loss_backward(block, total, options.scaler(block), options.weight)
             self.guard.settle(block.index, snapshot)
-            if options.guard_gradients and (scaler is None or not scaler.is_enabled()):
-                gradients = Gradients(block.index, trained_in(block.module))
-                self.guard.check_gradients([gradients], batch.step, self.parameter_names, defer=defer)
             if independent:
+                checked = self._gradients(block, options)
+                self.guard.check_gradients(checked, batch.step, self.parameter_names, defer=options.defer)
                 self.guard.keep(snapshot, [block.index])
         return loss.detach(), detached(exports), map_tensors(Tensor.detach, local)
 
@@ -277,10 +277,16 @@ class Engine:
         """Add a block's exports, detached, to `values`, and drop from them what no later block reads."""
         hand_on(values, exports, block.index, self._last_reader[training])
 
+    def _gradients(self, block: Block, options: StepOptions) -> list[Gradients]:
+        """Return the gradients of a block for the guard; none if somebody else checks them."""
+        scaler = options.scaler(block)
+        if not options.guard_gradients or (scaler is not None and scaler.is_enabled()):
+            return []
+        return [Gradients(block.index, trained_in(block.module))]
+
     def parameter_names(self) -> dict[nn.Parameter, str]:
-        """Return the names of the parameters of all blocks: those of the user's model, and "heads." and so on."""
-        named = [pair for block in self.blocks for pair in block.module.named_parameters()]
-        return {p: f"heads{name.removeprefix(HEADS)}" if name.startswith(HEADS) else name for name, p in named}
+        """Return the names of the parameters of all blocks, for error texts."""
+        return parameter_names(self.blocks)
 
     def buffers(self) -> list[Tensor]:
         """Return the buffers of all blocks, each once."""
@@ -292,16 +298,12 @@ class Engine:
         A net of one block draws from the global streams instead: it trains exactly as backprop does.
         """
         if len(self.blocks) == 1:
-            return nullcontext()
+            return turn()
         return block_random(self.seed, block.index, step, block.device)
 
 
 def require_grad_mode(who: str) -> None:
-    """Check that gradients are enabled, so that a forward pass makes a graph; `who` needs it, for the error's text.
-
-    Raises:
-        ScheduleError: they are not.
-    """
+    """Raise :class:`ScheduleError` if gradients are disabled: a forward pass would make no graph for `who`."""
     if not torch.is_grad_enabled():
         raise ScheduleError(f"{who} inside torch.no_grad() (or inference mode) has no graph to walk back.")
 

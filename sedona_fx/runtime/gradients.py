@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def trained_in(module: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def not_finite(tensors: Sequence[Tensor]) -> Tensor:
+def not_finite(tensors: list[Tensor]) -> Tensor:
     """Return 1.0 if a number in any of the tensors is infinite or NaN, else 0.0; the host does not wait for it.
 
     The check is the one of ``torch.amp.GradScaler``, with a scale of one: it reads every number once, allocates
@@ -38,10 +39,12 @@ def not_finite(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     found = torch.zeros((), device=device)
     try:
-        with torch.no_grad():
-            torch._amp_foreach_non_finite_check_and_unscale_(list(tensors), found, torch.ones((), device=device))
-    except (RuntimeError, NotImplementedError):  # complex, sparse or expanded tensors, or several devices
-        return torch.stack([(~_numbers(t).isfinite()).any().to(device) for t in tensors]).any().float()
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, _one(device))
+    except (RuntimeError, NotImplementedError):  # several devices; or complex, sparse or expanded tensors
+        parts = [[t for t in tensors if t.device == each] for each in dict.fromkeys(t.device for t in tensors)]
+        if len(parts) > 1:
+            return torch.stack([not_finite(part).to(device) for part in parts]).amax()
+        return torch.stack([(~_numbers(t).isfinite()).any() for t in tensors]).any().float()
     return found
 
 
@@ -52,8 +55,12 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> tuple[str, float] |
     """
     for name, tensor in named:
         numbers = _numbers(tensor.detach())
-        if (bad := ~numbers.isfinite()).any():
-            return name, float(numbers[bad][0])
+        if not numbers.is_floating_point() or not numbers.numel():
+            continue
+        numbers = numbers.float() if numbers.dtype.itemsize == 1 else numbers
+        for extreme in torch.aminmax(numbers):  # NaN if there is one
+            if not math.isfinite(value := extreme.item()):
+                return name, value
     return None
 
 
@@ -69,6 +76,12 @@ def where_not_finite(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[str, fl
     """
     gradients = [(name, p.grad) for name, p in named if p.grad is not None]
     return first_not_finite(reversed(gradients)) or ("", math.nan)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    """Return 1.0 on a device: making it anew would take half as long as the check."""
+    return torch.ones((), device=device)
 
 
 def _numbers(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,7 @@ class _Arriving:
         return self._value.item()
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """The gradients of a block that are to be checked, in the parameters' ``.grad``.
 
     Attributes:
@@ -151,6 +150,11 @@ class Gradients:
     block: int
     parameters: Sequence[nn.Parameter]
     overflow: Sequence[Tensor] = ()
+
+    def bad(self) -> bool:
+        """Return whether a gradient is not finite, and no scaler skips the step for it; the host waits."""
+        gradients = gradients_of(self.parameters)
+        return bool(gradients and not_finite(gradients).item() and not any(flag.item() for flag in self.overflow))
 
 
 Names = Callable[[], Mapping[nn.Parameter, str]]
@@ -199,7 +203,7 @@ class FiniteGuard:
         else:
             verdict.raise_if_bad()
 
-    def check_gradients(self, blocks: Iterable[Gradients], step: int, names: Names, *, defer: bool = True) -> None:
+    def check_gradients(self, blocks: Sequence[Gradients], step: int, names: Names, *, defer: bool = True) -> None:
         """Check gradients that are complete, before an optimizer steps with them.
 
         If any are not finite, the buffers of these blocks are restored, as far as snapshots of them are kept.
@@ -214,32 +218,32 @@ class FiniteGuard:
             NonFiniteGradientError: gradients are not finite; it names the last such block. If the verdicts are
                 deferred, :meth:`raise_pending` raises it.
         """
-        bad, verdicts, snapshots = list[Gradients](), list[GradientVerdict](), list[Snapshot]()
-        for each in blocks:
-            if each.block in self._kept:
-                snapshots.append(self._kept.pop(each.block))
-            gradients = gradients_of(each.parameters)
-            if not gradients:
-                continue
-            found = not_finite(gradients)
-            if defer and self._defers(found):
-                for overflow in each.overflow:
-                    found = torch.where(overflow.to(found.device) > 0, 0.0, found)
-                verdicts.append(GradientVerdict(each.block, step, found))
-            elif found.item() and not any(overflow.item() for overflow in each.overflow):
-                bad.append(each)
-        snapshots = list(dict.fromkeys(snapshots))
-        if verdicts and snapshots:
-            finite = torch.stack([verdict.finite.to(verdicts[0].finite.device) for verdict in verdicts]).all()
-            for snapshot in snapshots:
-                snapshot.restore(unless=finite)
-        self._pending += reversed(verdicts)
-        if bad:
+        gradients = [gradient for _, parameters, _ in blocks for gradient in gradients_of(parameters)]
+        snapshots = [self._kept.pop(block) for block, _, _ in blocks if block in self._kept]
+        if not gradients:
+            return
+        if defer and self._defers(gradients[0]):
+            self._defer_gradients(blocks, step, dict.fromkeys(snapshots))
+        elif not_finite(gradients).item() and (bad := [each for each in blocks if each.bad()]):
             for snapshot in snapshots:
                 snapshot.restore()
-            known = names()
-            place = where_not_finite((known.get(p, "a parameter of an extra loss"), p) for p in bad[-1].parameters)
-            raise NonFiniteGradientError(bad[-1].block, step, *place, blocks=[each.block for each in bad])
+            known, last = names(), bad[-1]
+            place = where_not_finite((known.get(p, "a parameter of an extra loss"), p) for p in last.parameters)
+            raise NonFiniteGradientError(last.block, step, *place, blocks=[each.block for each in bad])
+
+    def _defer_gradients(self, blocks: Sequence[Gradients], step: int, snapshots: Iterable[Snapshot]) -> None:
+        """Leave the verdicts on the device, and let them decide what becomes of the buffers."""
+        verdicts = []
+        for block, parameters, overflow in blocks:
+            if gradients := gradients_of(parameters):
+                found = not_finite(gradients)
+                for flag in overflow:
+                    found = torch.where(flag.to(found.device) > 0, 0.0, found)
+                verdicts.append(GradientVerdict(block, step, found))
+        finite = torch.stack([verdict.finite.to(verdicts[0].finite.device) for verdict in verdicts]).all()
+        for snapshot in snapshots:
+            snapshot.restore(unless=finite)
+        self._pending += reversed(verdicts)
 
     def keep(self, snapshot: Snapshot, blocks: Iterable[int]) -> None:
         """Keep a snapshot until the gradients of these blocks are checked, or :meth:`release` is called."""

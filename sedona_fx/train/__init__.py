@@ -7,8 +7,9 @@ losses/     Extra losses that can be added to the local ones, one per file
 schedules/  Training methods, one per file, and their base classes
 checkpoint  Checkpoint files of ``fit``: replaced whole, read back once per run, and fully checked before anything
             is loaded
-evaluate    ``evaluate``: the mean loss and the accuracy of a net's final output
+evaluate    ``evaluate``: the mean loss, the accuracy and metrics of a net's final output
 fit         ``fit``: train for some epochs, with learning rates, evaluation, progress, checkpoints and exact resume
+history     What ``fit`` did, epoch by epoch
 """
 
 from sedona_fx.rng import block_seed
@@ -16,7 +17,8 @@ from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.train.buffers.codec import Codec
 from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer
 from sedona_fx.train.evaluate import evaluate
-from sedona_fx.train.fit import History, fit
+from sedona_fx.train.fit import fit
+from sedona_fx.train.history import History
 from sedona_fx.train.losses.infopro import InfoPro
 from sedona_fx.train.losses.kinetic_energy import KineticEnergy
 from sedona_fx.train.losses.predsim import PredSim

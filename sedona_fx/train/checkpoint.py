@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sedona_fx.errors import CheckpointError
 from sedona_fx.files import load_failure, read_torch_file, replacing
 from sedona_fx.net.net import Net
 from sedona_fx.net.weights import mismatch
+from sedona_fx.runtime.gradients import first_not_finite
 from sedona_fx.train.schedules.base import Schedule
 
 FORMAT = 3
@@ -116,3 +117,40 @@ def check(
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}.") from error
     if difference := mismatch(net, state["net"], dtypes=True):
         raise CheckpointError(f"{where} belongs to another net: {difference}.")
+
+
+def not_finite_in(net: Net, schedule: Schedule) -> set[str]:
+    """Return the names of what is not finite and would be in a checkpoint: on purpose, before the first step."""
+    return {name for name, value in _numbers(net, schedule) if first_not_finite([(name, value)]) is not None}
+
+
+def refuse_not_finite(path: Path, *, net: Net, schedule: Schedule, allowed: Set[str]) -> None:
+    """Check that no weight has turned infinite or NaN; it would be written over the last good one.
+
+    Args:
+        path: the checkpoint, for the error's text.
+        net: the net of this run.
+        schedule: its schedule.
+        allowed: names of what need not be finite.
+
+    Raises:
+        CheckpointError: one has.
+    """
+    found = first_not_finite(pair for pair in _numbers(net, schedule) if pair[0] not in allowed)
+    if found is not None:
+        raise CheckpointError(
+            f"no checkpoint is written behind step {net.steps - 1}, and {str(path)!r} is kept as it is: {found[0]!r} "
+            f"holds {found[1]}, although the losses were finite. The optimizer's step, or numbers that a layer keeps, "
+            "were too large for the dtype: lower the learning rate, or look at the inputs."
+        )
+
+
+def _numbers(net: Net, schedule: Schedule) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield, by name, the weights and buffers in a checkpoint, and the gradients of a window that is open."""
+    yield from ((name, value) for name, value in net.state_dict().items() if isinstance(value, torch.Tensor))
+    names = net.engine.parameter_names()
+    for parameter in (p for parameters in schedule.parameters for p in parameters):
+        name = names.get(parameter, "a parameter of an extra loss")
+        yield name, parameter
+        if parameter.grad is not None and schedule.scalers is None:
+            yield f"the gradient of {name}", parameter.grad

@@ -32,7 +32,7 @@ INSIDE = {
         "best_of",
         "__init__",
     ),
-    "train": ("buffers", "losses", "evaluate", "schedules", "checkpoint", "fit", "__init__"),
+    "train": ("buffers", "losses", "evaluate", "schedules", "checkpoint", "history", "fit", "__init__"),
 }
 """The same order within the two packages that have packages of their own."""
 FILES = sorted(ROOT.rglob("*.py"))

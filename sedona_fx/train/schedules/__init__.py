@@ -7,6 +7,7 @@ backprop    Backprop: ordinary backpropagation through the whole net, as the bas
 base        Base class of all schedules: one optimizer per block, accumulation windows, gradient scaling, saved
             state
 delayed     Delayed gradients: DDG and Features Replay
+fitted      What a schedule remembers between two calls of ``fit``: the epochs trained, and the LR schedulers
 greedy      Greedy: every block trains by its own local loss alone
 headed      Base class of the schedules with local losses: extra losses added to them, and when blocks may step
 optimizers  One optimizer and one gradient scaler per block, and which parameters they are for

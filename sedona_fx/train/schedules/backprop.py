@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sedona_fx.ir.outputs import map_tensors
+from sedona_fx.rng import turn
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.precision import casting
 from sedona_fx.train.schedules.base import Schedule
@@ -43,7 +44,8 @@ class Backprop(Schedule):
             engine.guard.raise_pending()
             with engine.guard.protecting(list(net.model.buffers())) as snapshot:
                 with casting(last.device, self.autocast):
-                    output = net.call(inputs)
+                    with turn():  # other threads may have seeded the global streams for a block of theirs
+                        output = net.call(inputs)
                     loss = engine.local_loss(last, output, target)
                 engine.guard.check(last.index, net.steps, loss)
                 engine.loss_backward(last, loss, self.scaler(last.index), self.loss_weight)

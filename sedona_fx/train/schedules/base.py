@@ -15,6 +15,7 @@ from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.precision import check_autocast
+from sedona_fx.train.schedules.fitted import Fitted
 from sedona_fx.train.schedules.optimizers import (
     OptimizerFactory,
     make_optimizer,
@@ -68,6 +69,7 @@ class Schedule(Updating):
         scalers: one gradient scaler per block, or None.
         parameters: for each block, the parameters that its optimizer steps.
         contributors: for each block, the blocks whose losses contribute to the gradients of `parameters`.
+        fitted: what ``fit`` did with the schedule; `epochs` counts the epochs.
         parts: the keys that the state of this kind of schedule has besides those of every schedule.
 
     Raises:
@@ -105,6 +107,7 @@ class Schedule(Updating):
         half = autocast is torch.float16
         self.scalers = make_scalers(net.blocks, self.parameters, single=self.single_scaler) if half else None
         self._frozen = [p for b in net.blocks for p in self.block_parameters(b) if not p.requires_grad]
+        self.fitted = Fitted()
         self._calls = 0  # of step(), in this window
         self._number = net.steps  # of the step that runs
         self._unscaled: set[int] = set()  # ids of the scalers that unscaled gradients in this step
@@ -179,6 +182,11 @@ class Schedule(Updating):
         """Factor of a batch's loss: 1/accumulate."""
         return 1.0 / self.accumulate
 
+    @property
+    def epochs(self) -> int:
+        """Epochs that ``fit`` has trained with this schedule; its next call goes on behind them."""
+        return self.fitted.epochs
+
     def raise_pending(self) -> None:
         """Check the losses and gradients of the last step whose check was deferred; the host waits for them.
 
@@ -223,6 +231,7 @@ class Schedule(Updating):
         return {
             **self._identity(),
             "steps": self.net.steps,
+            "epochs": self.epochs,
             "optimizers": [o.state_dict() if o is not None else None for o in self.optimizers],
             "scalers": [scaler.state_dict() for scaler in self.scalers] if self.scalers is not None else None,
             "calls": self._calls,
@@ -236,7 +245,7 @@ class Schedule(Updating):
         Raises:
             CheckpointError: it belongs to another schedule, plan or optimizer.
         """
-        fields = {"steps", "calls", "gradients", "scalers", "random", *self.parts}
+        fields = {"steps", "epochs", "calls", "gradients", "scalers", "random", *self.parts}
         check_state(state, self._identity(), fields, self.optimizers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,6 +263,7 @@ class Schedule(Updating):
         for scaler, saved in zip(self.scalers or [], state["scalers"] or [], strict=True):
             scaler.load_state_dict(saved)
         self.net.steps, self._calls = int(state["steps"]), int(state["calls"])
+        self.fitted.restart(int(state["epochs"]))
         if self.draws_globally and state["random"] is not None:
             restore_random(state["random"])
         self.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -47,11 +48,22 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter], in
     """Call an optimizer factory for block `index`, and check that it optimizes exactly `parameters`.
 
     Raises:
-        ScheduleError: it returned something else, or an optimizer of other parameters.
+        ScheduleError: it returned something else, an optimizer of other parameters, or one whose step takes a closure.
     """
     optimizer = factory(list(parameters))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ScheduleError(f"the optimizer factory returned {type(optimizer).__name__}, not a torch.optim.Optimizer.")
+    required = [
+        argument.name
+        for argument in inspect.signature(optimizer.step).parameters.values()
+        if argument.default is argument.empty and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    ]
+    if required:
+        raise ScheduleError(
+            f"{type(optimizer).__name__}.step needs {', '.join(required)}: it asks for the loss several times a step, "
+            "and a schedule computes the loss of a block once. Take an optimizer that steps on given gradients (SGD, "
+            f"Adam), or step {type(optimizer).__name__} yourself, with a closure that calls net.backward."
+        )
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     wanted = {id(p) for p in parameters}
     if optimized != wanted:
