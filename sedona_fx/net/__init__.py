@@ -6,6 +6,7 @@ between devices, ``variants`` makes other forms of the blocks, ``exits`` is infe
 Files
 
 exits      Inference with heads: early exit at the first head that is confident, and ensembles of the last heads
+follow     Take over into the graphs what was replaced in a net's modules, or refuse it by name
 net        The decoupled net: the user's model as K blocks that train without waiting for each other
 parts      The record of everything that a net is built from
 placing    Move the tensors of a net between devices, and keep every graph consistent with that
@@ -15,6 +16,7 @@ trial      Run a net's model on the example batch, for questions that the graphs
 variants   Variants of a net's blocks that schedules need, such as blocks without heads; made when they are first
            asked for
 weights    Weight files of a net. Cuts, heads, names, shapes and dtypes are compared before anything is loaded
+watch      Notice what was replaced in a net's modules since its graphs were made, in a few microseconds a step
 wrapped    Nets inside of PyTorch's wrappers, which have the net's parameters but not its methods
 weights    Weight files of a net. Names and shapes are compared before anything is loaded
 """

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.host import rehost
 from sedona_fx.data.args import Args
-from sedona_fx.errors import ExportError, ScheduleError
+from sedona_fx.errors import ExportError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.ir.modules import device_of, direct_children, share_copy
 from sedona_fx.net.exits import EarlyExit, ensemble
+from sedona_fx.net.follow import Follower
 from sedona_fx.net.parts import NetParts
-from sedona_fx.net.placing import place, redirect, relink
+from sedona_fx.net.placing import block_devices, place, redirect, relink
 from sedona_fx.net.saved import Saved
 from sedona_fx.net.signature import Signature, method_like
 from sedona_fx.net.trial import Trial
 from sedona_fx.net.variants import Variants
 from sedona_fx.passes import strip
-from sedona_fx.plan import Capture, Plan
+from sedona_fx.plan import Capture
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult
 from sedona_fx.runtime.engine import Batch, Engine, OnBlock, StepOptions
@@ -69,15 +69,16 @@ class Net(Saved):
         self.plan, self.costs = plan, list(parts.costs)
         self.example = parts.analysed.example
         self._graphs = dict(parts.lowered)
-        # Modules whose own code depends on their training flag: each graph is right only for these flags.
-        self._flagged = [(path, model.get_submodule(path), flags) for path, flags in parts.analysed.mode_paths.items()]
         placeholders = [str(node.target) for node in self._graphs[True].graph.nodes if node.op == "placeholder"]
-        trial = Trial(model, self.example, parts.analysed.capture, spread=len(set(plan.devices or ())) > 1)
+        traced = (*parts.analysed.train.graph.nodes, *parts.analysed.eval.graph.nodes)
+        whole = dict.fromkeys(str(node.target) for node in traced if node.op == "call_module")
+        spread = len(set(plan.devices or ())) > 1
+        trial = Trial(model, self.example, parts.analysed.capture, whole=whole, spread=spread)
         self._signature = Signature(trial, plan.inputs, placeholders)
         self._forward = method_like(model.forward, Net._run)
         self.__signature__ = inspect.signature(self.forward)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
-        devices = _devices(plan, model)
+        devices = block_devices(plan, model)
         self.blocks = tuple(
             Block(*block_parts)
             for block_parts in zip(
@@ -98,6 +99,12 @@ class Net(Saved):
             place(self.blocks, model)
             relink(self._all_graphs(), model)
             redirect(self._own_graphs(), devices, traced_on)
+        self._follower = self._make_follower(parts.analysed.mode_paths)
+
+    def _make_follower(self, flags: Mapping[str, tuple[bool, bool]]) -> Follower:
+        graphs = (self._plain, self._graphs[False])
+        root = self.plan.root if self.capture.hosted else ""
+        return Follower(self, self.engine, self._signature.trial, (*graphs, self._all_graphs), flags=flags, root=root)
 
     def _without_heads(self) -> dict[bool, fx.GraphModule]:
         """Return the graphs of both modes as they were traced: without heads and boundaries."""
@@ -118,7 +125,7 @@ class Net(Saved):
         return self._run(Args.of(inputs))
 
     def _run(self, args: Args) -> Any:
-        self._check_modes()
+        self.check()
         values = self.bind(args)
         if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
             return self.model(**{name: value for name, value in values.items() if value is not None})
@@ -173,9 +180,9 @@ class Net(Saved):
 
         Raises:
             DataError: the net was traced with other arguments.
-            ScheduleError: a module is in a mode that the graph was not made for.
+            ScheduleError: as for :meth:`check`.
         """
-        self._check_modes()
+        self.check()
         return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
 
     def bind(self, args: Args) -> dict[str, Any]:
@@ -185,6 +192,18 @@ class Net(Saved):
             DataError: the net was traced with other arguments.
         """
         return self._signature.bind(args, self.blocks[0].device if self.plan.devices is None else None)
+
+    def check(self) -> int:
+        """Take over into the graphs what was replaced in ``net.model`` and ``net.heads``; every call and step does it.
+
+        Returns:
+            A number that is another one whenever something was taken over.
+
+        Raises:
+            ScheduleError: a module is in a mode that the graph was not made for; or something was replaced that the
+                graphs cannot follow, such as a number that the model's forward reads.
+        """
+        return self._follower.check(self.training)
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -234,15 +253,18 @@ class Net(Saved):
 
     def inference_module(self) -> fx.GraphModule:
         """Return the eval graph without heads and boundaries, in eval mode; it shares the net's tensors."""
+        self.check()
         return direct_children(share_copy(strip(self._graphs[False]))).eval()
 
     def early_exit(self, threshold: float) -> EarlyExit:
         """Return a module in which each example leaves at the first head whose confidence reaches `threshold`."""
+        self.check()
         key = self.engine.output.key
         return EarlyExit(self.blocks, threshold, key=key, bind=self.bind, capture=self.capture, example=self.example)
 
     def ensemble(self, n: int) -> fx.GraphModule:
         """Return a graph of the summed log-softmax of the last `n` heads, the model's own output being one of them."""
+        self.check()
         return ensemble(self._graphs[False], self.blocks, self.engine.output.key, n)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
@@ -253,23 +275,27 @@ class Net(Saved):
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Net:
+        self._follower.follow()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "_follower"}, memo))
         rehost(twin._all_graphs(), twin.model)
+        twin._follower = twin._make_follower(self._follower.flags)
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> Net:
         """Move or convert all tensors, as ``net.to(...)`` asks, and let every graph read the tensors that are new."""
+        self._follower.follow()
         before = self.blocks[0].device
         super()._apply(fn, recurse)
-        for block, device in zip(self.blocks, _devices(self.plan, self.model), strict=True):
+        for block, device in zip(self.blocks, block_devices(self.plan, self.model), strict=True):
             block.device = device
         relink(self._all_graphs(), self.model, fn)
         if self.blocks[0].device != before:
             devices = [block.device for block in self.blocks]
             redirect([*self._own_graphs(), *self.variants.graphs()], devices, before)
             self.variants.traced_on = devices[0]
+        self._follower.take()
         return self
 
     def _own_graphs(self) -> list[fx.GraphModule]:
@@ -278,21 +304,3 @@ class Net(Saved):
 
     def _all_graphs(self) -> list[fx.GraphModule]:
         return [*self._own_graphs(), *self.variants.graphs()]
-
-    def _check_modes(self) -> None:
-        """Raise :class:`ScheduleError` if a module's training flag is not the one that the graph was made for."""
-        for path, module, (in_train, in_eval) in self._flagged:
-            if module.training != (in_train if self.training else in_eval):
-                raise ScheduleError(
-                    f"{path or type(self.model).__name__} computes differently in train and in eval mode in its own "
-                    f"code, and is in {'train' if module.training else 'eval'} mode while the net is in "
-                    f"{'train' if self.training else 'eval'} mode. A graph is chosen for the net at once: name this "
-                    "module in leaf_modules=[...] to give it a mode of its own."
-                )
-
-
-def _devices(plan: Plan, model: nn.Module) -> list[torch.device]:
-    """Return the device of each block: the plan's, or the model's for all."""
-    if plan.devices is not None:
-        return [torch.device(name) for name in plan.devices]
-    return [device_of(model)] * plan.blocks

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.modules import device_of
+from sedona_fx.plan import Plan
 from sedona_fx.runtime.block import Block
 
 
@@ -82,6 +84,13 @@ def redirect(graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], 
                 node.args, node.kwargs, changed = args, kwargs, True
         if changed:
             gm.recompile()
+
+
+def block_devices(plan: Plan, model: nn.Module) -> list[torch.device]:
+    """Return the device of each block: the plan's, or the model's for all."""
+    if plan.devices is not None:
+        return [torch.device(name) for name in plan.devices]
+    return [device_of(model)] * plan.blocks
 
 
 def place(blocks: Sequence[Block], model: nn.Module) -> None:

@@ -33,8 +33,8 @@ class Untouched:
 class Signature:
     """Binds the arguments of a call by name, and refuses those that the graphs of a net cannot take.
 
-    An argument that the graphs do not have, or have with another value, is let pass if it makes no difference: that is
-    tried once for each such value, on the model itself.
+    An argument that the graphs do not have, or have with another value, is let pass if it makes no difference: if the
+    model does not touch it, or is recorded as the same program with it. That is tried once for each such value.
 
     Args:
         trial: runs the model, whose own ``forward`` names the arguments.
@@ -105,18 +105,20 @@ class Signature:
         """Whether the model computes what the graphs hold if this argument has this value."""
         if name not in self.inputs:
             if name not in self._unread:
-                self._unread[name] = self.trial.same_with({name: Untouched()})
+                self._unread[name] = self.trial.same_output({name: Untouched()})
             if self._unread[name]:
                 return True
-        # Of tensors and numbers, a few examples tell too little, unless it is the same number in another type.
-        held = self.inputs.get(name, self._default(name))
-        number = isinstance(value, (int, float, complex)) and not isinstance(value, bool)
-        if holds_tensor(value) or (number and not (isinstance(held, (int, float, complex)) and value == held)):
+        if holds_tensor(value):
             return False
         for tried, plain, same in self._tried:
             if tried == name and same_plain(plain, value):
                 return same
-        same = self.trial.same_with({name: value})
+        held = self.inputs.get(name, self._default(name))
+        numbers = (bool, int, float, complex)
+        if isinstance(value, numbers) and isinstance(held, numbers) and value == held:
+            same = self.trial.same_output({name: value})  # the same number in another type
+        else:
+            same = self.trial.same_program(self.trial.recorded(), self.trial.recorded({name: value}))
         self._tried.append((name, value, same))
         return same
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from sedona_fx.capture.exported import record_by_export
 from sedona_fx.capture.proof import same_bits
+from sedona_fx.capture.sites import name_sites, same_graphs
 from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.data.args import Args
+from sedona_fx.errors import TraceError
 from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.plan import Capture
@@ -25,27 +29,35 @@ class Trial:
         model: the model that the net owns.
         example: the batch that the net was traced with, every input under its argument name.
         capture: how the graphs were made.
+        whole: paths of the modules that the graphs call whole.
         spread: whether the blocks are on several devices; the model cannot run as it is then.
     """
 
-    def __init__(self, model: nn.Module, example: Args, capture: Capture, *, spread: bool) -> None:
-        self.model, self.example, self.capture, self.spread = model, example, capture, spread
+    def __init__(
+        self, model: nn.Module, example: Args, capture: Capture, *, whole: Collection[str], spread: bool
+    ) -> None:
+        self.model, self.example, self.capture = model, example, capture
+        self.whole, self.spread = tuple(whole), spread
 
-    def arguments(self) -> Args:
-        """Return the examples, on the device and in the precision that the model has now."""
+    def arguments(self, *, whole_batch: bool = False) -> Args:
+        """Return the examples, on the device and in the precision that the model has now.
+
+        Args:
+            whole_batch: return all of them, and not only a few.
+        """
         parameter, device = first_float_parameter(self.model), device_of(self.model)
 
         def moved(tensor: Tensor) -> Tensor:
             floats = parameter is not None and tensor.is_floating_point()
             return tensor.to(device, parameter.dtype if floats and parameter is not None else tensor.dtype)
 
-        few = self.example.first(2) if self.capture.free_batch else self.example
+        few = self.example.first(2) if self.capture.free_batch and not whole_batch else self.example
         return Args(**map_tensors(moved, few.kwargs))
 
     @contextmanager
     def same_start(self, *, training: bool) -> Iterator[None]:
         """Set mode and seed for a run; modes, buffers, attributes and random states are as before afterwards."""
-        with keep_modes(self.model), keep_state(self.model), torch.enable_grad():
+        with keep_modes(self.model), keep_state(self.model), _keep_hooks(self.model), torch.enable_grad():
             self.model.train(training)
             seed_all(0)
             yield
@@ -58,7 +70,7 @@ class Trial:
         """
         return self.model(**{**map_tensors(torch.clone, self.arguments().kwargs), **(changes or {})})
 
-    def same_with(self, changes: Mapping[str, Any]) -> bool:
+    def same_output(self, changes: Mapping[str, Any]) -> bool:
         """Whether the model returns the same bits with other arguments, in both modes; False if it cannot run."""
         if self.spread:
             return False
@@ -73,3 +85,42 @@ class Trial:
             if type(outputs[0]) is not type(outputs[1]) or not same_bits(*outputs):
                 return False
         return True
+
+    def recorded(self, changes: Mapping[str, Any] | None = None) -> list[fx.GraphModule]:
+        """Return the model recorded anew in both modes, as it was when its graphs were made; empty if it cannot be.
+
+        Args:
+            changes: as for :meth:`run`.
+        """
+        if self.spread or self.capture.hosted:
+            return []
+        graphs, values = [], {**self.arguments(whole_batch=True).kwargs, **(changes or {})}
+        for training in (True, False):
+            with self.same_start(training=training):
+                try:
+                    if self.capture.front_end == "symbolic":
+                        gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
+                    else:
+                        gm, _, _ = record_by_export(self.model, values)
+                except TraceError:
+                    return []
+            name_sites(gm.graph)
+            graphs.append(gm)
+        return graphs
+
+    def same_program(self, first: Sequence[fx.GraphModule], second: Sequence[fx.GraphModule]) -> bool:
+        """Whether two recordings are the same programs, and are recordings at all."""
+        return bool(first) and len(first) == len(second) and all(map(same_graphs, first, second))
+
+
+@contextmanager
+def _keep_hooks(model: nn.Module) -> Iterator[None]:
+    """Take off the hooks that a model puts on itself when it runs: Hugging Face's do, to see their modules' outputs."""
+    before = [(hooks, hooks.copy()) for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    try:
+        yield
+    finally:
+        for hooks, content in before:
+            if len(hooks) != len(content):
+                hooks.clear()
+                hooks.update(content)

@@ -96,11 +96,12 @@ class Engine:
 
     Attributes:
         guard: checks losses and gradients; it is shared by all schedules of the net.
+        misfit: why the heads do not fit the model's output any more; empty while they do.
     """
 
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
-        self.guard = FiniteGuard()
+        self.guard, self.misfit = FiniteGuard(), ""
         self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
     def local_losses(self, batch: Batch) -> list[Tensor]:
@@ -212,6 +213,8 @@ class Engine:
         """
         target, inputs = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, dict(inputs or {})))
         last = block is self.blocks[-1]
+        if self.misfit and not last and block.objective is None:
+            raise ScheduleError(self.misfit)
         call = "loss(output, target)" if block.objective is None else "local_loss.loss(output, inputs, target)"
         try:
             if block.objective is not None:
@@ -234,11 +237,13 @@ class Engine:
         return loss
 
     def require_heads(self, who: str) -> None:
-        """Check that every block but the last has a head; `who` needs them, for the error's text.
+        """Check that every block but the last has a head that fits; `who` needs them, for the error's text.
 
         Raises:
-            ScheduleError: a block has none.
+            ScheduleError: a block has none, or one that does not fit any more.
         """
+        if self.misfit:
+            raise ScheduleError(self.misfit)
         missing = [block.index for block in self.blocks[:-1] if block.head is None]
         if missing:
             raise ScheduleError(

@@ -97,6 +97,8 @@ class Schedule(Updating):
             raise ScheduleError(f"accumulate={accumulate!r} is no number of batches: give 1 or more.")
         check_autocast(autocast)
         self.net, self.clip, self.accumulate, self.autocast = net, clip, accumulate, autocast
+        self._version = net.check()
+        self._held = [list(self.block_parameters(block)) for block in net.blocks]
         self.parameters, self.contributors = owned_parameters([self.trained_parameters(b) for b in net.blocks])
         if not any(self.parameters):
             raise ScheduleError("there is nothing to train: no parameter of the net requires a gradient.")
@@ -158,9 +160,11 @@ class Schedule(Updating):
         Gives True in the last step of the window, the one that updates the blocks.
 
         Raises:
-            ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient.
+            ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient; the net cannot
+                follow what was replaced in it; or the optimizers do not hold it.
         """
         refuse_unfrozen(self._frozen, self.net, type(self).__name__)
+        self._check_parameters()
         if not self._calls:
             self.zero_grad()
         self._unscaled, self._number = set(), self.net.steps
@@ -176,6 +180,18 @@ class Schedule(Updating):
             for scaler in {id(s): s for s in self.scalers or [] if id(s) in self._unscaled}.values():
                 scaler.update()
             self.net.engine.guard.release()
+
+    def _check_parameters(self) -> None:
+        """Raise :class:`ScheduleError` if a block has other parameters than when the optimizers were made."""
+        version = self.net.check()
+        if version == self._version:
+            return
+        for block, held in zip(self.net.blocks, self._held, strict=True):
+            if list(map(id, self.block_parameters(block))) != list(map(id, held)):
+                name = type(self).__name__
+                what = f"parameters of block {block.index} were replaced since this {name} was made"
+                raise ScheduleError(f"{what}, whose optimizers hold the old ones: make a new {name}.")
+        self._version = version
 
     @property
     def loss_weight(self) -> float:

@@ -74,6 +74,7 @@ class Headed(Schedule):
         **options: Any,
     ) -> None:
         require_net(net, type(self).__name__)
+        net.check()
         net.engine.require_heads(type(self).__name__)
         check_mode(check)
         self.check, self.extra = check, list(extra)
