@@ -73,7 +73,7 @@ def test_the_signature_is_the_models(net):
         ((), {"num_items_in_batch": torch.tensor(8)}),
         ((), {"something": object()}),
     ],
-    ids=repr,
+    ids=["positional", "defaults", "equal numbers", "default by name", "a number", "a tensor", "an object"],
 )
 def test_what_makes_no_difference_passes(net, args, how):
     assert same_bits(net(X, *args, **how), net.model(X, *args, **how))

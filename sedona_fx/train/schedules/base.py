@@ -160,8 +160,8 @@ class Schedule(Updating):
         Gives True in the last step of the window, the one that updates the blocks.
 
         Raises:
-            ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient; the net cannot
-                follow what was replaced in it; or the optimizers do not hold it.
+            ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient; the net
+                cannot follow what was replaced in it; or the optimizers do not hold it.
         """
         refuse_unfrozen(self._frozen, self.net, type(self).__name__)
         self._check_parameters()
