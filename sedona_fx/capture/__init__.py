@@ -17,9 +17,12 @@ host          ``root=``: only a sub-module becomes a graph; the code around it, 
               two calls
 host_calls    The two calls that run the code around a sub-module as plain Python: up to the sub-module, and from it
               to the end
+inline_regions  Take the regions of an exported program apart: one flat list of nodes, each of which knows its
+              region
 inplace       In-place operators of Python, recorded as functions that write to their first argument and return it
 proof         The last check of a trace: model and graph compute the same numbers from the same seed, buffers
               included
+regions       Watch in which autocast and no-grad regions a forward pass runs while it is recorded
 sites         Site names: names of nodes that are the same in the train graph and in the eval graph of a model
 state_watch   Find and undo changes of state while a forward pass is recorded
 symbolic      The first front end: symbolic tracing. It keeps modules and modes, and is thirty times faster than the

@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.graph_module import build_graph_module
+from sedona_fx.capture.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.proof import same_bits
+from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
@@ -97,9 +99,10 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
 
     handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads):
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
-            program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+            with mark_regions(regions):
+                program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             source = program.module()
     except Exception as error:
         raise TraceError(_reason(error)) from error
@@ -111,6 +114,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     if change := next(filter(None, [*changes, change_after]), ""):
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
+    inline_regions(source)
     return _Capture(program, source, model_output, list(mode_reads))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
-from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.modules import device_of, keep_modes
 from sedona_fx.ir.outputs import fields, map_tensors, without_objects
+from sedona_fx.ir.region import region_of
 from sedona_fx.rng import seed_all
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."
@@ -25,8 +26,9 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
     """Run the model and its graph once from the same seed: outputs and buffers must be equal bit for bit.
 
     Objects in the output, which a graph cannot give (:func:`~sedona_fx.ir.outputs.without_objects`), are not compared.
-    If the model has a ``torch.autograd.Function`` of the user's, whose backward a graph may have lost, the gradients of
-    all parameters are compared as well.
+    If the model has a ``torch.autograd.Function`` of the user's, whose backward a graph may have lost, or turns
+    gradients off in places, the gradients of all parameters are compared as well. If it has autocast regions, the
+    forward is compared under autocast as well.
 
     Args:
         model: its state and its modes are the same afterwards.
@@ -42,6 +44,7 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
         DataError: the model itself cannot run the example.
     """
     mode = "train" if training else "eval"
+    regions = [region for node in gm.graph.nodes if (region := region_of(node)) is not None]
     runs = _Runs(model, gm, example.bind(model.forward))
     with keep_modes(model):
         model.train(training)
@@ -58,8 +61,10 @@ def check_equal_forward(model: nn.Module, gm: fx.GraphModule, example: Args, *, 
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
         same_output = same_bits(without_objects(expected)[0], without_objects(actual)[0])
         if same_output and same_bits(buffers, graph_buffers):
-            if runs.custom_functions:
+            if runs.custom_functions or any(region.grad is not None for region in regions):
                 _check_equal_gradients(runs)
+            if any(region.casts for region in regions):
+                _check_under_autocast(runs, mode)
             return expected
         place = _first_difference(runs)
     raise TraceError(
@@ -113,6 +118,8 @@ class _Runs:
             map_tensors(outputs.append, run())
             roots = [output for output in outputs if output.requires_grad]
             cotangents = [torch.randn_like(root) for root in roots]
+            if not roots:
+                return []
             gradients = torch.autograd.grad(roots, parameters, cotangents, allow_unused=True)
             return [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
 
@@ -137,12 +144,38 @@ def autograd_nodes(value: Any) -> Iterator[Any]:
 
 def _check_equal_gradients(runs: _Runs) -> None:
     """Raise TraceError unless graph and model have equal gradients, to rounding: a custom backward rounds otherwise."""
-    for expected, actual in zip(runs.gradients(runs.run_model), runs.gradients(runs.run_graph), strict=True):
-        if not (actual - expected).norm() <= 1e-3 * expected.norm():
+    wanted, found = runs.gradients(runs.run_model), runs.gradients(runs.run_graph)
+    close = ((actual - expected).norm() <= 1e-3 * expected.norm() for expected, actual in zip(wanted, found))  # noqa: B905
+    if len(wanted) != len(found) or not all(close):
+        what, it = "places without gradients", "Put that code"
+        if runs.custom_functions:
+            names = ", ".join(sorted(runs.custom_functions))
+            what, it = f"a backward of its own ({names}, a torch.autograd.Function)", "Put the function"
+        raise TraceError(
+            f"{type(runs.model).__name__} has {what} that the graph has lost: its gradients differ. {it} into a "
+            "module and name that in leaf_modules=[...]."
+        )
+
+
+def _check_under_autocast(runs: _Runs, mode: str) -> None:
+    """Raise TraceError if the graph computes something else than the model under autocast, where the model runs."""
+    device = device_of(runs.model).type
+    for dtype in (torch.bfloat16, torch.float16) if torch.amp.is_autocast_available(device) else ():
+        with torch.autocast(device, dtype):
+            try:
+                expected, _ = runs.outcome(runs.run_model)
+            except Exception:  # the model cannot run so, and nobody will run the net so
+                continue
+            try:
+                actual, _ = runs.outcome(runs.run_graph)
+                same = same_bits(without_objects(expected)[0], without_objects(actual)[0])
+                place = "" if same else _first_difference(runs)
+            except Exception as error:
+                same, place = False, f": {error}"
+        if not same:
             raise TraceError(
-                f"{type(runs.model).__name__} has a backward of its own ({', '.join(sorted(runs.custom_functions))}, a "
-                "torch.autograd.Function) that the graph has lost: its gradients differ. Put the function into a "
-                "module and name that in leaf_modules=[...]."
+                f"under autocast to {dtype}, the {mode} graph of {type(runs.model).__name__} does not compute what "
+                f"the model computes{place}: a part of its forward asks for dtypes or for autocast. {_ADVICE}"
             )
 
 
@@ -178,7 +211,9 @@ def _first_difference(runs: _Runs) -> str:
 
     class Compare(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
+            region = region_of(n)
+            with nullcontext() if region is None else region.entered():
+                result = super().run_node(n)
             called = (str(n.target),) if n.op == "call_module" else ()
             for path in (*called, *info(n).returned_by):
                 if "#" not in path and path in expected and not same_bits(expected.pop(path), result):

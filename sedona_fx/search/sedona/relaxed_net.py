@@ -10,6 +10,7 @@ from torch import fx, nn
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.ir.modules import first_float_parameter
+from sedona_fx.ir.region import new_graph
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.search.problem.problem import Problem, local_loss_of
 from sedona_fx.search.relaxed.state import BlockLossFunction
@@ -84,7 +85,7 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     """Return the block's graph with these inputs and exports; None stands for an export that it does not make."""
     if (block.inputs, block.exports) == (tuple(inputs), tuple(exports)):
         return block.module
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, copies = new_graph(), dict[fx.Node, fx.Node]()
     old = block.module.graph
     placeholders = {info(node).site: node for node in old.nodes if node.op == "placeholder"}
     for k, name in enumerate(inputs):
