@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from sedona_fx.heads.registry import build_head
+from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.ir.modules import first_float_parameter
 from sedona_fx.ir.region import new_graph
@@ -47,8 +47,7 @@ def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraph
     like = first_float_parameter(problem.train)
     assert like is not None  # what the search trains
     heads = {
-        name: [build_head(spec, problem.contexts[name]).to(like) for spec in problem.candidates[name]]
-        for name in places
+        name: [make_head(spec, problem.contexts[name], like) for spec in problem.candidates[name]] for name in places
     }
     no_heads: dict[str, list[nn.Module]] = {name: [] for name in places}
     train = partition(relax(problem.train, heads))
