@@ -19,10 +19,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import with_record
+from sedona_fx.capture.inline_regions import REGION
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.outputs import fields, is_container, is_leaf, is_object
+from sedona_fx.ir.region import new_graph
 
 _EXPORT_CHECKS = ("_assert_tensor_metadata", "_guards_fn")  # of dtypes and shapes: net(x) checks its inputs itself
 _RESHAPE = torch.ops.aten.reshape.default  # a view where one is possible; works on other backends' layouts, too
@@ -54,7 +56,7 @@ class Converter:
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
-        self.graph = fx.Graph()
+        self.graph = new_graph()
         self.env: dict[fx.Node, Any] = {}  # node of the program -> its value in the new graph
         self.constants: dict[str, str] = {}  # name in the program -> name in the graph
         self.attributes: dict[str, Any] = {}
@@ -74,7 +76,7 @@ class Converter:
             args, kwargs = fx.map_arg(node.args, convert_argument), fx.map_arg(node.kwargs, convert_argument)
             target = _RESHAPE if node.target is torch.ops.aten.view.default else node.target
             new = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
-            self.env[node] = with_record(new, path)
+            self.env[node] = with_record(new, path, region=node.meta.get(REGION))
         for node, paths in _returning_modules(self.source.graph).items():
             if node in self.env:
                 info(self.env[node]).returned_by = paths

@@ -25,7 +25,9 @@ from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
-from sedona_fx.capture.proof import same_bits
+from sedona_fx.capture.inline_regions import inline_regions, mark_regions
+from sedona_fx.capture.regions import watch_regions
+from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
@@ -106,9 +108,9 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
 
     handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads):
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
-            with watch_hooks(registrations), plain_checkpoints():
+            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
                 program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
@@ -125,6 +127,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     if change := next(filter(None, [*changes, change_after]), ""):
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
+    inline_regions(source)
     return _Capture(program, source, model_output, list(mode_reads))
 
 

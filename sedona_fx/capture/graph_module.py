@@ -9,19 +9,23 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.capture.inplace import WRITES
 from sedona_fx.ir.graph import INFO, NodeInfo, TensorSpec, operation
+from sedona_fx.ir.region import Region
 
 _PURE_PACKAGES = ("", "torch", "_operator", "operator", "builtins", "math", "collections")
 
 
-def with_record(node: fx.Node, path: str = "", returned_by: tuple[str, ...] = ()) -> fx.Node:
+def with_record(
+    node: fx.Node, path: str = "", returned_by: tuple[str, ...] = (), *, region: Region | None = None
+) -> fx.Node:
     """Give a new node its record, and return the node.
 
     Args:
         node: a node that a front end has made.
         path: module path of the code that the node stands for; empty for the model's own forward.
         returned_by: paths of the modules whose output the node is, innermost first.
+        region: the autocast or no-grad region that it runs in.
     """
-    node.meta[INFO] = NodeInfo(path=path, returned_by=returned_by)
+    node.meta[INFO] = NodeInfo(path=path, returned_by=returned_by, region=region)
     return node
 
 

@@ -29,6 +29,7 @@ from sedona_fx.errors import CutError
 from sedona_fx.ir.graph import info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
+from sedona_fx.ir.region import new_graph
 from sedona_fx.rng import seed_all
 
 
@@ -114,7 +115,7 @@ def graph_around(
         reads: the tensors that the two calls take as arguments.
         training: the mode of the graph.
     """
-    graph, attributes = fx.Graph(), dict[str, Any]()
+    graph, attributes = new_graph(), dict[str, Any]()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names_in_model = {*dict(model.named_modules(remove_duplicate=False)), *tensors}
 
@@ -138,7 +139,7 @@ def graph_around(
         if node.op == "placeholder":
             env[node] = with_record(graph.call_function(operator.getitem, (entered, len(env) + 1)), root)
         elif node.op != "output":
-            env[node] = with_record(graph.node_copy(node, env.__getitem__), path, returned_by)
+            env[node] = with_record(graph.node_copy(node, env.__getitem__), path, returned_by, region=record.region)
             if node.op in ("call_module", "get_attr"):
                 target = str(node.target)
                 full_name = f"{root}.{target}"

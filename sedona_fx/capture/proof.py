@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
+from sedona_fx.capture.same_numbers import near, same_bits
 from sedona_fx.capture.state_watch import keep_state
-from sedona_fx.data.args import Args, same_plain
+from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
-from sedona_fx.ir.modules import keep_modes
-from sedona_fx.ir.outputs import fields, map_tensors, without_objects
+from sedona_fx.ir.modules import device_of, keep_modes
+from sedona_fx.ir.outputs import map_tensors, without_objects
+from sedona_fx.ir.region import region_of
 from sedona_fx.rng import seed_all
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."
@@ -32,7 +34,8 @@ def check_equal_forward(
     Objects in the output, which a graph cannot give (:func:`~sedona_fx.ir.outputs.without_objects`), are not compared.
     The gradients of all parameters are compared as well, to rounding, if a graph may have lost what changes them: if
     the model has a ``torch.autograd.Function`` of the user's, if backward hooks hang on its modules, if its forward
-    registers hooks, or if the caller says so.
+    registers hooks or turns gradients off in places, or if the caller says so. If it has autocast regions, the
+    forward is compared under autocast as well.
 
     Args:
         model: its state and its modes are the same afterwards.
@@ -49,6 +52,7 @@ def check_equal_forward(
         DataError: the model itself cannot run the example.
     """
     mode = "train" if training else "eval"
+    regions = [region for node in gm.graph.nodes if (region := region_of(node)) is not None]
     runs = _Runs(model, gm, example.bind(model.forward))
     gradients = gradients or bool(hooked_modules(model, "backward"))
     with keep_modes(model):
@@ -71,11 +75,14 @@ def check_equal_forward(
             raise TraceError(f"the {mode} graph of {type(model).__name__} does not run: {error}. {_ADVICE}") from error
         same_output = same_bits(without_objects(expected.output)[0], without_objects(actual.output)[0])
         if same_output and same_bits(expected.buffers, actual.buffers):
-            if not gradients and (runs.custom_functions or runs.hooks):
+            without_grad = any(region.grad is not None for region in regions)
+            if not gradients and (runs.custom_functions or runs.hooks or without_grad):
                 again = (runs.outcome(run, gradients=True) for run in (runs.run_model, runs.run_graph))
                 _check_equal_gradients(runs, mode, *again)
             elif gradients:
                 _check_equal_gradients(runs, mode, expected, actual)
+            if any(region.casts for region in regions):
+                _check_under_autocast(runs, mode)
             return expected.output
         place = _first_difference(runs)
     raise TraceError(
@@ -211,7 +218,7 @@ def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph:
         raise TraceError(
             f"the backward of the {mode} graph of {type(runs.model).__name__} does not run: {actual}. {_ADVICE}"
         ) from actual
-    suspects = [name for name, gradient in expected.items() if not _near(gradient, actual.get(name), 1e-3)]
+    suspects = [name for name, gradient in expected.items() if not near(gradient, actual.get(name), 1e-3)]
     again = runs.outcome(runs.run_model, gradients=True, rounded=True).gradients if suspects else {}
     assert not isinstance(again, Exception)
     for name in suspects:
@@ -231,35 +238,26 @@ def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph:
         )
 
 
-def _near(first: Tensor, second: Tensor | None, tolerance: float) -> bool:
-    """Whether two gradients are equal up to a part of the norm of the first, and not finite in the same places."""
-    if second is None:
-        return False
-    if bool(((second - first).norm() <= tolerance * first.norm()).item()):
-        return True
-    finite = first.isfinite()
-    if bool(finite.all()) or first.shape != second.shape or not torch.equal(finite, second.isfinite()):
-        return False
-    return _near(torch.where(finite, first, 0), torch.where(finite, second, 0), tolerance)
-
-
-def same_bits(first: Any, second: Any) -> bool:
-    """Return whether two nested values hold the same numbers, NaN equal to NaN.
-
-    Types are not compared: a graph returns fx's own lists and dictionaries.
-    """
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return (
-            first.shape == second.shape
-            and first.dtype == second.dtype
-            and (torch.equal(first, second) or torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)))
-        )
-    first_items, second_items = fields(first), fields(second)
-    if first_items and first_items[0][0] is None:  # not nested
-        return first is second or same_plain(first, second)
-    return [key for key, _ in first_items] == [key for key, _ in second_items] and all(
-        same_bits(a, b) for (_, a), (_, b) in zip(first_items, second_items, strict=True)
-    )
+def _check_under_autocast(runs: _Runs, mode: str) -> None:
+    """Raise TraceError if the graph computes something else than the model under autocast, where the model runs."""
+    device = device_of(runs.model).type
+    for dtype in (torch.bfloat16, torch.float16) if torch.amp.is_autocast_available(device) else ():
+        with torch.autocast(device, dtype):
+            try:
+                expected = runs.outcome(runs.run_model).output
+            except Exception:  # the model cannot run so, and nobody will run the net so
+                continue
+            try:
+                actual = runs.outcome(runs.run_graph).output
+                same = same_bits(without_objects(expected)[0], without_objects(actual)[0])
+                place = "" if same else _first_difference(runs)
+            except Exception as error:
+                same, place = False, f": {error}"
+        if not same:
+            raise TraceError(
+                f"under autocast to {dtype}, the {mode} graph of {type(runs.model).__name__} does not compute what "
+                f"the model computes{place}: a part of its forward asks for dtypes or for autocast. {_ADVICE}"
+            )
 
 
 def _first_difference(runs: _Runs) -> str:
@@ -275,7 +273,9 @@ def _first_difference(runs: _Runs) -> str:
 
     class Compare(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            result = super().run_node(n)
+            region = region_of(n)
+            with nullcontext() if region is None else region.entered():
+                result = super().run_node(n)
             called = (str(n.target),) if n.op == "call_module" else ()
             for path in (*called, *info(n).returned_by):
                 if "#" not in path and path in expected and not same_bits(expected.pop(path), result):

@@ -90,6 +90,9 @@ def _operations(gm: fx.GraphModule) -> list[tuple[str, str]]:
         return info(node).site
 
     return [
-        (site(node), repr((node.op, node.target, fx.map_arg(node.args, site), fx.map_arg(node.kwargs, site))))
+        (
+            site(node),
+            repr((node.op, node.target, fx.map_arg(node.args, site), fx.map_arg(node.kwargs, site), info(node).region)),
+        )
         for node in gm.graph.nodes
     ]

@@ -10,10 +10,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.blame import current_line, user_line
+from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
 from sedona_fx.capture.names import free_self
+from sedona_fx.capture.regions import RegionWatch, watch_regions
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.outputs import without_objects
 
@@ -36,13 +37,14 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.leaves, self.values = leaves, values
         self.mode_reads: dict[nn.Module, None] = {}
+        self._regions = RegionWatch()
         self._path_stack: list[str] = [""]  # paths of the modules whose forward runs now, innermost last
         self._failed_in: str | None = None  # path of the innermost module that raised
         self._asked_for: fx.Node | None = None  # the node whose value Python code needed
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
-        with torch.enable_grad(), watch_training_flags(self.mode_reads):
+        with torch.enable_grad(), watch_training_flags(self.mode_reads), watch_regions(strict=True) as self._regions:
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -88,8 +90,8 @@ class Tracer(fx.Tracer):
         """Make a node with a record of where it was made."""
         node = super().create_node(*args, **kwargs)
         free_self(node)
-        without_grad = "" if torch.is_grad_enabled() else current_line() or " "
-        node.meta[INFO] = NodeInfo(path=self._path_stack[-1], without_grad=without_grad)
+        is_call = node.op in ("call_module", "call_function", "call_method")
+        node.meta[INFO] = NodeInfo(path=self._path_stack[-1], region=self._regions.current() if is_call else None)
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:

@@ -18,9 +18,9 @@ from sedona_fx.compile.head_loss import check_head_output
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
-from sedona_fx.heads.context import HeadContext
+from sedona_fx.heads.context import HeadContext, HeadDtypes
 from sedona_fx.ir.analysed import Analysed
-from sedona_fx.ir.graph import cut_points, info, output_node
+from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick, resolve_key
 from sedona_fx.passes.crossings import read_token
@@ -116,7 +116,7 @@ def analyse(
         mode_paths=traced.mode_paths,
         # From what the model itself returned, since dicts and lists in a graph are immutable classes of fx.
         output=OutputFormat.of(traced.output, key, auxiliary),
-        contexts=_head_contexts(train, output, pick(returned, key).shape),
+        contexts=_head_contexts(train, output, pick(returned, key)),
         example=example,
         few=traced.output,
         named=named,
@@ -194,7 +194,7 @@ def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where
     mark(limits[-1])
 
 
-def _head_contexts(train: fx.GraphModule, output: Key, output_shape: tuple[int, ...]) -> dict[str, HeadContext]:
+def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> dict[str, HeadContext]:
     """Return what a head has to fit at every legal cut point."""
     token, tokens = read_token(train.graph, output)
     contexts = {}
@@ -203,13 +203,27 @@ def _head_contexts(train: fx.GraphModule, output: Key, output_shape: tuple[int, 
         shape = record.value.shape
         contexts[str(record.cut)] = HeadContext(
             shape=shape,
-            output_shape=output_shape,
+            output_shape=primary.shape,
             # If no layer says otherwise, the last of three dimensions holds the channels, as in tokens.
             channel_dim=record.channel_dim if record.channel_dim is not None else (2 if len(shape) == 3 else 1),
             place=str(record.cut),
             token=token if len(shape) == 3 and shape[1] == tokens else None,
+            dtypes=_head_dtypes(train, record.value, primary),
         )
     return contexts
+
+
+def _head_dtypes(train: fx.GraphModule, activation: TensorSpec, primary: TensorSpec) -> HeadDtypes | None:
+    """Return the dtypes of a head: its weights have the activation's if the model has such weights, too.
+
+    Otherwise autocast has made the activation, which no weights of that dtype could follow to another autocast.
+    """
+    dtypes = [p.dtype for p in train.parameters() if p.is_floating_point()]
+    one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
+    if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
+        return None
+    weights = activation.dtype if activation.dtype in dtypes or not dtypes else dtypes[0]
+    return HeadDtypes(activation=activation.dtype, weights=weights, output=primary.dtype)
 
 
 def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:

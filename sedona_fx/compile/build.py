@@ -11,7 +11,7 @@ from sedona_fx import passes
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.request import Request
 from sedona_fx.heads.context import HeadSpec
-from sedona_fx.heads.registry import build_head
+from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import block_costs, cost_of_head
 from sedona_fx.ir.modules import first_float_parameter
@@ -69,12 +69,12 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
 def _build_heads(
     model: nn.Module, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan
 ) -> dict[str, nn.Module | None]:
-    """Return cut -> head, in the dtype, on the device and in the mode of the model."""
+    """Return cut -> head, in the dtype of the activation, on the device and in the mode of the model."""
     parameter = first_float_parameter(model)
     like = parameter if parameter is not None else torch.empty(())
     modules: dict[str, nn.Module | None] = {}
     with seeded_init(plan.seed):
         for cut, spec in zip(plan.cuts, heads, strict=True):
-            head = build_head(spec, analysed.contexts[cut]) if spec is not None else None
-            modules[cut] = head.to(like.device, like.dtype).train(model.training) if head is not None else None
+            head = make_head(spec, analysed.contexts[cut], like) if spec is not None else None
+            modules[cut] = head.train(model.training) if head is not None else None
     return modules

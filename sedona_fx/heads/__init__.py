@@ -4,6 +4,7 @@ Files
 
 batched         Run several heads on one activation with fewer operators: equal layers of different heads run as one
 context         What an auxiliary head is built for, and the two ways to specify one: a registered name or a factory
+dtypes          The dtypes of a head: it reads what is at its cut, and gives what the model gives
 fit             Which built-in head fits which activation and output, and the head's sizes for them
 layers          The layers that the built-in auxiliary heads are built of
 nets            The nets of the built-in auxiliary heads: plain functions that return an `nn.Sequential`

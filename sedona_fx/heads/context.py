@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import nn
+
+
+class HeadDtypes(NamedTuple):
+    """The dtypes of the activation, of the head's own weights, and of the model's primary output."""
+
+    activation: torch.dtype
+    weights: torch.dtype
+    output: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,7 @@ class HeadContext:
         place: the cut as a module path of the user's model, for error messages.
         token: index of the single token of an (N, T, D) activation that the model's own output depends on (0 for a
             class token, -1 for the last token); None if the output does not depend on a single token.
+        dtypes: the dtypes that the head reads, computes in and gives; None: all are that of the model.
         free_output: whether the head's output may have any type and shape, since a loss of the user's own reads it.
     """
 
@@ -31,6 +42,7 @@ class HeadContext:
     place: str = ""
     token: int | None = None
     free_output: bool = False
+    dtypes: HeadDtypes | None = None
 
     @property
     def channels(self) -> int:

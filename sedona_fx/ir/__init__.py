@@ -9,12 +9,14 @@ cost         FLOPs, parameters and activation bytes of a stretch of the graph, a
 flow         Data flow: what must run before a node, writes included, and which block runs a node
 graph        What the passes record about a node, and how to read a graph
 graph_pass   The decorator of every pass: it verifies the result, and logs the changes if ``SEDONA_FX_DEBUG`` is set
+holdings     Which parameters the blocks hold that may be cut out of a graph, told for every place where a block
+             could end
 loss         Losses by name: what a plan notes of a net's loss, since functions are not saved, and the way back from
              the name
-holdings     Which parameters the blocks hold that may be cut out of a graph, told for every place where a block could
-             end
 modules      Helpers on modules: copies that share tensors, training modes, devices, fast attribute access
 outputs      The primary output: its place in what the model returns, and how a head's output is put in that place
+region       Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at every
+             node in them
 spec         The specification of each phase, checked on the result of every pass
 split_point  The split point: the module at a cut point while it is undecided whether to cut there, and with which
              head

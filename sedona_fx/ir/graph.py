@@ -16,8 +16,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-INFO = "sedona"
-"""Key of :class:`NodeInfo` in ``node.meta``."""
+from sedona_fx.ir.region import INFO as INFO
+from sedona_fx.ir.region import Region, new_graph
+
 SPLIT_POINTS = "sedona_split_points"
 """Module path under which a RELAXED or PRUNED graph keeps its split points."""
 HEADS = "sedona_heads"
@@ -49,7 +50,7 @@ class NodeInfo:
     site: str = ""  # trace: a name that is the same in the train graph and the eval graph
     returned_by: tuple[str, ...] = ()  # trace: the modules that return this node's value, innermost first
     order: int = 0  # trace: position in the program
-    without_grad: str = ""  # trace: the line that ran it under torch.no_grad(), which a graph does not record
+    region: Region | None = None  # trace: the autocast or no_grad region that it runs in; None: as the caller runs
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
     trained: tuple[str, ...] = ()  # annotate: those of them that require a gradient
@@ -100,7 +101,7 @@ def copy_info(source: fx.Node, target: fx.Node, **changes: Any) -> None:
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Return a copy of a graph, records included, and a dictionary from each node to its copy."""
-    graph_copy = fx.Graph()
+    graph_copy = new_graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = graph_copy.node_copy(node, copies.__getitem__)

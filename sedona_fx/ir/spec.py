@@ -9,6 +9,7 @@ from torch import fx
 
 from sedona_fx.errors import GraphSpecError
 from sedona_fx.ir.graph import HEADS, SPLIT_POINTS, describe, info, is_split_point, split_point_nodes
+from sedona_fx.ir.region import RegionCode, region_of
 
 Require = Callable[[bool, fx.Node | None, str], None]
 """``require(rule, node, text)`` raises, with `text` and the place of `node`, if `rule` is not fulfilled."""
@@ -54,6 +55,9 @@ def verify(gm: fx.GraphModule, phase: Phase) -> fx.GraphModule:
     except (RuntimeError, ValueError) as error:
         raise GraphSpecError(f"{phase} graph: {error}. This is a bug in a pass of sedona_fx.") from error
     require(sum(n.op == "output" for n in nodes) == 1 and nodes[-1].op == "output", None, "one output, at the end")
+    has_regions = any(region_of(node) is not None for node in nodes)
+    made_here = isinstance(gm.graph._codegen, RegionCode)
+    require(made_here or not has_regions, None, "the code of a graph with regions has them: copy it with copy_graph")
     started = False
     for node in nodes:
         started = started or node.op != "placeholder"

@@ -15,10 +15,9 @@ signature  The arguments of a net: bound by name, and checked against the ones t
 trial      Run a net's model on the example batch, for questions that the graphs cannot answer themselves
 variants   Variants of a net's blocks that schedules need, such as blocks without heads; made when they are first
            asked for
-weights    Weight files of a net. Cuts, heads, names, shapes and dtypes are compared before anything is loaded
 watch      Notice what was replaced in a net's modules since its graphs were made, in a few microseconds a step
+weights    Weight files of a net. Cuts, heads, names, shapes and dtypes are compared before anything is loaded
 wrapped    Nets inside of PyTorch's wrappers, which have the net's parameters but not its methods
-weights    Weight files of a net. Names and shapes are compared before anything is loaded
 """
 
 __all__: list[str] = []  # internal

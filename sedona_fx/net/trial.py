@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.exported import record_by_export
-from sedona_fx.capture.proof import same_bits
+from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.capture.sites import name_sites, same_graphs
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically

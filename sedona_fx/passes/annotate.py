@@ -21,7 +21,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Memo
 from sedona_fx.fake.tensors import CannotMake
 from sedona_fx.ir.channels import channel_dim
-from sedona_fx.ir.graph import describe, info, operation
+from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.spec import Phase
@@ -47,7 +47,7 @@ def annotate(
             operation is run.
 
     Raises:
-        TraceError: a node cannot run on these shapes, or the model stops gradients in a way that no graph remembers.
+        TraceError: a node cannot run on these shapes.
     """
     try:
         _run(gm, inputs, training=training, memo=memo)
@@ -56,7 +56,6 @@ def annotate(
             raise
         _run(gm, inputs, training=training, memo=None)  # what holds in case of doubt, errors included
     _follow_data_flow(gm)
-    _refuse_forgotten_no_grad(gm)
     return gm
 
 
@@ -77,27 +76,12 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         record, sources = info(node), [info(source) for source in node.all_input_nodes]
         is_call = node.op in ("call_function", "call_method")
-        stops_gradient = is_call and (operation(node) in _GRADIENT_STOPS or _is_no_grad_region(node))
+        stops_gradient = is_call and operation(node) in _GRADIENT_STOPS
+        if record.region is not None and record.region.grad is False:
+            stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
+            record.weighty = False
         depends = bool(record.parameters) or any(source.depends for source in sources)
         record.depends = depends and not stops_gradient
         record.from_input = node.op == "placeholder" or any(source.from_input for source in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = channel_dim(gm, node)
-
-
-def _is_no_grad_region(node: fx.Node) -> bool:
-    """Whether a node is a region under ``torch.no_grad()``, which ``torch.export`` keeps as one node."""
-    return operation(node) == "wrap_with_set_grad_enabled" and node.args[0] is False
-
-
-def _refuse_forgotten_no_grad(gm: fx.GraphModule) -> None:
-    """Raise where the model stops a gradient by ``torch.no_grad()``, which symbolic tracing does not record."""
-    for node in gm.graph.nodes:
-        record = info(node)
-        leaves_region = any(not info(user).without_grad for user in node.users)
-        if record.without_grad and record.depends and (record.mutates or (record.is_live and leaves_region)):
-            raise TraceError(
-                f"{describe(node)} runs under torch.no_grad(){record.without_grad.rstrip()}: a graph does not remember "
-                "that, and gradients would flow. Use .detach() on what should pass none, or name the module in "
-                "leaf_modules=[...] to keep it whole."
-            )

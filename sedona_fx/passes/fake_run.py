@@ -8,7 +8,9 @@ operator, so what an operator did is remembered where that is possible (:mod:`se
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ from sedona_fx.fake.meter import Meter
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
+from sedona_fx.ir.region import region_of
 
 
 class FakeRun(fx.Interpreter):
@@ -65,11 +68,18 @@ class FakeRun(fx.Interpreter):
         """Return a node's value, and fill in its record."""
         if n.op == "output":
             return None
+        region = region_of(n)
+        with nullcontext() if region is None else region.entered():
+            return self._run_call(n)
+
+    def _run_call(self, n: fx.Node) -> Any:
         record = info(n)
         call = None
         if self.memo is not None and n.op in ("call_module", "call_function", "call_method"):
             module = self.submodules[str(n.target)] if n.op == "call_module" else None
             call = call_of(n, module, self.env, self.storages)
+            if call is not None and record.region is not None:
+                call = dataclasses.replace(call, key=(call.key, record.region))
         effect = self.memo.get(call.key) if self.memo is not None and call is not None else None
         if effect is not None and call is not None:
             result, saved, mutates = replay(effect, call, self.storages)

@@ -25,6 +25,7 @@ from sedona_fx.ir.graph import (
     split_point_nodes,
 )
 from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.region import new_graph
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.ir.split_point import gated_value
 from sedona_fx.passes.lower import assign_blocks, sort_by_block
@@ -99,7 +100,7 @@ def _block(whole: _WholeGraph, index: int) -> BlockGraph:
         fx.map_arg(whole.output, lambda n: reads.setdefault(_source(n)))
     foreign = [source for source in reads if source.op == "placeholder" or info(source).block != index]
 
-    block_graph = fx.Graph()
+    block_graph = new_graph()
     env: dict[fx.Node, fx.Node] = {}  # node of the whole graph -> node of the block
     inputs: list[str] = []
     for source in foreign:

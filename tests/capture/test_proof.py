@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import sedona_fx
-from sedona_fx.capture.proof import check_equal_forward, same_bits
+from sedona_fx.capture.proof import check_equal_forward
+from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.passes import trace

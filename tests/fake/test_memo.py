@@ -40,7 +40,7 @@ def records(gm):
 def annotated(gm, inputs, *, training=True, memo=None):
     """Annotate a graph whose nodes know nothing but what tracing told them."""
     fresh = NodeInfo()
-    traced = ("path", "site", "returned_by", "order", "without_grad")
+    traced = ("path", "site", "returned_by", "order", "region")
     for node in gm.graph.nodes:
         for field in dataclasses.fields(NodeInfo):
             if field.name not in traced:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from sedona_fx.heads.registry import build_head
+from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
 from sedona_fx.ir.modules import first_float_parameter
+from sedona_fx.ir.region import new_graph
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.search.problem.problem import Problem, local_loss_of
 from sedona_fx.search.relaxed.state import BlockLossFunction
@@ -46,8 +47,7 @@ def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraph
     like = first_float_parameter(problem.train)
     assert like is not None  # what the search trains
     heads = {
-        name: [build_head(spec, problem.contexts[name]).to(like) for spec in problem.candidates[name]]
-        for name in places
+        name: [make_head(spec, problem.contexts[name], like) for spec in problem.candidates[name]] for name in places
     }
     no_heads: dict[str, list[nn.Module]] = {name: [] for name in places}
     train = partition(relax(problem.train, heads))
@@ -84,7 +84,7 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     """Return the block's graph with these inputs and exports; None stands for an export that it does not make."""
     if (block.inputs, block.exports) == (tuple(inputs), tuple(exports)):
         return block.module
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, copies = new_graph(), dict[fx.Node, fx.Node]()
     old = block.module.graph
     placeholders = {info(node).site: node for node in old.nodes if node.op == "placeholder"}
     for k, name in enumerate(inputs):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.errors import CutError, DataError
-from sedona_fx.heads.registry import build_head
+from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.rng import block_random, seeded_init
@@ -215,9 +215,8 @@ class PlanTree:
             place, index = choice[-1]
             end = info(self._problem.node(place)).site
             with seeded_init(self._problem.seed):
-                head = build_head(self._problem.candidates[place][index], self._problem.contexts[place])
-            like = floating_parameter(self._problem)
-            head.to(like.device, like.dtype)
+                spec, like = self._problem.candidates[place][index], floating_parameter(self._problem)
+                head = make_head(spec, self._problem.contexts[place], like)
         node = Node(
             choice=choice,
             depth=depth,

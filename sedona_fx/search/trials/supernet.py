@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedona_fx.heads.registry import build_head
+from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import info
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
@@ -73,8 +73,8 @@ class Supernet:
         self.heads: list[list[nn.Module]] = []
         with seeded_init(problem.seed):
             for place in places:
-                built = [build_head(spec, problem.contexts[place]) for spec in problem.candidates[place]]
-                self.heads.append([head.to(like.device, like.dtype) for head in built])
+                context, candidates = problem.contexts[place], problem.candidates[place]
+                self.heads.append([make_head(spec, context, like) for spec in candidates])
         self._modules = nn.ModuleList([nn.ModuleList(modules), *(nn.ModuleList(built) for built in self.heads)])
         self._step = 0
 

@@ -12,8 +12,8 @@ greedy      Greedy: every block trains by its own local loss alone
 headed      Base class of the schedules with local losses: extra losses added to them, and when blocks may step
 optimizers  One optimizer and one gradient scaler per block, and which parameters they are for
 replay      Replay: blocks train from buffers of past activations, so that they need not wait for each other
-updating    How blocks update: unscale, clip and check the gradients, then step the optimizer
 state       Check a schedule's saved state before anything of it is loaded
+updating    How blocks update: unscale, clip and check the gradients, then step the optimizer
 """
 
 __all__: list[str] = []  # internal

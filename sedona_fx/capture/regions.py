@@ -1,0 +1,142 @@
+"""Watch in which autocast and no-grad regions a forward pass runs while it is recorded.
+
+Neither front end can read all of it off the interpreter: ``autocast(enabled=False)`` changes nothing outside of
+autocast, and ``torch.export`` does not record ``torch.inference_mode``.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sedona_fx.errors import TraceError
+from sedona_fx.ir.region import Cast, Region
+
+_ASKED = "_sedona_fx_asked"
+"""Attribute of an autocast object: what its maker asked for, as a :class:`Cast`."""
+_BEFORE = "_sedona_fx_before"
+"""Attribute of a grad mode's object: whether the code around it runs without gradients."""
+_STATE = ("set_autocast_enabled", "set_autocast_dtype", "is_autocast_enabled", "get_autocast_dtype")
+_STATE_OF_ONE_DEVICE = (
+    *("set_autocast_cpu_enabled", "set_autocast_cpu_dtype", "is_autocast_cpu_enabled", "get_autocast_cpu_dtype"),
+    *("set_autocast_gpu_dtype", "get_autocast_gpu_dtype"),
+)
+
+
+class RegionWatch:
+    """The regions that are open in the code that runs now; made by :func:`watch_regions`.
+
+    Attributes:
+        casts: the autocast regions, innermost last.
+        without_grad: whether the code has turned gradients off. The interpreter's own state does not tell: gradients
+            are off in the forward pass of a ``torch.autograd.Function``, too, which has a backward pass nevertheless.
+    """
+
+    def __init__(self) -> None:
+        self.casts: list[Cast] = []
+        self.without_grad = False
+
+    def current(self) -> Region | None:
+        """Return the region of what is recorded now, or None outside of all regions."""
+        casts = {cast.device_type: cast for cast in self.casts}
+        region = Region(False if self.without_grad else None, tuple(casts.values()))
+        return region if region != Region() else None
+
+
+@contextmanager
+def watch_regions(*, strict: bool) -> Iterator[RegionWatch]:
+    """Yield a watch of the autocast and no-grad regions that are entered in the body.
+
+    ``torch.inference_mode`` is ``torch.no_grad`` meanwhile: tensors made in it would be of no use for backward.
+
+    Args:
+        strict: refuse code that reads or sets the state of autocast by functions.
+
+    Raises:
+        TraceError: such code ran in the body.
+    """
+    watch = RegionWatch()
+    autocast, inference_mode = torch.autocast, torch.inference_mode
+    make, enter, leave = autocast.__init__, autocast.__enter__, autocast.__exit__
+
+    @functools.wraps(make)
+    def noted(
+        self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        make(self, device_type, dtype, enabled, *args, **kwargs)
+        # Not `self._enabled`: where there is no such device, it is False, and the net may be moved to one.
+        vars(self)[_ASKED] = Cast(device_type, bool(enabled), dtype if enabled else None)
+
+    def entering(self: Any) -> Any:
+        made_before = Cast(self.device, self._enabled, self.fast_dtype if self._enabled else None)
+        watch.casts.append(vars(self).get(_ASKED, made_before))
+        return enter(self)
+
+    def leaving(self: Any, *error: Any) -> Any:
+        watch.casts.pop()
+        return leave(self, *error)
+
+    def starting(original: Callable[..., Any], keep: bool, mode: bool | None = None) -> Callable[..., Any]:
+        def start(self: Any, *args: Any) -> Any:
+            before, enabled = watch.without_grad, torch.is_grad_enabled()
+            result = original(self, *args)
+            vars(self).setdefault(_BEFORE, before) if keep else vars(self).update({_BEFORE: before})
+            watch.without_grad = (enabled or before) and not (self.mode if mode is None else mode)
+            return result
+
+        return start
+
+    def ending(original: Callable[..., Any]) -> Callable[..., Any]:
+        def end(self: Any, *error: Any) -> Any:
+            result = original(self, *error)
+            watch.without_grad = vars(self)[_BEFORE]
+            return result
+
+        return end
+
+    def stop(self: Any) -> None:
+        self._in_its_place = torch.no_grad() if self.mode else torch.enable_grad()
+        self._in_its_place.__enter__()
+
+    def resume(self: Any, *error: Any) -> None:
+        self._in_its_place.__exit__(*error)
+
+    set_grad, no_grad, enable_grad = torch.set_grad_enabled, torch.no_grad, torch.enable_grad
+    with ExitStack() as stack:
+        for owner, name, function in (
+            (autocast, "__init__", noted),
+            (autocast, "__enter__", entering),
+            (autocast, "__exit__", leaving),
+            (set_grad, "__init__", starting(set_grad.__init__, keep=False)),  # it sets the mode before it is entered
+            (set_grad, "__enter__", starting(set_grad.__enter__, keep=True)),
+            (set_grad, "__exit__", ending(set_grad.__exit__)),
+            (no_grad, "__enter__", starting(no_grad.__enter__, keep=False, mode=False)),
+            (no_grad, "__exit__", ending(no_grad.__exit__)),
+            (enable_grad, "__enter__", starting(enable_grad.__enter__, keep=False, mode=True)),
+            (enable_grad, "__exit__", ending(enable_grad.__exit__)),
+            (inference_mode, "__enter__", stop),
+            (inference_mode, "__exit__", resume),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, function))
+        for name in (*_STATE, *_STATE_OF_ONE_DEVICE) if strict else ():
+            stack.enter_context(mock.patch.object(torch, name, _refused(name, getattr(torch, name))))
+        yield watch
+
+
+def _refused(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that raises where code outside of PyTorch calls it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        if caller.partition(".")[0] == "torch":
+            return function(*args, **kwargs)
+        raise TraceError(f"torch.{name} is called, whose result is another one when the net runs under autocast")
+
+    return call

@@ -1,0 +1,137 @@
+"""Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at every node in them.
+
+A node's record says in which region the node runs. There are no nodes that enter and leave a region: such a pair could
+be torn apart when nodes are sorted by block, and an error between the two would leave the process in the region. The
+``with`` statements are made when the code of a graph is generated, around each run of nodes of one region.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+INFO = "sedona"
+"""Key of :class:`~sedona_fx.ir.graph.NodeInfo` in ``node.meta``."""
+_NODE_STARTS = re.compile(r"# COUNTER: (\d+)\n")
+"""The mark that fx puts before the code of a node, and removes again."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """What ``torch.autocast`` is set to for one type of device.
+
+    Attributes:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        enabled: whether it casts.
+        dtype: to what it casts; None: to what it casts to outside of the region.
+    """
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype | None = None
+
+    @property
+    def code(self) -> str:
+        """The expression of the context manager."""
+        dtype = f"dtype={self.dtype}, " if self.enabled and self.dtype is not None else ""
+        return f"torch.autocast({self.device_type!r}, {dtype}enabled={self.enabled})"
+
+    def context(self) -> Any:
+        """Return the context manager."""
+        dtype = self.dtype if self.enabled else None
+        return torch.autocast(self.device_type, dtype=dtype, enabled=self.enabled)
+
+
+@dataclass(frozen=True)
+class Region:
+    """How a node runs where that is not left to the caller.
+
+    Attributes:
+        grad: whether autograd records; None: as outside. ``torch.inference_mode`` counts as ``torch.no_grad``, which
+            computes the same numbers.
+        casts: the settings of autocast, at most one a type of device.
+    """
+
+    grad: bool | None = None
+    casts: tuple[Cast, ...] = field(default=())
+
+    @property
+    def code(self) -> str:
+        """What stands between ``with`` and the colon."""
+        grad = [] if self.grad is None else ["torch.enable_grad()" if self.grad else "torch.no_grad()"]
+        return ", ".join([*(cast.code for cast in self.casts), *grad])
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Run the body in the region."""
+        with ExitStack() as stack:
+            for cast in self.casts:
+                stack.enter_context(cast.context())
+            if self.grad is not None:
+                stack.enter_context(torch.enable_grad() if self.grad else torch.no_grad())
+            yield
+
+    def inside(self, outer: Region | None) -> Region:
+        """Return what holds in this region if it stands in another one: the inner settings hide the outer ones."""
+        if outer is None:
+            return self
+        casts = {cast.device_type: cast for cast in (*outer.casts, *self.casts)}
+        return Region(outer.grad if self.grad is None else self.grad, tuple(casts.values()))
+
+
+def region_of(node: fx.Node) -> Region | None:
+    """Return the region that a node runs in; None: it runs as the caller runs the graph."""
+    if node.op in ("placeholder", "get_attr", "output"):  # a value that enters a block has the record of its source
+        return None
+    return getattr(node.meta.get(INFO), "region", None)
+
+
+class RegionCode(fx.graph.CodeGen):
+    """Generates the code of a graph with a ``with`` statement around the nodes of each region."""
+
+    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+        regions: list[Region | None] = []
+        for node in nodes:  # reading an attribute is the same anywhere: it does not end a region
+            regions.append(regions[-1] if node.op == "get_attr" and regions else region_of(node))
+        if not any(regions):
+            return super()._gen_python_code(nodes, *args, **kwargs)
+        transform = self._body_transformer
+
+        def add_regions(body: list[str]) -> list[str]:
+            return _with_statements(transform(body) if transform is not None else body, regions)
+
+        self._body_transformer = add_regions
+        try:
+            return super()._gen_python_code(nodes, *args, **kwargs)
+        finally:
+            self._body_transformer = transform
+
+
+def _with_statements(body: Iterable[str], regions: list[Region | None]) -> list[str]:
+    """Indent the lines of nodes with a region under a ``with`` statement, one for consecutive nodes of one region."""
+    text = "".join(body)
+    before, *parts = _NODE_STARTS.split(text)
+    lines, current = [before], None
+    for number, code in zip(parts[::2], parts[1::2], strict=True):
+        region = regions[int(number)]
+        if region != current and region is not None:
+            lines.append(f"with {region.code}:\n")
+        current = region
+        lines.append(f"# COUNTER: {number}\n")
+        lines.append(code if region is None else "".join(f"    {line}" for line in code.splitlines(keepends=True)))
+    if len(parts) != 2 * len(regions):
+        raise AssertionError("fx marks the code of nodes in another way than sedona_fx knows")
+    return lines
+
+
+def new_graph() -> fx.Graph:
+    """Return an empty graph whose code has the regions of its nodes."""
+    graph = fx.Graph()
+    graph.set_codegen(RegionCode())
+    return graph
