@@ -28,7 +28,6 @@ names           Names that a model may have and torch.fx cannot write as code: k
 proof           The last check of a trace: model and graph compute the same numbers from the same seed, buffers
                 included
 regions         Watch in which autocast and no-grad regions a forward pass runs while it is recorded
-same_numbers    When two nested values hold the same numbers: bit for bit, or up to a part of their norm
 sites           Site names: names of nodes that are the same in the train graph and in the eval graph of a model
 state_watch     Find and undo changes of state while a forward pass is recorded
 symbolic        The first front end: symbolic tracing. It keeps modules and modes, and is thirty times faster than

@@ -27,12 +27,12 @@ from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
 from sedona_fx.capture.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.regions import watch_regions
-from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
+from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.rng import seed_all
 
 _OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)

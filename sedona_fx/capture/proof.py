@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
-from sedona_fx.capture.same_numbers import near, same_bits
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
@@ -21,6 +20,7 @@ from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import device_of, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.region import region_of
+from sedona_fx.ir.same_numbers import near, same_bits
 from sedona_fx.rng import seed_all
 
 _ADVICE = "Name the module in leaf_modules=[...] to keep it whole, or take the hidden state out of its forward."

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.exported import record_by_export
-from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.capture.sites import name_sites, same_graphs
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
@@ -18,6 +17,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
+from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.plan import Capture
 from sedona_fx.rng import seed_all
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sedona_fx
-from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.passes.trace import trace
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import sedona_fx
 from sedona_fx.capture.proof import check_equal_forward
-from sedona_fx.capture.same_numbers import same_bits
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
+from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.passes import trace
 
 Pair = namedtuple("Pair", ["a", "b"])
