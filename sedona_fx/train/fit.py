@@ -294,10 +294,10 @@ class _Run:
         self.done, self.history = state["done"], history
         if in_memory:  # written by the call before this one: what has been changed since then stays
             return
-        asked = self.schedule.fitted.asked
+        fitted = self.schedule.fitted
         self.net.load_state_dict(state["net"])  # first: Delayed runs blocks on stashed batches again
         self.schedule.load_state_dict(state["schedule"])
-        self.schedule.fitted.epochs, self.schedule.fitted.asked = state["epoch"], asked
+        self.schedule.fitted, fitted.epochs = fitted, state["epoch"]  # it keeps what this process asked for
         for rate, (_, saved) in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(saved)
         for generator, saved in zip(streams, state["streams"], strict=True):

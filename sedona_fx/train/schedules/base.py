@@ -129,14 +129,6 @@ class Schedule(Updating):
         """Return the parameters of a block that this schedule trains, if they require a gradient."""
         return block.parameters()
 
-    def on_gradients(self, block: Block) -> None:
-        """Change the gradients of a block; does nothing by default.
-
-        Called once per update of a block, when the gradients of ``self.parameters[block.index]`` are complete (summed
-        over the window, unscaled), right before they are clipped and the optimizer steps. A gradient may be None. It
-        may also be called with gradients that are not finite; the optimizer does not step with them then.
-        """
-
     def options(self) -> dict[str, Any]:
         """Return the settings of this kind of schedule that a saved state depends on, as plain values."""
         return {}
@@ -279,7 +271,7 @@ class Schedule(Updating):
         for scaler, saved in zip(self.scalers or [], state["scalers"] or [], strict=True):
             scaler.load_state_dict(saved)
         self.net.steps, self._calls = int(state["steps"]), int(state["calls"])
-        self.fitted.restart(int(state["epochs"]))
+        self.fitted = Fitted(epochs=int(state["epochs"]), asked=int(state["epochs"]))
         if self.draws_globally and state["random"] is not None:
             restore_random(state["random"])
         self.zero_grad()

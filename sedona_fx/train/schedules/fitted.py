@@ -32,11 +32,6 @@ class Fitted:
     rates: list[LRScheduler] = field(default_factory=list)
     _file: tuple[Path, int, int] | None = None
 
-    def restart(self, epochs: int) -> None:
-        """Go on behind `epochs` epochs, which another process trained."""
-        self.epochs = self.asked = epochs
-        self.factories, self.rates, self._file = [], [], None
-
     def rates_of(
         self, factories: Sequence[LRFactory | None], optimizers: Sequence[torch.optim.Optimizer | None]
     ) -> list[LRScheduler]:

@@ -35,7 +35,12 @@ class Updating:
     _number: int  # of the step that runs
 
     def on_gradients(self, block: Block) -> None:
-        """Change the gradients of a block; see :meth:`sedona_fx.train.Schedule.on_gradients`."""
+        """Change the gradients of a block; does nothing by default.
+
+        Called once per update of a block, when the gradients of ``self.parameters[block.index]`` are complete (summed
+        over the window, unscaled), right before they are clipped and the optimizer steps. A gradient may be None. It
+        may also be called with gradients that are not finite; the optimizer does not step with them then.
+        """
 
     def scaler(self, index: int) -> torch.amp.GradScaler | None:
         """Return the gradient scaler of block `index`, or None."""
@@ -68,6 +73,8 @@ class Updating:
     def update_all(self, *, wait: bool) -> None:
         """Update all blocks: none of them steps if the loss or a gradient of any is not finite.
 
+        Where :meth:`on_gradients` is overridden and there is no waiting, blocks before the bad one have stepped.
+
         Args:
             wait: whether verdicts are not deferred.
 
@@ -75,6 +82,10 @@ class Updating:
             NonFiniteGradientError: a gradient is not finite, and the verdict was not deferred.
         """
         everyone = range(len(self.net.blocks))
+        if not wait and getattr(self.on_gradients, "__func__", None) is not Updating.on_gradients:
+            for index in everyone:  # whoever looks at the gradients of a block does so right before it steps
+                self.update(index, everyone)
+            return
         ready = self._complete(everyone)
         self._check(ready, defer=not wait)
         for gradients in ready:

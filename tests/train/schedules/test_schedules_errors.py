@@ -248,3 +248,15 @@ def test_replay_keeps_no_batch_on_which_a_loss_was_not_finite(deferred):
     stored = [t for b in schedule.buffers for item in b.snapshot()["items"] for t in item["values"].values()]
     assert len(stored) >= 9  # the rest of them is there
     assert all(t.isfinite().all() for t in stored)
+
+
+@every_kind
+def test_optimizers_that_take_a_closure_are_refused(kind):
+    class Closure(torch.optim.SGD):
+        def step(self, loss):
+            pass
+
+    with pytest.raises(ScheduleError, match=r"LBFGS.step needs closure: .*a closure that calls net.backward"):
+        ALL[kind](make_net(), torch.optim.LBFGS)
+    with pytest.raises(ScheduleError, match=r"Closure.step needs loss"):
+        ALL[kind](make_net(), lambda params: Closure(params, lr=0.1))
