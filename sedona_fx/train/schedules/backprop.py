@@ -43,7 +43,7 @@ class Backprop(Schedule):
             engine.guard.raise_pending()
             with engine.guard.protecting(list(net.model.buffers())) as snapshot:
                 with casting(last.device, self.autocast):
-                    output = net.call(inputs)
+                    output = net.call(inputs, backprop=True)
                     loss = engine.local_loss(last, output, target)
                 engine.guard.check(last.index, net.steps, loss)
                 engine.loss_backward(last, loss, self.scaler(last.index), self.loss_weight)
