@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from sedona_fx.ir.graph import HEADS
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.placing import relink
 from sedona_fx.net.trial import Trial
-from sedona_fx.net.watch import MISSING, Change, Watch, reads
+from sedona_fx.net.watch import MISSING, Change, Watch, noting_reads
 from sedona_fx.runtime.engine import Engine
 
 _AGAIN = "decouple the model again: sedona_fx.decouple(net.model, ...)"
@@ -33,8 +33,7 @@ class Follower:
 
     Args:
         net: the module with the children ``model`` and ``heads``.
-        engine: of the net; its heads and its ``misfit`` are kept right.
-        trial: runs the model.
+        engine, trial: of the net.
         graphs: mode (True: train) -> the graph without heads; the LOWERED eval graph; a function that returns all
             graphs of the net.
         flags: path of each module whose own code depends on its training flag -> the flags that its graphs are right
@@ -60,7 +59,7 @@ class Follower:
         model, self.flags = trial.model, flags
         self._flagged = [(path, model.get_submodule(path), pair) for path, pair in flags.items()]
         nodes = [node for graph in self._plain.values() for node in graph.graph.nodes]
-        named = {**dict(model.named_parameters(remove_duplicate=False)), **_buffers(model)}
+        named = _tensors(model)
         self._named = [name for name in {str(node.target) for node in nodes if node.op == "get_attr"} if name in named]
         self._since = ""  # path of the change since which heads may not fit
         self._watch = Watch(net, self._trial.whole, root)
@@ -90,7 +89,7 @@ class Follower:
         return version
 
     def follow(self) -> int:
-        """Take over what changed since the last call; as :meth:`check` without the modes."""
+        """As :meth:`check`, without the modes."""
         if not torch.compiler.is_compiling() and not self._watch.unchanged():
             self._take_over(self._watch.changes())
             self._watch.take()
@@ -152,7 +151,7 @@ class Follower:
             for training in (True, False):
                 if self._trial.spread:
                     return changes[0]
-                with self._trial.same_start(training=training), _noting_reads(changes, read):
+                with self._trial.same_start(training=training), noting_reads(changes, read):
                     self._trial.run()
         except Exception:  # it cannot run with the new value, or the class cannot be watched
             return changes[0]
@@ -163,10 +162,11 @@ class Follower:
         recorded = self._trial.recorded()
         with ExitStack() as stack:
             for change in changes:
-                if not isinstance(change.container, (dict, list)) or MISSING in (change.before, change.after):
+                absent = change.before is MISSING or change.after is MISSING
+                if not isinstance(change.container, dict if absent else (dict, list)):
                     return False
-                change.container[change.key] = change.before
-                stack.callback(change.container.__setitem__, change.key, change.after)
+                stack.callback(_set_item, change.container, change.key, change.after)
+                _set_item(change.container, change.key, change.before)
             return self._trial.same_program(recorded, self._trial.recorded())
 
     def _replace_heads(self, changes: Sequence[Change]) -> None:
@@ -190,7 +190,7 @@ class Follower:
                 _refuse(change, f"the graph calls {target!r}, which the model does not have any more")
             for gm in graphs:
                 _put(gm, target, module)
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **_buffers(model)}
+        tensors = _tensors(model)
         for name in self._named:
             if name not in tensors:
                 _refuse(change, f"the graph reads the tensor {name!r}, which the model does not have any more")
@@ -222,7 +222,7 @@ class Follower:
         """Return why a head does not give what the model gives, or ``""``."""
         trial, graph = self._trial, self._lowered
         values = trial.arguments().kwargs
-        inputs = [values[str(node.target)] for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs = [values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"]
         since = f"since {self._since!r} was replaced: {_AGAIN}, so that the heads fit."
         try:
             with trial.same_start(training=False), torch.no_grad():
@@ -237,37 +237,16 @@ class Follower:
         return ""
 
 
-@contextmanager
-def _noting_reads(changes: Collection[Change], read: set[tuple[int, str]]) -> Iterator[None]:
-    """Add (id of the owner, name) of those of the changed attributes to `read` that are read in the body."""
-    with ExitStack() as stack:
-        for kind, wanted in reads(changes):
-            stack.enter_context(_noting_class(kind, wanted, read))
-        yield
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return dict(named)
 
 
-@contextmanager
-def _noting_class(kind: type, wanted: Mapping[int, set[str]], read: set[tuple[int, str]]) -> Iterator[None]:
-    original: Any = kind.__getattribute__
-    own = "__getattribute__" in vars(kind)
-
-    def noting(self: Any, name: str) -> Any:
-        if name in wanted.get(id(self), ()):
-            read.add((id(self), name))
-        return original(self, name)
-
-    setattr(kind, "__getattribute__", noting)  # noqa: B010 - a class of the user's
-    try:
-        yield
-    finally:
-        if own:
-            setattr(kind, "__getattribute__", original)  # noqa: B010
-        else:
-            delattr(kind, "__getattribute__")
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_buffers(remove_duplicate=False))
+def _set_item(container: Any, key: Any, value: Any) -> None:
+    if value is MISSING:
+        del container[key]
+    else:
+        container[key] = value
 
 
 def _alike(before: Any, after: Any) -> bool:

@@ -16,6 +16,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import ExportError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.ir.modules import device_of, direct_children, share_copy
+from sedona_fx.net.accident import Accident
 from sedona_fx.net.exits import EarlyExit, ensemble
 from sedona_fx.net.follow import Follower
 from sedona_fx.net.parts import NetParts
@@ -69,12 +70,8 @@ class Net(Saved):
         self.plan, self.costs = plan, list(parts.costs)
         self.example = parts.analysed.example
         self._graphs = dict(parts.lowered)
-        placeholders = [str(node.target) for node in self._graphs[True].graph.nodes if node.op == "placeholder"]
-        traced = (*parts.analysed.train.graph.nodes, *parts.analysed.eval.graph.nodes)
-        whole = dict.fromkeys(str(node.target) for node in traced if node.op == "call_module")
-        spread = len(set(plan.devices or ())) > 1
-        trial = Trial(model, self.example, parts.analysed.capture, whole=whole, spread=spread)
-        self._signature = Signature(trial, plan.inputs, placeholders)
+        self._placeholders = [str(n.target) for n in self._graphs[True].graph.nodes if n.op == "placeholder"]
+        self._signature = Signature(Trial.of(parts), plan.inputs, self._placeholders)
         self._forward = method_like(model.forward, Net._run)
         self.__signature__ = inspect.signature(self.forward)
         # Graph modules share the modules of `model`; registered as children they would appear twice in state_dict.
@@ -99,12 +96,12 @@ class Net(Saved):
             place(self.blocks, model)
             relink(self._all_graphs(), model)
             redirect(self._own_graphs(), devices, traced_on)
-        self._follower = self._make_follower(parts.analysed.mode_paths)
+        self._follower, self._accident = self._make_follower(parts.analysed.mode_paths), Accident(plan.blocks)
 
     def _make_follower(self, flags: Mapping[str, tuple[bool, bool]]) -> Follower:
-        graphs = (self._plain, self._graphs[False])
+        trial, graphs = self._signature.trial, (self._plain, self._graphs[False], self._all_graphs)
         root = self.plan.root if self.capture.hosted else ""
-        return Follower(self, self.engine, self._signature.trial, (*graphs, self._all_graphs), flags=flags, root=root)
+        return Follower(self, self.engine, trial, graphs, flags=flags, root=root)
 
     def _without_heads(self) -> dict[bool, fx.GraphModule]:
         """Return the graphs of both modes as they were traced: without heads and boundaries."""
@@ -120,17 +117,24 @@ class Net(Saved):
         """The method that returns exactly what the model returns, in the net's mode; its signature is the model's."""
         return MethodType(self._forward, self)
 
-    def call(self, inputs: Any) -> Any:
-        """Return ``net(...)`` for inputs as data loaders give them: a tuple, a mapping, or the single argument."""
-        return self._run(Args.of(inputs))
+    def call(self, inputs: Any, *, backprop: bool = False) -> Any:
+        """Return ``net(...)`` for inputs as data loaders give them: a tuple, a mapping, or the single argument.
 
-    def _run(self, args: Args) -> Any:
+        A backward pass through the output trains no head, and warns, unless `backprop` says that it is meant.
+        """
+        return self._run(Args.of(inputs), backprop)
+
+    def _run(self, args: Args, backprop: bool = False) -> Any:
         self.check()
         values = self.bind(args)
         if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
-            return self.model(**{name: value for name, value in values.items() if value is not None})
-        graph = self._plain[self.training]
-        return graph(*[values[str(n.target)] for n in graph.graph.nodes if n.op == "placeholder"])
+            output = self.model(**{name: value for name, value in values.items() if value is not None})
+        else:
+            graph = self._plain[self.training]
+            output = graph(*[values[name] for name in self._placeholders])
+        if self.training and not backprop and len(self.heads):
+            self._accident.watch(output, self.model)
+        return output
 
     def train(self, mode: bool = True) -> Net:
         """Set the mode by the model's own ``train(mode)``, with whatever it overrides; heads follow."""
@@ -200,8 +204,8 @@ class Net(Saved):
             A number that is another one whenever something was taken over.
 
         Raises:
-            ScheduleError: a module is in a mode that the graph was not made for; or something was replaced that the
-                graphs cannot follow, such as a number that the model's forward reads.
+            ScheduleError: a module is in a mode that the graph was not made for, or something was replaced that the
+                graphs cannot follow.
         """
         return self._follower.check(self.training)
 

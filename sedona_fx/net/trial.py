@@ -18,6 +18,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
+from sedona_fx.net.parts import NetParts
 from sedona_fx.plan import Capture
 from sedona_fx.rng import seed_all
 
@@ -38,6 +39,14 @@ class Trial:
     ) -> None:
         self.model, self.example, self.capture = model, example, capture
         self.whole, self.spread = tuple(whole), spread
+
+    @classmethod
+    def of(cls, parts: NetParts) -> Trial:
+        """Return a trial of the model of a net."""
+        analysed, nodes = parts.analysed, (*parts.analysed.train.graph.nodes, *parts.analysed.eval.graph.nodes)
+        whole = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")
+        spread = len(set(parts.plan.devices or ())) > 1
+        return cls(parts.model, analysed.example, analysed.capture, whole=whole, spread=spread)
 
     def arguments(self, *, whole_batch: bool = False) -> Args:
         """Return the examples, on the device and in the precision that the model has now.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -215,9 +216,37 @@ def _getter(held: _Held) -> Any:
     return operator.itemgetter(*names, names[0])  # of a single name it would give the bare item
 
 
-def reads(changes: Collection[Change]) -> Iterator[tuple[type, dict[int, set[str]]]]:
-    """Yield each class of an owner, with its owners' ids and the names of their attributes that changed."""
-    by_class: dict[type, dict[int, set[str]]] = {}
+@contextmanager
+def noting_reads(changes: Collection[Change], read: set[tuple[int, str]]) -> Iterator[None]:
+    """Add (id of the owner, name) of those of the changed attributes to `read` that are read in the body.
+
+    Raises:
+        TypeError: the class of an owner does not allow that.
+    """
+    by_class: dict[type, set[tuple[int, str]]] = {}
     for change in changes:
-        by_class.setdefault(type(change.owner), {}).setdefault(id(change.owner), set()).add(change.name)
-    yield from by_class.items()
+        by_class.setdefault(type(change.owner), set()).add((id(change.owner), change.name))
+    with ExitStack() as stack:
+        for kind, wanted in by_class.items():
+            stack.enter_context(_noting_class(kind, wanted, read))
+        yield
+
+
+@contextmanager
+def _noting_class(kind: type, wanted: Collection[tuple[int, str]], read: set[tuple[int, str]]) -> Iterator[None]:
+    original: Any = kind.__getattribute__
+    own = "__getattribute__" in vars(kind)
+
+    def noting(self: Any, name: str) -> Any:
+        if (id(self), name) in wanted:
+            read.add((id(self), name))
+        return original(self, name)
+
+    setattr(kind, "__getattribute__", noting)  # noqa: B010 - a class of the user's
+    try:
+        yield
+    finally:
+        if own:
+            setattr(kind, "__getattribute__", original)  # noqa: B010
+        else:
+            delattr(kind, "__getattribute__")

@@ -45,7 +45,7 @@ class Backprop(Schedule):
             with engine.guard.protecting(list(net.model.buffers())) as snapshot:
                 with casting(last.device, self.autocast):
                     with turn():  # other threads may have seeded the global streams for a block of theirs
-                        output = net.call(inputs)
+                        output = net.call(inputs, backprop=True)
                     loss = engine.local_loss(last, output, target)
                 engine.guard.check(last.index, net.steps, loss)
                 engine.loss_backward(last, loss, self.scaler(last.index), self.loss_weight)
