@@ -5,7 +5,8 @@ between devices, ``variants`` makes other forms of the blocks, ``exits`` is infe
 
 Files
 
-accident   Notice backpropagation by accident: ``loss(net(x), y).backward()``, which trains no head and saves nothing
+accident   Notice backpropagation by accident: ``loss(net(x), y).backward()``, which trains no head and saves
+           nothing
 exits      Inference with heads: early exit at the first head that is confident, and ensembles of the last heads
 follow     Take over into the graphs what was replaced in a net's modules, or refuse it by name
 net        The decoupled net: the user's model as K blocks that train without waiting for each other

@@ -29,7 +29,8 @@ from sedona_fx.passes import strip
 from sedona_fx.plan import Capture
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, Engine, OnBlock, StepOptions
+from sedona_fx.runtime.engine import Engine, OnBlock
+from sedona_fx.runtime.options import Batch, StepOptions
 
 
 class Net(Saved):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,72 +16,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
-from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
 from sedona_fx.runtime.gradients import trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
+from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
 from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 
 OnBlock = Callable[[int], None]
 """Called with a block's index when its gradients are complete."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, as the blocks take it.
-
-    Attributes:
-        inputs: the net's inputs by argument name.
-        target: handed to the loss.
-        step: number of the training step; with the seed and the block it decides the random draws.
-        training: whether the train graphs or the eval graphs run.
-    """
-
-    inputs: Mapping[str, Any]
-    target: Any
-    step: int
-    training: bool = True
-
-
-BlockLoss = Callable[[Block, Batch, Values, Values, Tensor], Tensor]
-"""What a block's backward pass starts from: a scalar, computed from the block, the batch, the values that the block
-reads, its exports (not detached) and its local loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """How the engine does local steps.
-
-    Attributes:
-        weight: factor of the losses, for accumulation.
-        scalers: one gradient scaler per block, or None.
-        autocast: dtype for the forward pass and the loss; None: the caller's own autocast state.
-        defer: whether the check of a loss may stay on the device, so that the host does not wait.
-        block_loss: what the backward pass starts from; None: the local loss.
-        graphs: one graph per block to run in the place of the block's own, for a `block_loss` that needs more exports.
-        buffers_of: returns the buffers that a local step of given blocks may change, those of `block_loss` included.
-        guard_gradients: check what a step leaves in ``.grad``, unless a scaler is there to skip it. False: the caller
-            does so when the gradients are complete.
-    """
-
-    weight: float = 1.0
-    scalers: Sequence[Any] | None = None
-    autocast: torch.dtype | None = None
-    defer: bool = False
-    block_loss: BlockLoss | None = None
-    graphs: Sequence[BlockGraph] | None = None
-    buffers_of: Callable[..., list[Tensor]] = buffers_of
-    guard_gradients: bool = True
-
-    def scaler(self, block: Block) -> Any:
-        """Return the scaler of a block's gradients, or None."""
-        return self.scalers[block.index] if self.scalers is not None else None
-
-
-DEFAULT_OPTIONS = StepOptions()
 
 
 class Engine:

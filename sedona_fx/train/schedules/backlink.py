@@ -15,8 +15,9 @@ from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.net.net import Net
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, StepOptions, require_grad_mode
+from sedona_fx.runtime.engine import require_grad_mode
 from sedona_fx.runtime.guard import Snapshot
+from sedona_fx.runtime.options import Batch, StepOptions
 from sedona_fx.runtime.precision import casting, no_autocast, scaled, unscaled
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 from sedona_fx.train.schedules.headed import Headed

@@ -15,7 +15,7 @@ from sedona_fx.net.net import Net
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import seeded_init
 from sedona_fx.runtime.block import Block
-from sedona_fx.runtime.engine import Batch, StepOptions
+from sedona_fx.runtime.options import Batch, StepOptions
 from sedona_fx.runtime.run import Values
 from sedona_fx.train.losses.base import Extra, Sight
 from sedona_fx.train.schedules.base import Schedule

@@ -17,7 +17,8 @@ from sedona_fx.errors import NonFiniteLossError, ScheduleError
 from sedona_fx.net.net import Net
 from sedona_fx.rng import block_seed
 from sedona_fx.runtime.block import Block, StepResult
-from sedona_fx.runtime.engine import Batch, StepOptions, require_grad_mode
+from sedona_fx.runtime.engine import require_grad_mode
+from sedona_fx.runtime.options import Batch, StepOptions
 from sedona_fx.runtime.run import Values
 from sedona_fx.train.buffers.codec import Codec, make_codec
 from sedona_fx.train.buffers.replay_buffer import Buffer, Entry, Stored
