@@ -36,9 +36,7 @@ def loss_to_load(plan: Plan, loss: Loss | Literal["saved"] | None) -> Loss | Non
     if loss is not None and not callable(loss):
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
     if plan.loss is not None and not same_loss(plan.loss, loss_name(loss)):
-        given = (
-            f"is loaded with {loss_name(loss)}" if loss is not None else "has none now: no schedule can train it"
-        )
+        given = f"is loaded with {loss_name(loss)}" if loss is not None else "has none now: no schedule can train it"
         warnings.warn(f"the net was saved with the loss {plan.loss} and {given}.", UserWarning, stacklevel=4)
     return loss
 

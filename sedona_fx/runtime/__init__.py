@@ -5,6 +5,8 @@ Files
 block      One block of a net, as schedules see it: its graphs, head, parameters and buffers
 engine     The block engine: forward pass of a block, its local loss, its backward pass, free its graph, next block
 guard      Protect a block from a loss that is not finite: it keeps its parameters, optimizer state and buffers
+optimizer_state  Check the saved state of an optimizer before it is loaded: PyTorch itself compares the sizes of
+           groups alone
 precision  Mixed precision: forward under autocast, backward outside it, gradients scaled where float16 would
            underflow
 run        Run a block's graph on named values, and pass its exports on to the blocks that read them

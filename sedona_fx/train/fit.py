@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sedona_fx.data.sources import Pair, batches, one_shot
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
+from sedona_fx.files import remove_leftovers
 from sedona_fx.net.net import Net
 from sedona_fx.rng import block_seed, loader_streams, random_states, restore_random, seed_all, stream_states
 from sedona_fx.train import checkpoint as checkpoints
@@ -259,6 +260,7 @@ class _Run:
             "seed": self.seed,
             "schedule": self.schedule.state_dict(),  # first: raises if a loss of the last step was not finite
             "net": self.net.state_dict(),
+            "loss": self.net.plan.loss,
             "rates": [[type(rate).__name__, rate.state_dict()] for rate in self.rates],
             "history": [asdict(epoch) for epoch in self.history.epochs],
             "random": random_states({block.device for block in self.net.blocks}) if inside else None,
@@ -270,13 +272,21 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return
+        remove_leftovers(self.path)
+        if not self.path.exists():
             return
         state = checkpoints.read(self.path)
         checkpoints.check(state, self.path, net=self.net, schedule=self.schedule, rates=self.rates, seed=self.seed)
         streams = loader_streams(self.loader)
         if len(streams) != len(state["streams"]):
             raise CheckpointError(f"{str(self.path)!r} was written with a loader of another kind.")
+        for stream, saved in zip(streams, state["streams"], strict=True):
+            try:
+                torch.Generator(stream.device).set_state(saved)
+            except (TypeError, RuntimeError) as error:
+                raise CheckpointError(f"{str(self.path)!r} is damaged: a random state of its loader.") from error
         try:
             history = History([Epoch(**entry) for entry in state["history"]])
         except TypeError as error:

@@ -22,6 +22,7 @@ from sedona_fx.train.buffers.weight_stash import Slots, copies
 from sedona_fx.train.schedules.base import Schedule
 from sedona_fx.train.schedules.headed import Check, check_mode
 from sedona_fx.train.schedules.optimizers import OptimizerFactory
+from sedona_fx.train.schedules.state import check_flight, require, same_tensors
 
 Weights = Literal["stashed", "current"]
 
@@ -267,6 +268,27 @@ class Delayed(Schedule):
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped, what blocks keep of earlier batches included."""
         return {**super().state_dict(), "flights": [flight.state_dict() for flight in self._flights]}
+
+    def check_state(self, state: Any) -> None:
+        """Check that a state belongs to this schedule; nothing is loaded.
+
+        Raises:
+            CheckpointError: it belongs to another schedule, plan or optimizer, or is damaged.
+        """
+        super().check_state(state)
+        flights = state["flights"]
+        require(isinstance(flights, list) and len(flights) <= len(self.net.blocks), "it has no list of batches")
+        for flight in flights:
+            check_flight(flight, len(self.net.blocks), state["steps"])
+            for block, held in zip(self.net.blocks, flight["held"], strict=True):
+                if held is not None:
+                    names = self._graphs[flight["training"]][block.index].inputs
+                    require(held["inputs"].keys() == set(names), f"block {block.index} holds other inputs of a batch")
+                    stashed = self.weights == "stashed" and block is not self.net.blocks[-1]
+                    weights = self.trained_parameters(block) if stashed else []
+                    buffers = self._buffers(block) if stashed else []
+                    fits = same_tensors(held["weights"], weights) and same_tensors(held["buffers"], buffers)
+                    require(fits, f"block {block.index} holds weights or buffers of other shapes for a batch")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`. The graphs of earlier batches are made again."""
