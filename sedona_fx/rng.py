@@ -129,6 +129,22 @@ def restore_random(states: Sequence[Any]) -> None:
         torch.get_device_module(torch.device(device)).set_rng_state(state, torch.device(device))
 
 
+def are_random_states(states: Any) -> bool:
+    """Return whether a value from a file can be what :func:`random_states` returned; no generator is touched."""
+    try:
+        torch.Generator().set_state(states[0])
+        version, internal, gauss = states[1]
+        random.Random().setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = states[2]
+        keys = np.asarray(keys.tolist() if isinstance(keys, Tensor) else keys, dtype=np.uint32)
+        np.random.RandomState().set_state((name, keys, int(position), int(has_gauss), cached))
+        devices = [torch.device(device) for device in states[3]]
+        tensors = all(isinstance(s, Tensor) and s.dtype is torch.uint8 for s in states[3].values())
+    except Exception:
+        return False
+    return len(devices) == len(states[3]) and tensors and len(states) == 4
+
+
 def same_random_states(before: Sequence[Any], after: Sequence[Any]) -> bool:
     """Whether nothing was drawn between two calls of :func:`random_states`.
 

@@ -55,9 +55,14 @@ class GuidedRun:
 
     def decide(self) -> Decision:
         """Search to the end, from where the journal stands or from the start."""
+        with self.journal:
+            return self._decide()
+
+    def _decide(self) -> Decision:
         saved = self.journal.read() or {}
         if "decision" in saved:
-            return self.problem.decision(*saved["decision"])
+            with self.journal.restoring():
+                return self.problem.decision(*saved["decision"])
         shares, effort, batch_size = self._plan_steps(saved.get("shares"))
         comparison = Comparison(
             net=self.net,
@@ -69,8 +74,10 @@ class GuidedRun:
             seed=self.problem.seed,
         )
         if "comparison" in saved:
-            comparison.load_state_dict(saved["comparison"])
-            self.train.go_to(saved["train"])
+            with self.journal.restoring():
+                comparison.load_state_dict(saved["comparison"])
+                position = saved["train"]
+            self.train.go_to(position)
         rounds: list[dict[str, Any]] = []
         with Progress(
             self.journal,
@@ -86,7 +93,8 @@ class GuidedRun:
                 halving = Halving(self.problem, ranked, self.descent, self.device, shares.rollout_steps)
                 halving.begin(self.net.start())
                 if "rollout" in saved:
-                    halving.load_state_dict(saved["rollout"])
+                    with self.journal.restoring():
+                        halving.load_state_dict(saved["rollout"])
                     progress.show(comparison=comparison, rollout=halving)
                 if self._roll_out(halving, comparison, progress):
                     ranked = halving.ranked or ranked
@@ -121,7 +129,8 @@ class GuidedRun:
         first_batch = next(self.train.fresh())
         batch_size, micro_batches = self._micro_batches(first_batch)
         if saved is not None:
-            return Shares(*saved[0]), Effort(*saved[1]), batch_size
+            with self.journal.restoring():
+                return Shares(*saved[0]), Effort(*saved[1]), batch_size
         effort = Effort.of(self.problem, self.places, micro_batches)
         epoch = self.data.epoch_batches or self.train.length()
         allowed_steps = _DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps

@@ -91,16 +91,16 @@ class Rollout(Search):
         if problem.blocks == 1:
             return Decision([], [], {"search": "rollout"})
         data = problem.require_data("search='rollout'")
-        with seeded_init(problem.seed):
-            return self._decide(problem, data)
-
-    def _decide(self, problem: Problem, data: SearchData) -> Decision:
-        plans, places = proposals(problem, self.plans), problem.places()
         identity = {"search": "rollout", "settings": settings_of(self), **problem.identity()}
-        journal = Journal(self.folder, identity, self.save_seconds)
+        with Journal(self.folder, identity, self.save_seconds) as journal, seeded_init(problem.seed):
+            return self._decide(problem, data, journal)
+
+    def _decide(self, problem: Problem, data: SearchData, journal: Journal) -> Decision:
+        plans, places = proposals(problem, self.plans), problem.places()
         saved = journal.read() or {}
         if "decision" in saved:
-            return problem.decision(*saved["decision"])
+            with journal.restoring():
+                return problem.decision(*saved["decision"])
         device = problem.device
         train, val = training_stream(problem, data), validation_stream(problem, data)
         descent, effort = Descent(self.lr, self.momentum, self.weight_decay), Effort.of(problem, places, 1)
@@ -120,8 +120,10 @@ class Rollout(Search):
         halving = Halving(problem, plans, descent, device)
         halving.steps = self._steps(problem, halving.tree, lambda: data.epoch_batches or train.length())
         if saved:
-            warm_up.load_state_dict(saved["warm_up"])
-            train.go_to(saved["train"])
+            with journal.restoring():
+                warm_up.load_state_dict(saved["warm_up"])
+                position = saved["train"]
+            train.go_to(position)
         with Progress(
             journal,
             train,
@@ -132,7 +134,8 @@ class Rollout(Search):
         ) as progress:
             warm_up.run(train, effort, lambda: progress.at(warm_up=warm_up))
             if "rollout" in saved:
-                halving.load_state_dict(saved["rollout"])
+                with journal.restoring():
+                    halving.load_state_dict(saved["rollout"])
                 progress.show(warm_up=warm_up, rollout=halving)
             elif self.warmup_steps:
                 halving.begin(warm_up.net.start())

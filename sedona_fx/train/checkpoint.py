@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from sedona_fx.errors import CheckpointError
-from sedona_fx.files import load_failure, read_torch_file, replacing
+from sedona_fx.files import is_count, load_failure, read_torch_file, replacing, torch_save
+from sedona_fx.ir.loss import same_loss
 from sedona_fx.net.net import Net
-from sedona_fx.net.weights import mismatch
+from sedona_fx.net.weights import mismatch, other_blocks
+from sedona_fx.rng import are_random_states
 from sedona_fx.runtime.gradients import first_not_finite
 from sedona_fx.train.schedules.base import Schedule
 
@@ -48,7 +51,7 @@ def write(path: Path, state: Mapping[str, Any], *, prove: bool) -> None:
         CheckpointError: the new file could not be read; the old one is still there.
     """
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+        torch_save({"format": FORMAT, **state}, temporary)
         if prove:
             try:
                 read_torch_file(temporary, "checkpoint")
@@ -110,13 +113,19 @@ def check(
         saved_kinds = [rate[0] for rate in state["rates"]]
         if kinds != saved_kinds:
             raise CheckpointError(f"holds the LR schedulers {saved_kinds}, this run has {kinds}.")
+        schedule.check_identity(state["schedule"])
+        if difference := _other_net(net, state):
+            raise CheckpointError(f"it belongs to another net: {difference}.")
         schedule.check_state(state["schedule"])
+        for rate, (_, saved) in zip(rates, state["rates"], strict=True):
+            if fault := _rate_fault(rate, saved):
+                raise CheckpointError(f"it is damaged: the state of its {type(rate).__name__} {fault}.")
+        if fault := _fault(state, len(net.blocks)):
+            raise CheckpointError(f"it is damaged: {fault}.")
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{where} is damaged: {type(error).__name__}: {error}.") from error
-    if difference := mismatch(net, state["net"], dtypes=True):
-        raise CheckpointError(f"{where} belongs to another net: {difference}.")
 
 
 def not_finite_in(net: Net, schedule: Schedule) -> set[str]:
@@ -154,3 +163,70 @@ def _numbers(net: Net, schedule: Schedule) -> Iterator[tuple[str, torch.Tensor]]
         yield name, parameter
         if parameter.grad is not None and schedule.scalers is None:
             yield f"the gradient of {name}", parameter.grad
+
+
+def _other_net(net: Net, state: Mapping[str, Any]) -> str:
+    """Return the first difference between the net of a checkpoint and another, or ``""``."""
+    noted = getattr(state["net"], "_metadata", {}).get("", {}).get("plan")
+    if difference := other_blocks(net.plan, noted) or mismatch(net, state["net"], dtypes=True):
+        return difference
+    theirs, ours = state.get("loss"), net.plan.loss  # not in files from before losses were named
+    if theirs is not None and ours is not None and not same_loss(str(theirs), ours):
+        return f"it was trained by the loss {theirs}, this one is by {ours}"
+    return ""
+
+
+def _fault(state: Mapping[str, Any], blocks: int) -> str:
+    """Return which of the counters, sums and random states of a checkpoint cannot be, or ``""``."""
+    epoch, batch, done, sums = (state[name] for name in ("epoch", "batch", "done", "sums"))
+    for name in ("epoch", "batch", "done"):
+        if not is_count(state[name]):
+            return f"its counter {name!r} is {str(state[name])[:50]}"
+    entries = state["history"]
+    if not all(map(_is_epoch, entries)):
+        return "its history is no list of epochs"
+    if [entry.get("epoch") for entry in entries] != list(range(len(entries))) or len(entries) != epoch:
+        return f"its history has {len(entries)} epochs, and it is behind epoch {epoch}"
+    if done < epoch + batch:
+        return f"it is behind {done} batches, and behind batch {batch} of epoch {epoch}"
+    if not all(map(_is_number, [*sums, state["seconds"]])) or not 0 <= state["seconds"] < math.inf:
+        return "its sums or seconds are no numbers"
+    inside = state["random"] is not None
+    if inside != (batch > 0) or (inside and len(sums) not in (1, blocks)) or (not inside and sums):
+        return f"its sums and random states are not those of batch {batch} of an epoch"
+    if inside and not are_random_states(state["random"]):
+        return "its random states cannot be set"
+    return ""
+
+
+def _is_epoch(entry: Any) -> bool:
+    losses = entry.get("losses") if isinstance(entry, dict) else None
+    if not isinstance(losses, list) or not losses or not all(map(_is_number, [*losses, entry.get("seconds")])):
+        return False
+    return all(entry.get(name) is None or _is_number(entry[name]) for name in ("val_loss", "val_accuracy"))
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _rate_fault(rate: LRScheduler, saved: Any) -> str:
+    """Return why a state does not fit an LR scheduler, in words, or ``""``: it would take over whatever it is given."""
+    if not isinstance(saved, dict):
+        return f"is {type(saved).__name__}"
+    for name, ours in rate.state_dict().items():
+        theirs = saved.get(name)
+        fits = True
+        if name in ("last_epoch", "_step_count"):
+            fits = is_count(theirs)
+        elif _is_number(ours):
+            fits = _is_number(theirs) and math.isfinite(theirs)
+        elif name in ("base_lrs", "_last_lr") and isinstance(ours, list):
+            fits = isinstance(theirs, list) and len(theirs) == len(ours) and all(map(_is_rate, theirs))
+        if not fits:
+            return f"has {name} = {str(theirs)[:50]}"
+    return ""
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (_is_number(value) and math.isfinite(value))

@@ -13,8 +13,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from sedona_fx.data.sources import Pair, batches, one_shot
+from sedona_fx.data.sources import Pair, batch_count, batches, one_shot
 from sedona_fx.errors import CheckpointError, DataError, ScheduleError
+from sedona_fx.files import remove_leftovers
 from sedona_fx.ir.outputs import Loss
 from sedona_fx.net.net import Net
 from sedona_fx.rng import block_seed, loader_streams, random_states, restore_random, seed_all, stream_states, turn
@@ -103,7 +104,7 @@ def fit(
     if epochs - run.epoch > 1 and one_shot(loader):
         what = f"the training data is a one-shot iterator ({type(loader).__name__}), exhausted after one epoch"
         raise DataError(f"{what}. {_ADVICE}")
-    length = _length(loader)
+    length = batch_count(loader)
     total = run.done - run.batch + length * max(0, epochs - run.epoch) if length is not None else None
     with tqdm(total=total, initial=run.done, unit="batch", disable=not progress) as bar:
         while run.epoch < epochs:
@@ -264,6 +265,7 @@ class _Run:
             "seed": self.seed,
             "schedule": self.schedule.state_dict(),  # first: raises if a loss of the last step was not finite
             "net": self.net.state_dict(),
+            "loss": self.net.plan.loss,
             "rates": [[type(rate).__name__, rate.state_dict()] for rate in self.rates],
             "history": [asdict(epoch) for epoch in self.history.epochs],
             "random": random_states({block.device for block in self.net.blocks}) if inside else None,
@@ -278,6 +280,7 @@ class _Run:
         """Go on from the checkpoint, if there is one."""
         if self.path is None:
             return
+        remove_leftovers(self.path)
         self._infinite = checkpoints.not_finite_in(self.net, self.schedule)
         in_memory = self.schedule.fitted.take_written(self.path)
         if not self.path.exists():
@@ -287,6 +290,11 @@ class _Run:
         streams = loader_streams(self.loader)
         if len(streams) != len(state["streams"]):
             raise CheckpointError(f"{str(self.path)!r} was written with a loader of another kind.")
+        for stream, saved in zip(streams, state["streams"], strict=True):
+            try:
+                torch.Generator(stream.device).set_state(saved)
+            except (TypeError, RuntimeError) as error:
+                raise CheckpointError(f"{str(self.path)!r} is damaged: a random state of its loader.") from error
         try:
             history = History([Epoch(**entry) for entry in state["history"]])
         except TypeError as error:
@@ -305,10 +313,3 @@ class _Run:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.sums, self.seconds = list(state["sums"]), state["seconds"]
         self._resumed = state
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

@@ -142,6 +142,20 @@ class State:
         """Return an independent copy."""
         return replace(self, params=clones(self.params), buffers=clones(self.buffers), momentum=clones(self.momentum))
 
+    def require_like(self, other: State | None) -> None:
+        """Check that this state has the names, shapes and dtypes of another one of the same net.
+
+        Raises:
+            ValueError: it has not.
+        """
+
+        def layout(state: State) -> Any:
+            dicts = (state.params, state.buffers, state.momentum)
+            return [[{n: (tuple(t.shape), t.dtype) for n, t in d.items()} for d in of] for of in dicts], state.borrowed
+
+        if other is not None and layout(self) != layout(other):
+            raise ValueError("its weights, buffers or momenta are not those of this net")
+
     def fields(self) -> dict[str, Any]:
         """Return the fields by name, as plain dictionaries and lists of tensors; ``State(**fields)`` restores them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}

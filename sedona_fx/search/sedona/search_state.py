@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sedona_fx.rng import random_states, restore_random
+from sedona_fx.rng import are_random_states, random_states, restore_random
 from sedona_fx.search.relaxed.state import RelaxedNet, State
 from sedona_fx.search.sedona.result import History, SedonaResult
 from sedona_fx.search.sedona.search_cost import SearchCost
@@ -95,15 +95,22 @@ class SearchState:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`save` wrote."""
-        self._restore_plan(saved)
-        self.history.restore(saved["counts"])
-        self.variables.load_state_dict(saved)
-        self.warmup = State(**saved["state"]) if saved["state"] is not None else None
-        self.store.restore(saved["snapshots"])
-        self.draws.set_state(saved["draws"])
-        self.train.go_to(saved["train"])
-        self.val.go_to(saved["val"])
-        restore_random(saved["random"])  # last: going through data may draw
+        with self.journal.restoring():
+            self._restore_plan(saved)
+            self.history.restore(saved["counts"])
+            self.variables.load_state_dict(saved)
+            like, self.warmup = self.warmup, None
+            if saved["state"] is not None:
+                self.warmup = State(**saved["state"])
+                self.warmup.require_like(like)
+            self.store.restore(saved["snapshots"], like)
+            self.draws.set_state(saved["draws"])
+            train, val, random = saved["train"], saved["val"], saved["random"]
+            if not are_random_states(random):
+                raise ValueError("its random states cannot be set")
+        self.train.go_to(train)
+        self.val.go_to(val)
+        restore_random(random)  # last: going through data may draw
 
     def save_result(self, result: SedonaResult) -> None:
         """Save the result in place of the state that led to it, with the snapshots that are left."""
@@ -114,9 +121,11 @@ class SearchState:
 
     def restore_result(self, saved: Mapping[str, Any]) -> SedonaResult:
         """Restore what :meth:`save_result` wrote."""
-        self._restore_plan(saved)
-        self.store.restore(saved["snapshots"])  # removes the files that a kill right after the last write left
-        return SedonaResult(**saved["result"])
+        with self.journal.restoring():
+            self._restore_plan(saved)
+            # This also removes the files that a kill right after the last write left.
+            self.store.restore(saved["snapshots"], self.warmup)
+            return SedonaResult(**saved["result"])
 
     def _plan(self) -> dict[str, Any]:
         plans = {"budget": self.search_cost, "pace": self.step_seconds}

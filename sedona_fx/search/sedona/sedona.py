@@ -132,7 +132,7 @@ class Sedona(SedonaSettings, Search):
             work = replace(work, sampled=min(1.0, self.sampled_cuts / (len(blocks) - 1)))
         net = RelaxedNet(blocks, local_loss)
         journal = Journal(self.folder, self._identity(blocks, seed, names or {}), self.save_seconds)
-        with SnapshotStore(self.snapshot_bytes, journal.folder) as store:
+        with journal, SnapshotStore(self.snapshot_bytes, journal.folder) as store:
             state = SearchState(
                 self,
                 net,

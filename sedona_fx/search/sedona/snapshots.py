@@ -7,6 +7,7 @@ writes loses nothing.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from sedona_fx.errors import CheckpointError
+from sedona_fx.files import damage_of, is_count
 from sedona_fx.search.relaxed.state import State
 from sedona_fx.search.session.journal import load, save
 
@@ -54,6 +57,7 @@ class SnapshotStore:
         self._limit, self._folder = limit, folder
         self._entries: dict[int, _Entry] = {}
         self._committed: set[Path] = set()
+        self._like: State | None = None  # what a snapshot in a file has to look like
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> SnapshotStore:
@@ -99,7 +103,7 @@ class SnapshotStore:
         """Return a snapshot, to be changed and put back."""
         entry = self._entries[index]
         if entry.state is None:
-            return Snapshot(State(**load(self._path(index, entry.version))), entry.lr)
+            return Snapshot(self._load(self._path(index, entry.version)), entry.lr)
         state, entry.state = entry.state, None
         return Snapshot(state, entry.lr)
 
@@ -126,14 +130,38 @@ class SnapshotStore:
                 if path not in self._committed:
                     path.unlink(missing_ok=True)
 
-    def restore(self, references: Sequence[Reference]) -> None:
-        """Go back to the snapshots that :meth:`flush` returned references to."""
-        self._entries = {}
+    def restore(self, references: Sequence[Reference], like: State | None = None) -> None:
+        """Go back to the snapshots that :meth:`flush` returned references to.
+
+        Args:
+            references: from the journal.
+            like: a state of the same net, with which names, shapes and dtypes are compared; None: they are not.
+
+        Raises:
+            CheckpointError: the file of a snapshot cannot be read, or it is of another net.
+            ValueError: a reference is none.
+        """
+        self._entries, self._like = {}, like
         for index, version, lr, size in references:
+            if not all(map(is_count, (index, version, size))) or not math.isfinite(lr):
+                raise ValueError(f"a snapshot has the reference {[index, version, lr, size]}")
             resident = self._fits(size)
-            state = State(**load(self._path(index, version))) if resident else None
+            path = self._path(index, version)
+            if not resident and (damage := damage_of(path)):
+                raise CheckpointError(f"cannot read a snapshot of the search, {str(path)!r}: {damage}.")
+            state = self._load(path) if resident else None
             self._entries[index] = _Entry(lr, size, resident, state, version=version, written=True)
         self.commit()
+
+    def _load(self, path: Path) -> State:
+        try:
+            state = State(**load(path))
+            state.require_like(self._like)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} is no snapshot of this search: {error}. Delete the folder."
+            ) from error
+        return state
 
     def _fits(self, size: int) -> bool:
         return self._limit is None or self.resident_bytes + size <= self._limit

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
 
+from sedona_fx.files import is_count
+from sedona_fx.runtime.optimizer_state import optimizer_fault
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.session.stream import Stream
 
@@ -28,6 +31,29 @@ class Part(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """Return where the part stands."""
         ...
+
+
+def check_progress(
+    state: Mapping[str, Any], steps: int, optimizer: torch.optim.Optimizer | None = None, saved: Any = None
+) -> None:
+    """Check the saved step and cost of a part of a search, and the state of an optimizer if there is one.
+
+    Args:
+        state: what the part's ``state_dict`` returned.
+        steps: that the part takes.
+        optimizer: that is to load `saved`.
+        saved: the state of the optimizer.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    step, spent = state["step"], state["spent"]
+    if not is_count(step) or step > steps:
+        raise ValueError(f"it is at step {str(step)[:50]} of {steps}")
+    if not isinstance(spent, (int, float)) or not 0 <= spent < math.inf:
+        raise ValueError(f"its cost is {str(spent)[:50]}")
+    if optimizer is not None and (fault := optimizer_fault(optimizer, saved)):
+        raise ValueError(f"of an optimizer, {fault}")
 
 
 class Progress:

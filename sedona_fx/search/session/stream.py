@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sedona_fx.errors import CheckpointError, DataError
+from sedona_fx.files import is_count
 from sedona_fx.rng import block_seed, random_states, restore_random
 from sedona_fx.search.session.batches import Batches, NamedBatch
 
@@ -79,8 +80,10 @@ class Stream:
         """Go to a saved :attr:`position`, by going through the batches of that epoch before it.
 
         Raises:
-            CheckpointError: the epoch has fewer batches than when the position was saved.
+            CheckpointError: the epoch has fewer batches than when the position was saved, or it is no position.
         """
+        if not isinstance(position, (list, tuple)) or len(position) != 2 or not all(map(is_count, position)):
+            raise CheckpointError(f"the search was saved at {str(position)[:50]}, which is no place in its data.")
         epoch, consumed = position
         self._start(epoch)
         for done in range(consumed):

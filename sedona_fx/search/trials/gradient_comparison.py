@@ -19,6 +19,7 @@ import torch
 from sedona_fx.rng import block_seed
 from sedona_fx.search.problem.sampling import sample_plans
 from sedona_fx.search.session.batches import NamedBatch, split
+from sedona_fx.search.session.progress import check_progress
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.alignment import Alignment, measure
 from sedona_fx.search.trials.descent import Descent
@@ -107,7 +108,12 @@ class Comparison:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: its step, cost or optimizer cannot be.
+        """
+        check_progress(state, self.steps, self._optimizer, state["optimizer"])
         self.step, self.spent = state["step"], state["spent"]
         self.met = [Alignment(*(t.numpy() for t in tables)) for tables in state["met"]]
         self.net.load_state_dict(state["net"])

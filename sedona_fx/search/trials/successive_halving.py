@@ -20,6 +20,7 @@ from sedona_fx.errors import SearchDivergedError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.search.problem.problem import Choice, Problem, local_loss_of
 from sedona_fx.search.session.batches import NamedBatch
+from sedona_fx.search.session.progress import check_progress
 from sedona_fx.search.session.stream import Stream
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.plan_tree import PlanTree
@@ -129,7 +130,12 @@ class Halving:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: its step or cost cannot be, or the state of an optimizer does not fit.
+        """
+        check_progress(state, self.steps)
         self.step, self.spent, self.rounds = state["step"], state["spent"], list(state["rounds"])
         self.tree.keep(_plan(plan) for plan in state["kept"])
         self.ranked = [_plan(plan) for plan in state["ranked"]]
@@ -137,6 +143,7 @@ class Halving:
         for node, saved in zip(self.tree.nodes(), state["nodes"], strict=True):
             node.modules().load_state_dict(saved["modules"])
             if node.optimizer is not None:
+                check_progress(state, self.steps, node.optimizer, saved["optimizer"])
                 node.optimizer.load_state_dict(saved["optimizer"])
             node.failed = saved["failed"]
 

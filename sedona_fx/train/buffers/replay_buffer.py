@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.data.sources import to_device
+from sedona_fx.errors import CheckpointError
+from sedona_fx.files import is_count
 from sedona_fx.train.buffers.codec import Codec, encodable
 from sedona_fx.train.buffers.ring import Ring
 
 Entry = dict[str, Any]
 """A batch in the ring: containers, tensors and plain values."""
+_ENTRY = {"values", "encoded", "inputs", "target", "plain_bytes"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,22 @@ class Buffer:
     def state_dict(self) -> dict[str, Any]:
         """Return the batches, their counts, and what the codecs have learned."""
         return {"ring": self._ring.state_dict(), "codecs": {n: c.state_dict() for n, c in self._codecs.items()}}
+
+    def check_state(self, state: Any) -> None:
+        """Check that a state can be loaded: into another buffer with the same settings, in memory.
+
+        Raises:
+            CheckpointError: it cannot.
+        """
+        limits, cpu = (self._ring.capacity, self._ring.max_uses), torch.device("cpu")
+        twin = Buffer(*limits, device=cpu, codec=self._codec, compressible=self._compressible)
+        try:
+            twin.load_state_dict(state, cpu)
+            complete = all(item.keys() == _ENTRY for item in state["ring"]["items"])
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+            raise CheckpointError(f"the state of a buffer is damaged: {type(error).__name__}: {error}.") from error
+        if not complete or not all(is_count(count) and count for count in state["ring"]["counts"]):
+            raise CheckpointError("the state of a buffer is damaged: it has no batches and counts of their uses.")
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from a state; batches are moved to where this buffer keeps them, or else to `device`."""

@@ -155,6 +155,11 @@ class VectorQuantizer:
                 f"the state is of VectorQuantizer(codes={codes}, group={group}), here it is codes={self.codes}, "
                 f"group={self.group}. Make the schedule with the same codec to go on from it."
             )
+        ours = {"book": self._sums, "sums": self._sums, "counts": self._counts, "idle": self._idle}
+        for name, tensor in ours.items():
+            fits = isinstance(state[name], Tensor) and state[name].shape == tensor.shape
+            if not fits and not (name == "book" and state[name] is None):
+                raise CheckpointError(f"the state of a VectorQuantizer is damaged: its {name} has another shape.")
         self._book, self._sums, self._counts = state["book"], state["sums"], state["counts"]
         self._idle = state["idle"]
         self._generator.set_state(state["random"].cpu())

@@ -14,6 +14,7 @@ from sedona_fx.net.net import Net
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.optimizer_state import counted_state, load_counted
 from sedona_fx.runtime.precision import check_autocast
 from sedona_fx.train.schedules.fitted import Fitted
 from sedona_fx.train.schedules.optimizers import (
@@ -24,7 +25,7 @@ from sedona_fx.train.schedules.optimizers import (
     refuse_unfrozen,
     users_of,
 )
-from sedona_fx.train.schedules.state import check_state
+from sedona_fx.train.schedules.state import check_identity, check_numbers, check_state
 from sedona_fx.train.schedules.updating import Updating
 
 
@@ -240,21 +241,31 @@ class Schedule(Updating):
             **self._identity(),
             "steps": self.net.steps,
             "epochs": self.epochs,
-            "optimizers": [o.state_dict() if o is not None else None for o in self.optimizers],
+            "optimizers": [counted_state(o) if o is not None else None for o in self.optimizers],
             "scalers": [scaler.state_dict() for scaler in self.scalers] if self.scalers is not None else None,
             "calls": self._calls,
             "random": random_states({block.device for block in self.net.blocks}) if self.draws_globally else None,
             "gradients": [[p.grad for p in ps] for ps in self.parameters] if self._calls else None,
         }
 
+    def check_identity(self, state: Any) -> None:
+        """Check that a state is of the same kind of schedule, with the same plan and options.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        check_identity(state, self._identity())
+
     def check_state(self, state: Any) -> None:
         """Check that a state belongs to this schedule; nothing is loaded.
 
         Raises:
-            CheckpointError: it belongs to another schedule, plan or optimizer.
+            CheckpointError: it belongs to another schedule, plan or optimizer, or is damaged.
         """
         fields = {"steps", "epochs", "calls", "gradients", "scalers", "random", *self.parts}
-        check_state(state, self._identity(), fields, self.optimizers)
+        self.check_identity(state)
+        check_state(state, fields, self.optimizers)
+        check_numbers(state, self.parameters, self.scalers, self.accumulate)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state. Load the net's own state first.
@@ -267,10 +278,10 @@ class Schedule(Updating):
         self.check_state(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             if optimizer is not None:
-                optimizer.load_state_dict(saved)
+                load_counted(optimizer, saved)
         for scaler, saved in zip(self.scalers or [], state["scalers"] or [], strict=True):
             scaler.load_state_dict(saved)
-        self.net.steps, self._calls = int(state["steps"]), int(state["calls"])
+        self.net.steps, self._calls = state["steps"], state["calls"]
         self.fitted = Fitted(epochs=int(state["epochs"]), asked=int(state["epochs"]))
         if self.draws_globally and state["random"] is not None:
             restore_random(state["random"])

@@ -23,6 +23,7 @@ from sedona_fx.train.buffers.weight_stash import Slots, copies
 from sedona_fx.train.schedules.base import Schedule
 from sedona_fx.train.schedules.headed import Check, check_mode
 from sedona_fx.train.schedules.optimizers import OptimizerFactory
+from sedona_fx.train.schedules.state import check_flight, check_held, require
 
 Weights = Literal["stashed", "current"]
 
@@ -287,6 +288,24 @@ class Delayed(Schedule):
         """Return everything needed to go on as if never stopped, what blocks keep of earlier batches included."""
         return {**super().state_dict(), "flights": [flight.state_dict() for flight in self._flights]}
 
+    def check_state(self, state: Any) -> None:
+        """Check that a state belongs to this schedule; nothing is loaded.
+
+        Raises:
+            CheckpointError: it belongs to another schedule, plan or optimizer, or is damaged.
+        """
+        super().check_state(state)
+        flights = state["flights"]
+        require(isinstance(flights, list) and len(flights) <= len(self.net.blocks), "it has no list of batches")
+        for flight in flights:
+            check_flight(flight, len(self.net.blocks), state["steps"])
+            for block, held in zip(self.net.blocks, flight["held"], strict=True):
+                if held is not None:
+                    names = self._graphs[flight["training"]][block.index].inputs
+                    stashed = self.weights == "stashed" and block is not self.net.blocks[-1]
+                    tensors = (self.trained_parameters(block), self._buffers(block)) if stashed else ([], [])
+                    check_held(held, block.index, names, *tensors)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`. The graphs of earlier batches are made again."""
         super().load_state_dict(state)
@@ -295,7 +314,6 @@ class Delayed(Schedule):
             flight = Flight.from_state(saved, [block.device for block in self.net.blocks])
             self._flights.append(flight)
             for block in self.net.blocks[:-1] if self.weights == "stashed" else ():
-                held = flight.held[block.index]
-                if held is not None:
+                if (held := flight.held[block.index]) is not None:
                     weights = copies(self.trained_parameters(block), held.weights)
                     self._run_stashed(block, flight, held, weights, [buffer.clone() for buffer in held.buffers])

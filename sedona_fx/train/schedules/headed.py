@@ -12,6 +12,7 @@ from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
+from sedona_fx.net.weights import mismatch
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import seeded_init
 from sedona_fx.runtime.block import Block
@@ -20,7 +21,7 @@ from sedona_fx.runtime.run import Values
 from sedona_fx.train.losses.base import Extra, Sight
 from sedona_fx.train.schedules.base import Schedule
 from sedona_fx.train.schedules.optimizers import OptimizerFactory
-from sedona_fx.train.schedules.state import described
+from sedona_fx.train.schedules.state import described, require
 
 Check = Literal["async", "sync"]
 
@@ -96,6 +97,17 @@ class Headed(Schedule):
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped, the extra losses' parameters included."""
         return {**super().state_dict(), "extras": self.extras.state_dict()}
+
+    def check_state(self, state: Any) -> None:
+        """Check that a state belongs to this schedule; nothing is loaded.
+
+        Raises:
+            CheckpointError: it belongs to another schedule, plan or optimizer, or is damaged.
+        """
+        super().check_state(state)
+        require(isinstance(state["extras"], dict), "it has no weights of extra losses")
+        difference = mismatch(self.extras, state["extras"], dtypes=True)
+        require(not difference, f"of its extra losses, {difference}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`."""

@@ -25,7 +25,7 @@ from sedona_fx.train.buffers.replay_buffer import Buffer, Entry, Stored
 from sedona_fx.train.buffers.vector_quantizer import VectorQuantizer
 from sedona_fx.train.schedules.headed import Headed
 from sedona_fx.train.schedules.optimizers import OptimizerFactory
-from sedona_fx.train.schedules.state import described
+from sedona_fx.train.schedules.state import check_replay, described
 
 
 @dataclass
@@ -285,6 +285,13 @@ class Replay(Headed):
             "latest": list(self._latest),
         }
         return state
+
+    def check_state(self, state: Any) -> None:
+        """Check that a state belongs to this schedule; see :meth:`Schedule.check_state`."""
+        super().check_state(state)
+        check_replay(state["replay"], len(self.net.blocks), self.buffers[0].capacity if self.buffers else 0)
+        for buffer, saved in zip(self.buffers, state["replay"]["buffers"], strict=True):
+            buffer.check_state(saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`."""
