@@ -113,7 +113,7 @@ class ScheduleError(SedonaError):
     """A schedule cannot train this net, or has options that it cannot have.
 
     Raised when the schedule is made, by a step that it cannot take, and by a call of a net that has a module in a mode
-    which its graph was not made for.
+    which its graph was not made for, or in which something was replaced that its graphs cannot follow.
     """
 
 
