@@ -8,6 +8,7 @@ are, and may do all of this.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -93,9 +94,22 @@ def hooked_modules(model: nn.Module, kind: str) -> list[str]:
 
 
 def _has_own(module: nn.Module, registry: str) -> bool:
-    """Whether a registry of hooks holds one that is not PyTorch's own (weight norm and pruning are made of hooks)."""
+    """Whether a registry of hooks holds one of the user's own.
+
+    PyTorch's own do not count (weight norm and pruning are made of hooks), nor those that an installed library puts on
+    its own modules (transformers collects outputs so): they are part of how the model computes, and the proof is there.
+    """
     hooks = vars(module).get(registry) or {}
-    return any(not _module_name(hook).startswith("torch.") for hook in hooks.values())
+    library = _library(type(module).__module__)
+    names = [_module_name(hook) for hook in hooks.values()]
+    return any(not name.startswith("torch.") and not (library and _library(name) == library) for name in names)
+
+
+def _library(module_name: str) -> str:
+    """Return the top-level package of a module if it is an installed one, else ``""``."""
+    package = module_name.partition(".")[0]
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package if "site-packages" in file else ""
 
 
 def _module_name(hook: Any) -> str:

@@ -260,7 +260,7 @@ def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: boo
             f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}. Return the "
             "mean over the batch, as a tensor."
         )
-    if heads and not traced.output.bare:
+    if heads and not traced.output.bare and primary.dim():  # no head imitates a single number, as will be said
         check_head_output(traced, few, loss)
 
 
