@@ -169,18 +169,7 @@ class _NormGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        by_x, by_weight, by_bias = _aten.native_batch_norm_backward(
-            grad_out=g,
-            input=x,
-            weight=weight,
-            running_mean=None,
-            running_var=None,
-            save_mean=mean,
-            save_invstd=r,
-            train=True,
-            eps=eps,
-            output_mask=[True, True, True],
-        )
+        by_x, by_weight, by_bias = _norm_backward(g, x, weight, mean, r, eps=eps, by_input=True)
         ctx.save_for_backward(g, x, weight, mean, r, by_weight, by_bias)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
@@ -210,20 +199,28 @@ class _NormGradients(torch.autograd.Function):
         return by_g, by_x, r * spread, None, None, None
 
 
-def _moments(v: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: BatchNorm's backward computes these."""
-    _, along, total = _aten.native_batch_norm_backward(
-        grad_out=v,
+def _norm_backward(
+    g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, *, eps: float, by_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return PyTorch's own gradients of BatchNorm in training for x (if `by_input`), weight and bias."""
+    gradients: tuple[Tensor, Tensor, Tensor] = _aten.native_batch_norm_backward(
+        grad_out=g,
         input=x,
-        weight=gamma,
+        weight=weight,
         running_mean=None,
         running_var=None,
         save_mean=mean,
         save_invstd=r,
         train=True,
         eps=eps,
-        output_mask=[False, True, True],
+        output_mask=[by_input, True, True],
     )
+    return gradients
+
+
+def _moments(v: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, r: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return sum(v (x - mean) r) and sum(v) of each channel, in one pass: BatchNorm's backward computes these."""
+    _, along, total = _norm_backward(v, x, gamma, mean, r, eps=eps, by_input=False)
     return along, total
 
 
