@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.errors import ScheduleError
 from sedona_fx.ir.graph import TensorSpec, info, output_node
+from sedona_fx.ir.modules import first_float_parameter
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
 from sedona_fx.net.weights import mismatch
@@ -180,7 +181,8 @@ class Headed(Schedule):
             dtype = parameter.dtype if spec.dtype.is_floating_point else spec.dtype
             return torch.zeros((), dtype=dtype, device=block.device).expand(spec.shape)
 
-        parameter = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(()))
+        first = first_float_parameter(block.module)
+        parameter = first if first is not None else torch.empty(())
         graph, net_graph = block.graph(True), net.graph_module.graph
         specs = {str(n.target): info(n).value for n in net_graph.nodes if n.op == "placeholder"}
         inputs = {name: example(value) if isinstance(value, TensorSpec) else value for name, value in specs.items()}
