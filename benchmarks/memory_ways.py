@@ -58,29 +58,6 @@ class Measured:
     needed: int = 0
 
 
-def gradient_ways(model: ResNet, pair: Pair) -> list[Way]:
-    """Return ways to the gradients of a batch; the gradients exist before anything is counted."""
-
-    def backprop() -> None:
-        cross_entropy(model(pair[0]), pair[1]).backward()
-        wait(pair[0].device)
-
-    backprop()
-    ways = [Way("backprop", lambda: backprop, steps=1)]
-    for blocks, head in ((4, "mlp-sr"), (16, "mlp-sr"), (16, "sedona-1"), (16, "sedona-4")):
-        net = cut(model, pair, blocks, head)
-
-        def backward(net: sedona_fx.Net = net) -> None:
-            net.backward(*pair)
-            wait(pair[0].device)
-
-        backward()
-        ways.append(
-            Way(f"K = {blocks}, {head}", lambda backward=backward: backward, steps=1, heads_bytes=heads_bytes(net))
-        )
-    return ways
-
-
 def plain(model: ResNet, pair: Pair) -> Way:
     """Return the training loop that everybody writes."""
     return Way("plain backprop", lambda: _loop(model, model, pair))
@@ -116,11 +93,15 @@ def schedule_ways(model: ResNet, pair: Pair, blocks: int) -> list[Way]:
         ("Delayed, stashed", Delayed, {"weights": "stashed"}, {**late, "needs": (blocks - 1) / 2 + 1 / blocks}),
         ("Delayed, current", Delayed, {"weights": "current"}, late),
     ]
+    return [Way(name, _starter(net, kind, pair, **options), **about) for name, kind, options, about in kinds]
 
-    def starter(kind: type[Any], options: dict[str, Any]) -> Callable[[], Step]:
-        return lambda: _steps(kind(net, sgd, **options), pair)
 
-    return [Way(name, starter(kind, options), **about) for name, kind, options, about in kinds]
+def head_ways(model: ResNet, pair: Pair, blocks: int, heads: Sequence[str]) -> list[Way]:
+    """Return Greedy on K blocks with other heads than those of :func:`schedule_ways`."""
+    nets = {head: cut(model, pair, blocks, head) for head in heads}
+    return [
+        Way(f"Greedy, {head}", _starter(net, Greedy, pair), heads_bytes=heads_bytes(net)) for head, net in nets.items()
+    ]
 
 
 def measure(ways: Sequence[Way], repeats: int, device: torch.device) -> list[Measured]:
@@ -189,6 +170,10 @@ def _loop(model: nn.Module, forward: Callable[[Tensor], Tensor], pair: Pair) -> 
         wait(pair[0].device)
 
     return step
+
+
+def _starter(net: sedona_fx.Net, kind: type[Any], pair: Pair, **options: Any) -> Callable[[], Step]:
+    return lambda: _steps(kind(net, sgd, **options), pair)
 
 
 def _steps(schedule: sedona_fx.train.Schedule, pair: Pair) -> Step:
