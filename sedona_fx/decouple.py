@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import analyse, check_target
+from sedona_fx.compile.analyse import analyse
 from sedona_fx.compile.build import build
+from sedona_fx.compile.check_loss import check_target
 from sedona_fx.compile.choices import Cuts, Heads, with_free_heads
 from sedona_fx.compile.decide import decide
 from sedona_fx.compile.provenance import plan_of
@@ -204,7 +205,7 @@ def _make(request: Request) -> Net:
     """Analyse the model, decide, and build: the steps that both functions have in common."""
     analysed = analyse(request.model, request.example, request.output, request.leaf_modules, request.where)
     if request.tries_loss:
-        check_target(analysed, request.target, request.loss, heads=request.trains_heads)
+        check_target(request.model, analysed, request.target, request.loss, heads=request.trains_heads)
     if request.devices is not None and analysed.capture.hosted:
         raise PlanError(f"the code around root={request.root!r} runs as it is, on one device: leave out devices=.")
     if request.own_heads:

@@ -9,20 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
-from sedona_fx.capture.state_watch import keep_state
-from sedona_fx.compile.head_loss import check_head_output
 from sedona_fx.data.args import Args
-from sedona_fx.data.sources import Pair, first_examples
-from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
+from sedona_fx.errors import CutError, did_you_mean
 from sedona_fx.heads.context import HeadContext, HeadDtypes
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
-from sedona_fx.ir.modules import keep_modes
-from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick, resolve_key
+from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, resolve_key
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 
@@ -197,6 +193,7 @@ def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where
 def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> dict[str, HeadContext]:
     """Return what a head has to fit at every legal cut point."""
     token, tokens = read_token(train.graph, output)
+    weights = list(dict.fromkeys(p.dtype for p in train.parameters() if p.is_floating_point()))
     contexts = {}
     for node in cut_points(train.graph):
         record = info(node)
@@ -208,90 +205,25 @@ def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> d
             channel_dim=record.channel_dim if record.channel_dim is not None else (2 if len(shape) == 3 else 1),
             place=str(record.cut),
             token=token if len(shape) == 3 and shape[1] == tokens else None,
-            dtypes=_head_dtypes(train, record.value, primary),
+            dtypes=_head_dtypes(weights, record.value, primary),
         )
     return contexts
 
 
-def _head_dtypes(train: fx.GraphModule, activation: TensorSpec, primary: TensorSpec) -> HeadDtypes | None:
+def _head_dtypes(dtypes: Sequence[torch.dtype], activation: TensorSpec, primary: TensorSpec) -> HeadDtypes | None:
     """Return the dtypes of a head: its weights have the activation's if the model has such weights, too.
 
     Otherwise autocast has made the activation, which no weights of that dtype could follow to another autocast.
+
+    Args:
+        dtypes: of the model's weights, in their order.
+        activation, primary: what the head reads, and what it imitates.
     """
-    dtypes = [p.dtype for p in train.parameters() if p.is_floating_point()]
     one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
     if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
         return None
     weights = activation.dtype if activation.dtype in dtypes or not dtypes else dtypes[0]
     return HeadDtypes(activation=activation.dtype, weights=weights, output=primary.dtype)
-
-
-def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:
-    """Try the loss on the model's own output for a few examples, and on a head's, before anything is searched.
-
-    Args:
-        traced: what analysis found out about the model.
-        target: target of the example batch.
-        loss: ``loss(output, target)``; None: nothing is checked.
-        heads: whether heads are to be trained by this loss.
-
-    Raises:
-        DataError: the loss does not take the target (with both shapes), does not return a scalar tensor, or reads
-            fields of the output that a head does not give (with their names).
-    """
-    if loss is None:
-        return
-    few = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
-    primary = pick(traced.few, traced.output.key)
-    try:
-        with torch.no_grad():
-            value = traced.output.final_loss(loss, traced.few, few)
-    except Exception as error:
-        shape = f"{tuple(few.shape)} {few.dtype}" if isinstance(few, Tensor) else type(few).__name__
-        left_out = ", ".join(traced.capture.left_out)
-        missing = f" Of the output, {left_out} is None, as no graph gives it." if left_out else ""
-        raise DataError(
-            f"the loss cannot take the model's output, {tuple(primary.shape)} {primary.dtype}, with the target, "
-            f"{shape} (first examples of the first batch): {type(error).__name__}: {error}. It is called as "
-            f"loss(output, target); hand another with loss=..., or mend the targets.{missing}"
-        ) from error
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        raise DataError(
-            f"loss(output, target) must return a scalar tensor, not {getattr(value, 'shape', value)!r}. Return the "
-            "mean over the batch, as a tensor."
-        )
-    if heads and not traced.output.bare and primary.dim():  # no head imitates a single number, as will be said
-        check_head_output(traced, few, loss)
-
-
-def check_validation(model: nn.Module, traced: Analysed, pair: Pair | None, loss: Loss) -> None:
-    """Try the eval graph and the loss on the first batch of ``val_data``, before a search trains for long.
-
-    Args:
-        model: the model whose modules the graph runs; its modes and state are as before afterwards.
-        traced: what analysis found out about it.
-        pair: the first batch on the model's device, or None if there is none.
-        loss: ``loss(output, target)``.
-
-    Raises:
-        DataError: there is no batch, or the model or the loss cannot take it.
-    """
-    if pair is None:
-        raise DataError(
-            "val_data is empty: hand at least one (inputs, target) batch, or leave it out, then data is split 60/40."
-        )
-    inputs, target = pair
-    names = [str(node.target) for node in traced.eval.graph.nodes if node.op == "placeholder"]
-    with keep_modes(model), keep_state(model), torch.no_grad():
-        model.eval()
-        try:
-            traced.output.final_loss(loss, traced.eval(*(inputs.kwargs[name] for name in names)), target)
-        except Exception as error:
-            shape = shape_text(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise DataError(
-                f"the model or the loss cannot take the first batch of val_data, {inputs!r} with the target {shape}: "
-                f"{type(error).__name__}: {error}. It has to be like data's, examples and all."
-            ) from error
 
 
 def _returned_specs(gm: fx.GraphModule) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from sedona_fx.compile.analyse import check_validation
+from sedona_fx.compile.check_loss import check_validation
 from sedona_fx.compile.choices import by_name, candidates, from_names, from_plan, with_objectives
 from sedona_fx.compile.request import Request
 from sedona_fx.data.args import Args

@@ -43,6 +43,7 @@ def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
         ("tokens-attention", functools.partial(_token_head, attention=True), refuses_attention),
         ("dense", _dense_head, refuses_dense),
         ("logits", _logits_head, refuses_logits),
+        ("resample", _resample_head, refuses_resampling),
     ):
         for depth in range(1, 4):
             table[f"{name}-{depth}"] = functools.partial(build, depth=depth), refuses
@@ -65,6 +66,8 @@ def ladder(context: HeadContext) -> tuple[str, ...]:
     for name in kinds if context.channels_first else reversed(kinds):
         if not kinds[name](context):
             return _depths(name, 3)
+    if not refuses_resampling(context):
+        return _depths("resample", 3)
     return ()
 
 
@@ -109,6 +112,16 @@ def refuses_logits(context: HeadContext) -> str:
     return _refuses_one_feature(context) or _refuses_batch(context)
 
 
+def refuses_resampling(context: HeadContext) -> str:
+    """Return why a head cannot give token logits, (N, T, V), from an activation of another number of positions."""
+    if not context.positions or len(context.output_shape) != 3:
+        return "it gives token logits, (N, T, V), from an activation with positions, (N, S, D)"
+    for kind, refuses in (("logits", refuses_logits), ("dense", refuses_dense)):
+        if not refuses(context):
+            return f"it is for outputs of another length, and the output's positions are the activation's: take {kind}"
+    return _refuses_one_feature(context) or _refuses_batch(context)
+
+
 def refuses_dense(context: HeadContext) -> str:
     """Return why a head cannot give dense maps: (N, K, H, W), or one or three dimensions after K."""
     sizes, output_sizes = context.positions, context.output_shape[2:]
@@ -138,7 +151,12 @@ def refuses_dense(context: HeadContext) -> str:
     return _refuses_batch(context)
 
 
-KINDS = {"linear": refuses_scores, "dense-1": refuses_dense, "logits-1": refuses_logits}
+KINDS = {
+    "linear": refuses_scores,
+    "dense-1": refuses_dense,
+    "logits-1": refuses_logits,
+    "resample-1": refuses_resampling,
+}
 """For each kind of output, the head that requires least of the activation."""
 
 
@@ -216,6 +234,11 @@ def _token_head(context: HeadContext, *, depth: int, attention: bool = False) ->
 
 def _logits_head(context: HeadContext, *, depth: int) -> nn.Module:
     return nets.logits_head(context.channels, context.output_shape[-1], depth, **_layout(context))
+
+
+def _resample_head(context: HeadContext, *, depth: int) -> nn.Module:
+    _, length, vocabulary = context.output_shape
+    return nets.resample_head(context.channels, vocabulary, length, depth, **_layout(context))
 
 
 def _dense_head(context: HeadContext, *, depth: int) -> nn.Module:

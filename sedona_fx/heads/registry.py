@@ -11,6 +11,7 @@
 | ``tokens-attention-1`` to ``-3`` | the same, a learned query attends over the tokens | all but vectors | scores |
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
 | ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
+| ``resample-1`` to ``-3`` | LayerNorm, cross-attention to all positions, MLPs, linear | positions | token logits |
 
 Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
 are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
@@ -108,7 +109,8 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
     """Return the names of the heads that a search chooses from by default: one kind, in growing depth.
 
     For class scores these are SEDONA's four heads on spatial activations and the token heads elsewhere (``linear`` if
-    there is only one feature), for dense maps the dense heads, and for token logits the logits heads.
+    there is only one feature), for dense maps the dense heads, and for token logits the logits heads, or those that
+    resample where the activation has another number of positions than the output.
 
     Raises:
         HeadError: no built-in head fits. The message has both shapes and says why each kind does not fit.
@@ -128,7 +130,7 @@ def default_head(context: HeadContext) -> str:
     would grow as 195 C^2. Everything else gets the second of :func:`default_candidates`, with one exception: a
     projection of D features to V token logits costs D V, which for V of 12 D and more exceeds the 12 D^2 of a
     transformer block. No head for such a vocabulary can be small compared with the block, so it gets the smallest,
-    ``logits-1``; a factory of your own can project through fewer features.
+    ``logits-1`` or ``resample-1``; a factory of your own can project through fewer features.
 
     Raises:
         HeadError: no built-in head fits.
@@ -137,7 +139,7 @@ def default_head(context: HeadContext) -> str:
     smallest = candidates[0]
     if smallest == "sedona-1":
         return "mlp-sr" if len(context.positions) < 3 and context.channels <= 128 else smallest
-    if smallest == "logits-1" and context.output_shape[-1] >= 12 * context.channels:
+    if smallest in ("logits-1", "resample-1") and context.output_shape[-1] >= 12 * context.channels:
         return smallest
     return candidates[min(1, len(candidates) - 1)]
 

@@ -65,10 +65,14 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
         name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
         for name, value in inputs.items()
     }
-    with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
-        gm.train(training)
-        run = FakeRun(gm, fake_mode, memo, inputs)
-        run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    torch.clear_autocast_cache()  # in the user's autocast region: weights that were cast by a real run, ...
+    try:
+        with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
+            gm.train(training)
+            run = FakeRun(gm, fake_mode, memo, inputs)
+            run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    finally:
+        torch.clear_autocast_cache()  # ... and fake ones, which the next real run would take
 
 
 def _follow_data_flow(gm: fx.GraphModule) -> None:

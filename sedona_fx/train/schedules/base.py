@@ -13,7 +13,7 @@ from sedona_fx.errors import ScheduleError
 from sedona_fx.net.net import Net
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
-from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.block import Block, StepResult, users_of
 from sedona_fx.runtime.optimizer_state import counted_state, load_counted
 from sedona_fx.runtime.precision import check_autocast
 from sedona_fx.train.schedules.fitted import Fitted
@@ -23,7 +23,6 @@ from sedona_fx.train.schedules.optimizers import (
     make_scalers,
     owned_parameters,
     refuse_unfrozen,
-    users_of,
 )
 from sedona_fx.train.schedules.state import check_identity, check_numbers, check_state
 from sedona_fx.train.schedules.updating import Updating
@@ -158,6 +157,7 @@ class Schedule(Updating):
         """
         refuse_unfrozen(self._frozen, self.net, type(self).__name__)
         self._check_parameters()
+        self.net.check_precision(self.autocast)
         if not self._calls:
             self.zero_grad()
         self._unscaled, self._number = set(), self.net.steps
