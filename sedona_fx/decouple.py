@@ -21,6 +21,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLosses
 from sedona_fx.ir.outputs import Key, Loss
 from sedona_fx.net.net import Net
+from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
 from sedona_fx.search import Search
 from sedona_fx.search.problem.limits import Limits
@@ -45,6 +46,7 @@ def decouple(
     leaf_modules: Collection[str] = (),
     no_cut: Collection[str] = (),
     max_live: int | None = None,
+    dynamic: Dynamic = None,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -116,6 +118,10 @@ def decouple(
         max_live: how many activations may cross at a cut. None: as few as give the number of blocks asked for. More
             allow cuts inside of residual blocks and past the skips of a U-Net; each one is held until the last block
             that reads it has run.
+        dynamic: sizes of inputs that must not be fixed, besides the batch: ``{"ids": [1]}`` for sequences of any
+            length. In models that only ``torch.export`` can record, sizes are free where the program and the heads
+            allow it (``print(net)`` lists them); a size that is named here and cannot be free is an error, with the
+            line that fixes it. False: all are fixed, which compiles faster.
         seed: seeds the search, the initial weights of the heads, and the random draws of the blocks in training.
         progress: whether a search shows progress bars.
         inplace: share the model's Parameter objects and buffers instead of copying them. That saves the memory of the
@@ -146,6 +152,7 @@ def decouple(
         leaf_modules=leaf_modules,
         no_cut=no_cut,
         max_live=max_live,
+        dynamic=dynamic,
         seed=seed,
         progress=progress,
         inplace=inplace,
@@ -203,7 +210,9 @@ def load(
 
 def _make(request: Request) -> Net:
     """Analyse the model, decide, and build: the steps that both functions have in common."""
-    analysed = analyse(request.model, request.example, request.output, request.leaf_modules, request.where)
+    analysed = analyse(
+        request.model, request.example, request.output, request.leaf_modules, request.where, request.dynamic
+    )
     if request.tries_loss:
         check_target(request.model, analysed, request.target, request.loss, heads=request.trains_heads)
     if request.devices is not None and analysed.capture.hosted:

@@ -21,6 +21,7 @@ from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
 from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, resolve_key
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
+from sedona_fx.passes.trace import Dynamic
 
 _PATHS = "model.named_modules() lists the module paths."
 
@@ -59,7 +60,12 @@ def gc_paused() -> Iterator[None]:
 
 @gc_paused()
 def analyse(
-    model: nn.Module, example: Args, output: Key, leaf_modules: Collection[str], where: Where | None = None
+    model: nn.Module,
+    example: Args,
+    output: Key,
+    leaf_modules: Collection[str],
+    where: Where | None = None,
+    dynamic: Dynamic = None,
 ) -> Analysed:
     """model -> TRACED -> ANALYSED, in train and in eval mode. A cut point is legal only if both graphs have it.
 
@@ -69,6 +75,7 @@ def analyse(
         output: the user's key of the primary output; None: by rule.
         leaf_modules: module paths that are kept whole while tracing.
         where: where the user allows cuts; None: everywhere.
+        dynamic: as for :func:`~sedona_fx.passes.trace.trace`.
 
     Raises:
         TraceError: the forward cannot be turned into a graph.
@@ -77,7 +84,7 @@ def analyse(
     """
     where = where if where is not None else Where()
     _check_paths(model, where)
-    traced = passes.trace(model, example, leaf_modules=leaf_modules, root=where.root)
+    traced = passes.trace(model, example, leaf_modules=leaf_modules, root=where.root, dynamic=dynamic)
     memo: passes.Memo = {}  # shared, since most operations are in both graphs
     train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True, memo=memo))
     returned = _returned_specs(train)

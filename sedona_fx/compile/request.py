@@ -22,6 +22,7 @@ from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
 from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import Key, Loss
 from sedona_fx.net.signature import example_like
+from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
 from sedona_fx.search import SEARCHES, Balanced, Search
 from sedona_fx.search.problem.limits import Limits
@@ -49,7 +50,7 @@ class Request:
         limits: what the plan may cost; None: anything.
         devices: one device name for each block. None: all blocks are on the model's device.
         output: key of the primary output; None: by rule.
-        root, leaf_modules, no_cut, max_live, seed, progress: as in :func:`sedona_fx.decouple`.
+        root, leaf_modules, no_cut, max_live, dynamic, seed, progress: as in :func:`sedona_fx.decouple`.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class Request:
     max_live: int | None
     seed: int
     progress: bool
+    dynamic: Dynamic = None
 
     @property
     def own_heads(self) -> list[HeadSpec]:
@@ -118,6 +120,7 @@ def read_request(
     leaf_modules: Collection[str],
     no_cut: Collection[str],
     max_live: int | None,
+    dynamic: Dynamic,
     seed: int,
     progress: bool,
     inplace: bool,
@@ -144,9 +147,10 @@ def read_request(
     owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     inputs, target = first_pair(data)
+    example = Args(**to_device(inputs.bind(owned.forward), device))
     return Request(
         model=owned,
-        example=Args(**to_device(inputs.bind(owned.forward), device)),
+        example=example,
         target=to_device(target, device),
         tries_loss=True,
         blocks=blocks,
@@ -166,6 +170,7 @@ def read_request(
         leaf_modules=leaf_modules,
         no_cut=(no_cut,) if isinstance(no_cut, str) else tuple(no_cut),
         max_live=max_live,
+        dynamic=_dynamic_of(dynamic, example),
         seed=seed,
         progress=progress,
     )
@@ -234,6 +239,29 @@ def _plan_of(plan: Any) -> Plan | None:
     raise PlanError(
         f"plan={plan!r} is neither a Plan nor the path of one: give net.plan, or a file that plan.save(path) wrote."
     )
+
+
+def _dynamic_of(dynamic: Any, example: Args) -> Dynamic:
+    """Return the sizes that have to be free, after a look at the names and dimensions.
+
+    Raises:
+        DataError: an input or a dimension is not there.
+    """
+    if dynamic is None or dynamic is False:
+        return dynamic
+    if not isinstance(dynamic, Mapping):
+        raise DataError(f"dynamic={dynamic!r}: give a mapping such as {{'ids': [1]}}, False, or None.")
+    checked = {}
+    for name, dims in dynamic.items():
+        tensor = example.kwargs.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            near = did_you_mean(str(name), example.kwargs)
+            raise DataError(f"dynamic= names {name!r}, which is no tensor among the inputs{near}.")
+        checked[name] = tuple([dims] if isinstance(dims, int) else dims)
+        for dim in checked[name]:
+            if isinstance(dim, bool) or not isinstance(dim, int) or not 0 <= dim < tensor.dim():
+                raise DataError(f"dynamic={{{name!r}: {dims!r}}}: {name} has the dimensions 0 to {tensor.dim() - 1}.")
+    return checked
 
 
 def _device_names(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.net.parts import NetParts
-from sedona_fx.plan import Capture
+from sedona_fx.plan_capture import Capture
 from sedona_fx.rng import seed_all
 
 
@@ -110,7 +110,7 @@ class Trial:
                     if self.capture.front_end == "symbolic":
                         gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
                     else:
-                        gm, _, _ = record_by_export(self.model, values)
+                        gm = record_by_export(self.model, values).graph
                 except TraceError:
                     return []
             name_sites(gm.graph)

@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
-from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.exported import Exported, record_by_export, why_fixed
+from sedona_fx.capture.free_sizes import in_both, resized
 from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, refusal, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
@@ -28,12 +29,12 @@ from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.data.args import Args
-from sedona_fx.errors import TraceError
+from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
-from sedona_fx.plan import Capture, FrontEnd
+from sedona_fx.plan_capture import Capture, FreeSize, FrontEnd
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
@@ -68,7 +69,18 @@ class Traced:
     capture: Capture
 
 
-def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
+Dynamic = Mapping[str, Collection[int]] | Literal[False] | None
+"""Argument -> dimensions of any size, besides the batch; False: none; None: what an exported program leaves free."""
+
+
+def trace(
+    model: nn.Module,
+    example: Args,
+    *,
+    leaf_modules: Collection[str] = (),
+    root: str = "",
+    dynamic: Dynamic = None,
+) -> Traced:
     """Trace a model in train and in eval mode, and prove that both graphs compute what it computes.
 
     Before: an ``nn.Module``. After: TRACED graphs whose tensors *are* the model's, each node with its module path and
@@ -81,10 +93,11 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         leaf_modules: module paths that are kept whole, which only symbolic tracing can do.
         root: module path of the part to be cut. If the code around it cannot be traced, it runs as Python
             (:mod:`sedona_fx.capture.host`).
+        dynamic: sizes of inputs that have to be free.
 
     Raises:
-        TraceError: the forward cannot be recorded, or the recording does not compute what the model computes; with the
-            line of the user's code or the first module that differs.
+        TraceError: a size cannot be free; or the forward cannot be recorded, or the recording does not compute what the
+            model computes; with the line of the user's code or the first module that differs.
         DataError: the model itself cannot run the example.
     """
     if "backward" in hooks_of(model):
@@ -93,13 +106,17 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             "on the layers that it is about."
         )
     allow_names(model)
-    traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
+    traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
+    if dynamic and traced.capture.fixed_sizes:
+        _check_free(model, example, dynamic, traced.capture)
     if not traced.capture.hosted:
         _tell_of_silent_hooks(model, traced.capture.front_end)
     return traced
 
 
-def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str) -> Traced:
+def _trace(
+    model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str, free_sizes: bool = True
+) -> Traced:
     """:func:`trace`, without a look at hooks that hang on the model itself."""
     leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
     inputs = example.bind(model.forward)
@@ -114,21 +131,53 @@ def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], ro
     if leaves:
         raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
     watch, registrations = _settle(model, example)
-    free_batches: list[bool] = []  # of the recordings made so far
+    made: list[Exported] = []
 
     def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        gm, mode_readers, free_batch = record_by_export(model, inputs)
-        free_batches.append(free_batch)
-        return gm, mode_readers
+        made.append(record_by_export(model, inputs, free_sizes=free_sizes))
+        return made[-1].graph, made[-1].mode_readers
 
     try:
-        return _record_both(model, example, record, "export", lambda: all(free_batches))
+        traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
+        return _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
     except TraceError as export_error:
         registrations.remove()
         watch.restore()
         raise TraceError(
             f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
         ) from symbolic_error
+
+
+def _with_free_sizes(
+    model: nn.Module, inputs: Mapping[str, Any], traced: Traced, sizes: tuple[FreeSize, ...]
+) -> Traced:
+    """Return the recordings with the sizes that they leave free, if at other sizes they compute what the model does."""
+    other = resized(Args(**inputs).first(2).kwargs, sizes) if sizes and traced.capture.free_batch else None
+    if other is None:
+        return traced
+    try:
+        for gm, training in ((traced.train, True), (traced.eval, False)):
+            check_equal_forward(model, gm, Args(**other), training=training)
+    except (TraceError, DataError) as error:
+        log.info("sizes of inputs stay fixed: %s", error)
+        return traced
+    return replace(traced, capture=replace(traced.capture, free_sizes=sizes))
+
+
+def _check_free(model: nn.Module, example: Args, dynamic: Mapping[str, Collection[int]], capture: Capture) -> None:
+    """Raise TraceError unless the sizes that the user wants free are; says which is not, and what fixes it."""
+    free = {(size.name, size.dim) for size in capture.free_sizes}
+    free |= {(name, 0) for name in dynamic if capture.free_batch}
+    for name, dim in ((name, dim) for name, dims in dynamic.items() for dim in dims):
+        if (name, dim) not in free:
+            with keep_modes(model):
+                reasons = (why_fixed(model.train(mode), example.kwargs, name, dim) for mode in (True, False))
+                reason = next(filter(None, reasons), "the program is not right at every size")
+            raise TraceError(
+                f"dimension {dim} of the input {name!r} cannot be free in {type(model).__name__}: {reason}. Compute "
+                "what depends on the size from x.shape in forward, without int(...) and without branches on it; or "
+                "leave it out of dynamic=, then it is fixed to that of the first batch."
+            )
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:

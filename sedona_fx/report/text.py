@@ -70,12 +70,29 @@ def net_report(
         notes = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{notes}"
     if plan.capture is not None and plan.capture.left_out:
         notes += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
+    if plan.capture is not None and plan.capture.fixed_sizes:
+        notes += f"\nsizes: {_sizes(plan)}"
     loss = f", loss {plan.loss}" if plan.loss is not None else ""
     own = [f"\n  block {k}: {name}" for k, name in enumerate(plan.local_losses or ()) if name is not None]
     if own:
         notes += f"\nlocal losses in place of the net's:{''.join(own)}"
     title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}{loss}"
     return f"{title}\n{table(titles, rows)}{notes}"
+
+
+def _sizes(plan: Plan) -> str:
+    """Return which sizes of the inputs of a captured model are free: ``"ids (any, 2 or more), image (any, 3, 8)"``."""
+    assert plan.capture is not None
+    free = {(size.name, size.dim): size for size in plan.capture.free_sizes}
+    texts = []
+    for name, spec in plan.inputs.items():
+        if isinstance(spec, dict) and spec.keys() == {"shape", "dtype"}:
+            sizes = ["any" if dim == 0 and plan.capture.free_batch else str(n) for dim, n in enumerate(spec["shape"])]
+            for dim in range(len(sizes)):
+                if (name, dim) in free:
+                    sizes[dim] = free[name, dim].text
+            texts.append(f"{name} ({', '.join(sizes)})")
+    return ", ".join(texts) + "; all others are fixed"
 
 
 def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:
