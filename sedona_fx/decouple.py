@@ -211,7 +211,12 @@ def load(
 def _make(request: Request) -> Net:
     """Analyse the model, decide, and build: the steps that both functions have in common."""
     analysed = analyse(
-        request.model, request.example, request.output, request.leaf_modules, request.where, request.dynamic
+        request.model,
+        request.example,
+        request.output,
+        request.leaf_modules,
+        where=request.where,
+        dynamic=request.dynamic,
     )
     if request.tries_loss:
         check_target(request.model, analysed, request.target, request.loss, heads=request.trains_heads)

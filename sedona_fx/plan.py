@@ -14,8 +14,15 @@ from typing import Any
 
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import json_digest, parse_json, replacing
-from sedona_fx.plan_capture import Capture, read_capture
-from sedona_fx.plan_values import check_seconds, check_spec, finite, inputs_from_json, inputs_to_json
+from sedona_fx.plan_values import (
+    Capture,
+    check_seconds,
+    check_spec,
+    finite,
+    inputs_from_json,
+    inputs_to_json,
+    read_capture,
+)
 
 FORMAT = 2
 """Version of the JSON. Version 1 kept `capture`, `seed` and `block_seconds` in the provenance; it is still read."""

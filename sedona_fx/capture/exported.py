@@ -36,7 +36,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
-from sedona_fx.plan_capture import FreeSize
+from sedona_fx.plan_values import FreeSize
 from sedona_fx.rng import seed_all
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sedona_fx.plan_capture import FreeSize
+from sedona_fx.plan_values import FreeSize
 
 _BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _SIZES = (*range(2, 41), 48, 49, 64, 77, 100, 127, 128, 129, 192, 224, 256, 384, 500, 512, 1000, 1024)

@@ -12,7 +12,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.outputs import OutputFormat
-from sedona_fx.plan_capture import Capture
+from sedona_fx.plan_values import Capture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children, share_copy
 from sedona_fx.ir.outputs import Key, pick
-from sedona_fx.plan_capture import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.run import hand_on, last_readers
 

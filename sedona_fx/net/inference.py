@@ -17,7 +17,7 @@ from sedona_fx.net.precision_proof import PrecisionProof
 from sedona_fx.net.saved import Saved
 from sedona_fx.net.signature import Signature
 from sedona_fx.passes import strip
-from sedona_fx.plan_capture import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.engine import Engine
 

@@ -24,7 +24,7 @@ from sedona_fx.net.signature import Signature, method_like
 from sedona_fx.net.trial import Trial
 from sedona_fx.net.variants import Variants
 from sedona_fx.passes import strip
-from sedona_fx.plan_capture import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.report.text import net_report
 from sedona_fx.runtime.block import Block, StepResult, users_of
 from sedona_fx.runtime.engine import Engine, OnBlock

@@ -18,7 +18,7 @@ from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, PlanError, shape_text
 from sedona_fx.net.trial import Trial
-from sedona_fx.plan_capture import FreeSize
+from sedona_fx.plan_values import FreeSize
 
 
 class Untouched:

@@ -19,7 +19,7 @@ from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.net.parts import NetParts
-from sedona_fx.plan_capture import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.rng import seed_all
 
 

@@ -34,7 +34,7 @@ from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
-from sedona_fx.plan_capture import Capture, FreeSize, FrontEnd
+from sedona_fx.plan_values import Capture, FreeSize, FrontEnd
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "

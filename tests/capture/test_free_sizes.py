@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx.errors import DataError, HeadError, PlanError, TraceError
-from sedona_fx.plan_capture import FreeSize
+from sedona_fx.plan_values import FreeSize
 from sedona_fx.train import Greedy
 
 WORDS = 11
