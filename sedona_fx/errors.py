@@ -10,6 +10,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_AT_ZERO = (
+    "The gradient of a root, logarithm, norm or quotient at 0 is such a one (torch.autograd.detect_anomaly() finds the "
+    "line): keep it away from 0."
+)
+
 
 class SedonaError(Exception):
     """Base of all errors that sedona_fx raises on purpose; catch it to catch them all."""
@@ -170,9 +175,8 @@ class NonFiniteGradientError(NonFiniteLossError):
         SedonaError.__init__(
             self,
             f"the gradient of block {block} is {where} although the losses are finite. The parameters, optimizer state "
-            f"and BatchNorm statistics of block {block} keep their values from before this step. The gradient of a "
-            "root, logarithm, norm or quotient at 0 is such a one (torch.autograd.detect_anomaly() finds the line): "
-            "keep it away from 0. If the numbers grew too large, lower the learning rate or clip.",
+            f"and BatchNorm statistics of block {block} keep their values from before this step. {_AT_ZERO} If the "
+            "numbers grew too large, lower the learning rate or clip.",
         )
 
 
@@ -183,12 +187,16 @@ class SearchDivergedError(SedonaError):
 
     Attributes:
         plan: the :class:`~sedona_fx.Plan` decoded from what was learned until then; None if there is none yet.
+        fault: the first loss or gradient that was not finite, in words; empty where it is not known.
     """
 
-    def __init__(self, where: str, plan: Any) -> None:
-        self.plan = plan
+    def __init__(self, where: str, plan: Any, fault: str = "") -> None:
+        self.plan, self.fault = plan, fault
         kept = "the plan found so far is kept in `error.plan`" if plan is not None else "no plan had been found yet"
-        super().__init__(f"the search's loss is not finite {where}; {kept}. Lower `lr`, or check the data.")
+        super().__init__(
+            f"a loss or a gradient of the search is not finite {where}{f': {fault}' if fault else ''}; {kept}. "
+            f"Lower `lr`, or check the data. Where losses are finite and gradients are not: {_AT_ZERO}"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:

@@ -99,7 +99,7 @@ class GuidedRun:
                 if self._roll_out(halving, comparison, progress):
                     ranked = halving.ranked or ranked
                 else:
-                    provenance["without_rollouts"] = "their losses turned infinite"
+                    provenance["without_rollouts"] = "their losses or gradients were not finite"
                 rounds = halving.rounds
         provenance |= {
             "search": "guided",
@@ -109,6 +109,7 @@ class GuidedRun:
             "states": len(comparison.met),
             "rounds": rounds,
             "decided_by": "rollouts" if rounds and "without_rollouts" not in provenance else "gradients",
+            **comparison.skipped(),
         }
         if self.net.shares_parameters and self.settings.finalists > 1:
             provenance["without_rollouts"] = "blocks would share a parameter"
@@ -177,7 +178,7 @@ class GuidedRun:
 
         Raises:
             KeyboardInterrupt: Ctrl-C before any gradients were compared.
-            SearchDivergedError: no state had finite gradients.
+            SearchDivergedError: no training step, or no state, had finite gradients.
         """
         progress.show(comparison=comparison)
         try:
@@ -186,8 +187,6 @@ class GuidedRun:
             if not comparison.met:
                 raise
             progress.interrupt(f"step {comparison.step} of {comparison.steps}")
-        if not comparison.met:
-            raise SearchDivergedError("in the gradients of every state", None)
 
     def _rank(self, alignments: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:
         """Return the best plans within the limits; and as JSON their scores, and what each (place, head) adds to them.

@@ -85,7 +85,7 @@ class Rollout(Search):
             CheckpointError: `folder` holds another search, or cannot be read.
             CutError: blocks share a parameter, or there are not enough places to cut, or no heads to compare.
             DataError: there is no data, or an epoch of it is empty.
-            SearchDivergedError: every plan's loss turned infinite.
+            SearchDivergedError: a loss or gradient of every plan, or of every step of the warm-up, was not finite.
             SettingsError: `training_steps` does not pay for one step of all plans.
         """
         if problem.blocks == 1:
@@ -150,6 +150,7 @@ class Rollout(Search):
             "interrupted": progress.interrupted,
             "cost": {"equivalent_steps": progress.spent, "steps": halving.step, "warmup_steps": self.warmup_steps},
             "rounds": halving.rounds,
+            **warm_up.skipped(),
         }
         if not progress.interrupted:
             journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], provenance]})
