@@ -108,9 +108,9 @@ class PlanError(SedonaError):
 class CheckpointError(SedonaError):
     """A file of weights, of a training run or of a search cannot be read, or belongs to another net, plan or schedule.
 
-    Raised by ``load``, ``net.load_weights``, ``net.load_state_dict``, ``net.save`` (extra state that could not be read
-    again), ``fit`` with a checkpoint, a schedule's ``load_state_dict``, and a search with ``folder=``, which another
-    search may be using.
+    Raised by ``load``, ``net.load_weights``, ``net.load_state_dict``, ``net.save`` and ``fit`` with a checkpoint
+    (weights that have turned infinite or NaN, extra state that could not be read again), a schedule's
+    ``load_state_dict``, and a search with ``folder=``, which another search may be using.
     """
 
 

@@ -97,6 +97,7 @@ class Net(Inference):
             redirect(self._own_graphs(), devices, traced_on)
         self._follower, self._accident = self._make_follower(parts.analysed.mode_paths), Accident(plan.blocks)
         self._precision = PrecisionProof(self._signature.trial, self._plain, self._all_graphs)
+        self.note_finite()
 
     def _make_follower(self, flags: Mapping[str, tuple[bool, bool]]) -> Follower:
         trial, graphs = self._signature.trial, (self._plain, self._graphs[False], self._all_graphs)
