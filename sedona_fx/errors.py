@@ -129,6 +129,14 @@ class ExportError(SedonaError):
     """
 
 
+class ParallelError(SedonaError):
+    """A net is wrapped for training in several processes or on several devices, by something that would not train it.
+
+    Raised where a net is put into ``DataParallel``, ``DistributedDataParallel`` or ``FullyShardedDataParallel``, or
+    given to ``fully_shard``; and by the next step of a net whose ``net.model`` was. The message has the way that works.
+    """
+
+
 class NonFiniteLossError(SedonaError):
     """A local loss turned infinite or NaN.
 

@@ -30,6 +30,7 @@ exits      Inference with heads: early exit at the first head that is confident,
 finite     Refuse to write weights that have turned infinite or NaN: they would take the place of the last good ones
 follow     Take over into the graphs what was replaced in a net's modules, or refuse it by name
 net        The decoupled net: the user's model as K blocks that train without waiting for each other
+parallel   Refuse what would train a net in several processes, or on several devices, without knowing how it trains
 parts      The record of everything that a net is built from
 placing    Move the tensors of a net between devices, and keep every graph consistent with that
 saved      Saving a net: the folder with plan and weights, its state dict, and why it cannot be pickled

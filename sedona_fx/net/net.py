@@ -17,6 +17,7 @@ from sedona_fx.ir.modules import device_of, direct_children
 from sedona_fx.net.accident import Accident
 from sedona_fx.net.follow import Follower
 from sedona_fx.net.inference import Inference
+from sedona_fx.net.parallel import OneProcess, require_unwrapped
 from sedona_fx.net.parts import NetParts
 from sedona_fx.net.placing import block_devices, place, redirect, relink
 from sedona_fx.net.precision_proof import PrecisionProof
@@ -31,7 +32,7 @@ from sedona_fx.runtime.engine import Engine, OnBlock
 from sedona_fx.runtime.options import Batch, StepOptions
 
 
-class Net(Inference):
+class Net(OneProcess, Inference):
     """A decoupled net. Made by :func:`sedona_fx.decouple` or :func:`sedona_fx.load`.
 
     ``net(x)`` takes the arguments of the model and returns what the model returns; it runs no head. The net owns the
@@ -189,8 +190,10 @@ class Net(Inference):
         Raises:
             DataError: the net was traced with other arguments.
             ScheduleError: as for :meth:`check`.
+            ParallelError: ``net.model`` is in a wrapper that would not train the net.
         """
         self.check()
+        require_unwrapped(self.model)
         return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
 
     def bind(self, args: Args) -> dict[str, Any]:

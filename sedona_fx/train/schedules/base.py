@@ -11,6 +11,7 @@ from torch import nn
 
 from sedona_fx.errors import ScheduleError
 from sedona_fx.net.net import Net
+from sedona_fx.net.parallel import require_unwrapped
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
 from sedona_fx.runtime.block import Block, StepResult, users_of
@@ -154,8 +155,10 @@ class Schedule(Updating):
         Raises:
             ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient; the net
                 cannot follow what was replaced in it; or the optimizers do not hold it.
+            ParallelError: ``net.model`` is in a wrapper that would not train the net.
         """
         refuse_unfrozen(self._frozen, self.net, type(self).__name__)
+        require_unwrapped(self.net.model)
         self._check_parameters()
         self.net.check_precision(self.autocast)
         if not self._calls:
