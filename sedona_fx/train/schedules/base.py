@@ -234,7 +234,8 @@ class Schedule(Updating):
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped; loads with ``weights_only=True``.
 
-        A subclass that adds keys names them in `parts`.
+        Its tensors are the schedule's own, as in state dicts of PyTorch; to go back to it in the same process, keep a
+        ``copy.deepcopy``. A subclass that adds keys names them in `parts`.
 
         Raises:
             NonFiniteLossError: a loss or gradient of the last step was not finite; its check had been deferred.
@@ -271,7 +272,7 @@ class Schedule(Updating):
         check_numbers(state, self.parameters, self.scalers, self.accumulate)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Load the net's own state first.
+        """Go on from a state, which stays as it is. Load the net's own state first.
 
         Where the schedule draws from the global random streams, their states are restored as well.
 
