@@ -22,6 +22,7 @@ from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Progress
 from sedona_fx.search.session.timing import MEASURED_SHARE
+from sedona_fx.search.trial_settings import DEFAULT_EPOCHS
 from sedona_fx.search.trials.alignment import Alignment
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort, Shares, overhead
@@ -32,7 +33,6 @@ from sedona_fx.search.trials.supernet import Supernet
 log = logging.getLogger(__name__)
 
 _PLANS_LISTED = 200
-_DEFAULT_EPOCHS = 25
 
 
 class GuidedRun:
@@ -134,7 +134,7 @@ class GuidedRun:
                 return Shares(*saved[0]), Effort(*saved[1]), batch_size
         effort = Effort.of(self.problem, self.places, micro_batches)
         epoch = self.data.epoch_batches or self.train.length()
-        allowed_steps = _DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
+        allowed_steps = DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
         step_seconds = None
         if settings.seconds is not None or effort.of_measuring <= MEASURED_SHARE * allowed_steps:
             step_seconds = effort.seconds(
