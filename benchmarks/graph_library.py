@@ -17,34 +17,23 @@ from typing import Any
 import networkx as nx
 import torch
 import torchvision.models as zoo
+from captured import captured
 from common import options, report
 from torch import fx, nn
 
-import sedona_fx
 from sedona_fx.ir.flow import ancestors, dependency_graph, longest_chain
 from sedona_fx.ir.graph import cut_points, output_node
 from sedona_fx.measure import step_seconds
 from sedona_fx.passes.cuts import possible
-from sedona_fx.search import Decision, Problem, Search
 from sedona_fx.search.problem.dynamic_program import best_plans
 
 HEADS = 4
 
 
-class Catch(Search):
-    """Keeps the problem, and cuts at the first places."""
-
-    def decide(self, problem: Problem) -> Decision:
-        """Keep the problem."""
-        self.problem = problem
-        return problem.decision([(place, 0) for place in problem.places()[: problem.blocks - 1]], {})
-
-
 def analysed(model: nn.Module, x: torch.Tensor) -> fx.Graph:
     """Return the ANALYSED train graph of a model."""
-    catch = Catch()
-    sedona_fx.decouple(model, (x, torch.zeros(len(x), dtype=torch.long)), blocks=2, search=catch, progress=False)
-    return catch.problem.train.graph
+    batch = x, torch.zeros(len(x), dtype=torch.long)
+    return captured(model, batch, needs_data=False, blocks=2).train.graph
 
 
 def plain_ancestors(root: fx.Node, needs: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
