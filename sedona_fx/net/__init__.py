@@ -40,7 +40,7 @@ variants   Variants of a net's blocks that schedules need, such as blocks withou
            asked for
 watch      Notice what was replaced in a net's modules since its graphs were made, in a few microseconds a step
 weights    Weight files of a net. Cuts, heads, names, shapes and dtypes are compared before anything is loaded
-wrapped    Nets inside of PyTorch's wrappers, which have the net's parameters but not its methods
+wrapped    Nets inside of what ``torch.compile`` returns, which has the net's parameters but not its methods
 """
 
 __all__: list[str] = []  # internal

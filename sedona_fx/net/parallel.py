@@ -97,8 +97,9 @@ def warn_of_replicas(model: nn.Module) -> None:
     Args:
         model: what the user handed over, a ``DistributedDataParallel`` perhaps.
     """
+    group: Any = getattr(model, "process_group", None)
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
-    if replicated and torch.distributed.get_world_size(model.process_group) > 1:
+    if replicated and torch.distributed.get_world_size(group) > 1:
         warnings.warn(
             "the net is made of the model inside of DistributedDataParallel, which averages no gradients of the net: "
             f"each process would train by itself. Instead, {AVERAGED}",
