@@ -9,6 +9,8 @@ analyse     model -> ANALYSED graphs: where the model may be cut, and what a hea
 build       ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block graphs, costs
 choices     What the user chose: cuts by name, heads, a plan. Names are resolved to cut points, or refused with the
             reason
+contexts    What a head has to fit at every legal cut point: shapes with the batch first, dtypes, and how both lie
+            in the model
 copying     The copy of the user's model that a net owns: with the hooks on its parameters, and with no way back to
             the original
 decide      The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search
@@ -17,6 +19,7 @@ provenance  The plan of a decision: what is saved with the net
 request     What the user asked of ``decouple`` or ``load``: the arguments checked one by one, and kept in one
             record
 saved_loss  The losses of a net that is loaded, compared with those that its plan names; functions are not saved
+whole_batch What the model returned for a few examples, in the shapes that it returns for the whole batch
 """
 
 __all__: list[str] = []  # internal

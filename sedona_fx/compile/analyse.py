@@ -14,16 +14,17 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
 from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.compile.contexts import context_of
 from sedona_fx.compile.head_loss import check_head_output
+from sedona_fx.compile.whole_batch import repeated_to
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import CutError, DataError, did_you_mean, shape_text
-from sedona_fx.heads.context import HeadContext, HeadDtypes
 from sedona_fx.ir.analysed import Analysed
-from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
+from sedona_fx.ir.graph import cut_points, info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick, resolve_key
-from sedona_fx.passes.crossings import read_token
+from sedona_fx.passes.crossings import loss_node
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 
 _PATHS = "model.named_modules() lists the module paths."
@@ -98,6 +99,9 @@ def analyse(
         eval_key = eval_key if eval_key in dict(fields(eval_returned)) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.capture.hosted)
         auxiliary = _auxiliary_fields(returned, eval_returned, key)
+    sizes_are_free = traced.capture.free_batch and not traced.capture.hosted
+    loss_about = loss_node(train.graph, output, whole=traced.capture.hosted)
+    passes.batch(train, evaluation, example if sizes_are_free else None, primary=loss_about)
     if not any(info(node).depends for node in output_node(train.graph).all_input_nodes):
         raise CutError(
             f"the output of {type(model).__name__} does not depend on any of its parameters: there is nothing to "
@@ -110,15 +114,17 @@ def analyse(
             "which a block could end. Name the module that does most of the work, a backbone or an encoder."
         )
     _choose_cuts(train, evaluation, where, named)
+    head_of = context_of(train, output, pick(returned, key))
     return Analysed(
         train=train,
         eval=evaluation,
         mode_paths=traced.mode_paths,
         # From what the model itself returned, since dicts and lists in a graph are immutable classes of fx.
         output=OutputFormat.of(traced.output, key, auxiliary),
-        contexts=_head_contexts(train, output, pick(returned, key)),
+        contexts={str(info(node).cut): head_of(node) for node in cut_points(train.graph)},
         example=example,
         few=traced.output,
+        whole=repeated_to(traced.output, returned),
         named=named,
         capture=traced.capture,
     )
@@ -194,40 +200,8 @@ def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where
     mark(limits[-1])
 
 
-def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> dict[str, HeadContext]:
-    """Return what a head has to fit at every legal cut point."""
-    token, tokens = read_token(train.graph, output)
-    contexts = {}
-    for node in cut_points(train.graph):
-        record = info(node)
-        shape = record.value.shape
-        contexts[str(record.cut)] = HeadContext(
-            shape=shape,
-            output_shape=primary.shape,
-            # If no layer says otherwise, the last of three dimensions holds the channels, as in tokens.
-            channel_dim=record.channel_dim if record.channel_dim is not None else (2 if len(shape) == 3 else 1),
-            place=str(record.cut),
-            token=token if len(shape) == 3 and shape[1] == tokens else None,
-            dtypes=_head_dtypes(train, record.value, primary),
-        )
-    return contexts
-
-
-def _head_dtypes(train: fx.GraphModule, activation: TensorSpec, primary: TensorSpec) -> HeadDtypes | None:
-    """Return the dtypes of a head: its weights have the activation's if the model has such weights, too.
-
-    Otherwise autocast has made the activation, which no weights of that dtype could follow to another autocast.
-    """
-    dtypes = [p.dtype for p in train.parameters() if p.is_floating_point()]
-    one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
-    if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
-        return None
-    weights = activation.dtype if activation.dtype in dtypes or not dtypes else dtypes[0]
-    return HeadDtypes(activation=activation.dtype, weights=weights, output=primary.dtype)
-
-
 def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:
-    """Try the loss on the model's own output for a few examples, and on a head's, before anything is searched.
+    """Try the loss on an output of the model for the first batch, and on a head's, before anything is searched.
 
     Args:
         traced: what analysis found out about the model.
@@ -241,18 +215,21 @@ def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: boo
     """
     if loss is None:
         return
-    few = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
-    primary = pick(traced.few, traced.output.key)
+    output = traced.whole
+    if output is None:
+        output = traced.few
+        target = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
+    primary = pick(output, traced.output.key)
     try:
         with torch.no_grad():
-            value = traced.output.final_loss(loss, traced.few, few)
+            value = traced.output.final_loss(loss, output, target)
     except Exception as error:
-        shape = f"{tuple(few.shape)} {few.dtype}" if isinstance(few, Tensor) else type(few).__name__
+        shape = f"{tuple(target.shape)} {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
         left_out = ", ".join(traced.capture.left_out)
         missing = f" Of the output, {left_out} is None, as no graph gives it." if left_out else ""
         raise DataError(
             f"the loss cannot take the model's output, {tuple(primary.shape)} {primary.dtype}, with the target, "
-            f"{shape} (first examples of the first batch): {type(error).__name__}: {error}. It is called as "
+            f"{shape} (of the first batch): {type(error).__name__}: {error}. It is called as "
             f"loss(output, target); hand another with loss=..., or mend the targets.{missing}"
         ) from error
     if not isinstance(value, Tensor) or value.dim() != 0:
@@ -261,7 +238,7 @@ def check_target(traced: Analysed, target: Any, loss: Loss | None, *, heads: boo
             "mean over the batch, as a tensor."
         )
     if heads and not traced.output.bare and primary.dim():  # no head imitates a single number, as will be said
-        check_head_output(traced, few, loss)
+        check_head_output(traced.output, output, target, loss)
 
 
 def check_validation(model: nn.Module, traced: Analysed, pair: Pair | None, loss: Loss) -> None:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from sedona_fx.errors import DataError
-from sedona_fx.ir.analysed import Analysed
-from sedona_fx.ir.outputs import Key, Loss, fields
+from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields
 
 
-def check_head_output(traced: Analysed, target: Any, loss: Loss) -> None:
+def check_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss) -> None:
     """Try the loss on what a head gives: the primary output in the model's output type, all other fields None.
 
     Args:
-        traced: what analysis found out about the model; the loss takes its own output.
+        form: how the loss sees what the model returns.
+        output: what the model returns, which the loss takes.
         target: of the examples that this output is of.
         loss: ``loss(output, target)``.
 
     Raises:
         DataError: the loss cannot take that; names the fields that it reads.
     """
-    form, given = traced.output, dict(fields(traced.few))
+    given = dict(fields(output))
 
     def reason(values: Mapping[Key, Any]) -> str:
         """Return why the loss cannot take an output with these fields, or ``""`` if it can."""

@@ -7,6 +7,7 @@
 | ``sedona-basic-1`` to ``-4`` | the form for ResNet-18 and -34: C planes, expansion 1 | spatial, vectors | scores |
 | ``mlp``, ``mlp-sr``, ``cnn`` | DGL's heads (Belilovsky et al., ICML 2020) | spatial, vectors | scores |
 | ``linear`` | global average pool, linear | everything | scores |
+| ``embedding`` | global average pool, linear | everything | (N, 128), for an objective of your own |
 | ``tokens-1`` to ``-3`` | LayerNorm, residual MLPs, pool over tokens, linear | everything of 2+ features | scores |
 | ``tokens-attention-1`` to ``-3`` | the same, a learned query attends over the tokens | all but vectors | scores |
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
@@ -32,6 +33,7 @@ from torch._subclasses import fake_tensor
 from sedona_fx.errors import HeadError, did_you_mean, shape_text
 from sedona_fx.heads import fit as head_fit
 from sedona_fx.heads.context import HeadContext, HeadFactory, HeadSpec
+from sedona_fx.heads.rows import ArrangedHead
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     if entry.refuses is not None:
         if reason := entry.refuses(context):
             fitting = fitting_heads(context)
-            advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_INSTEAD}"
+            advice = (
+                "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
+            )
             raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
-        return entry.factory(context)
     head = entry.factory(context)
-    _check_users_head(name, head, context)
-    return head
+    if entry.refuses is None:
+        _check_users_head(name, head, context)
+    if context.arrangement is None:
+        return head
+    return ArrangedHead(head, context.arrangement, free_output=context.free_output)
 
 
 def head_name(spec: HeadSpec) -> str:
@@ -117,7 +123,9 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
     if ladder := head_fit.ladder(context):
         return ladder
     reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
-    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
+    if context.no_output is not None:
+        reasons = context.no_output.reason
+    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_instead(context)}.")
 
 
 def default_head(context: HeadContext) -> str:
@@ -247,6 +255,10 @@ def _check_users_head(name: str, head: object, context: HeadContext) -> None:
             f"{where} turns {shape_text(shape)} into {shape_text(output.shape)}, but the model's primary output "
             f"would be {shape_text(output_shape)}: make the factory read `context.output_shape`."
         )
+
+
+def _instead(context: HeadContext) -> str:
+    return _INSTEAD if context.no_output is None else context.no_output.instead
 
 
 def _after(context: HeadContext) -> str:
