@@ -9,8 +9,8 @@ analyse     model -> ANALYSED graphs: where the model may be cut, and what a hea
 build       ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block graphs, costs
 choices     What the user chose: cuts by name, heads, a plan. Names are resolved to cut points, or refused with the
             reason
-contexts    What a head has to fit at every legal cut point: shapes with the batch first, dtypes, and how both lie
-            in the model
+contexts    What a head has to fit behind a cut: shapes with the batch first, dtypes, and how the model itself has
+            both
 copying     The copy of the user's model that a net owns: with the hooks on its parameters, and with no way back to
             the original
 decide      The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search

@@ -1,4 +1,4 @@
-"""What a head has to fit at every legal cut point: shapes with the batch first, dtypes, and how both lie in the model."""
+"""What a head has to fit behind a cut: shapes with the batch first, dtypes, and how the model itself has both."""
 
 from __future__ import annotations
 

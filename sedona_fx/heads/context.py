@@ -31,8 +31,8 @@ class NoOutput(NamedTuple):
 class HeadContext:
     """The activation that an auxiliary head reads and the output that it must produce.
 
-    The batch is the first dimension of both shapes, wherever the model itself has it: a head gets its activation so, and
-    what it gives is put into the model's form. The size of the batch is an example: a head must accept any.
+    The batch is the first dimension of both shapes, wherever the model itself has it: a head gets its activation so,
+    and what it gives is put into the model's form. The size of the batch is an example: a head must accept any.
 
     Attributes:
         shape: shape of the activation at the cut.

@@ -40,7 +40,6 @@ def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
     table["mlp-sr"] = functools.partial(mlp, spatial=3), refuses_spatial
     table["cnn"] = functools.partial(_spatial_head, nets.cnn_head), refuses_spatial
     table["linear"] = _linear_head, refuses_scores
-    table["embedding"] = _embedding_head, refuses_embedding
     for name, build, refuses in (
         ("tokens", _token_head, refuses_tokens),
         ("tokens-attention", functools.partial(_token_head, attention=True), refuses_attention),
@@ -49,6 +48,7 @@ def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
     ):
         for depth in range(1, 4):
             table[f"{name}-{depth}"] = functools.partial(build, depth=depth), refuses
+    table["embedding"] = _embedding_head, refuses_embedding
     return table
 
 

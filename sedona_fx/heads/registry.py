@@ -7,11 +7,11 @@
 | ``sedona-basic-1`` to ``-4`` | the form for ResNet-18 and -34: C planes, expansion 1 | spatial, vectors | scores |
 | ``mlp``, ``mlp-sr``, ``cnn`` | DGL's heads (Belilovsky et al., ICML 2020) | spatial, vectors | scores |
 | ``linear`` | global average pool, linear | everything | scores |
-| ``embedding`` | global average pool, linear | everything | (N, 128), for an objective of your own |
 | ``tokens-1`` to ``-3`` | LayerNorm, residual MLPs, pool over tokens, linear | everything of 2+ features | scores |
 | ``tokens-attention-1`` to ``-3`` | the same, a learned query attends over the tokens | all but vectors | scores |
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
 | ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
+| ``embedding`` | global average pool, linear | everything | (N, 128), for a ``local_loss`` of your own |
 
 Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
 are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
@@ -65,13 +65,10 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     _check_layout(context)
     entry = _entry(spec)
     name = head_name(spec)
-    if entry.refuses is not None:
-        if reason := entry.refuses(context):
-            fitting = fitting_heads(context)
-            advice = (
-                "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
-            )
-            raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
+    if entry.refuses is not None and (reason := entry.refuses(context)):
+        fitting = fitting_heads(context)
+        advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
+        raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
     head = entry.factory(context)
     if entry.refuses is None:
         _check_users_head(name, head, context)

@@ -163,8 +163,9 @@ class EarlyExit(nn.Module):
 
 def _growing(two: Sequence[tuple[int, ...]], three: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[int, int]]]:
     """Return the dimensions that differ between the shapes for two and for three examples, with both sizes."""
-    pairs = [pair for first, second in zip(two, three, strict=True) for pair in enumerate(zip(first, second))]
-    return [(dim, sizes) for dim, sizes in pairs if sizes[0] != sizes[1]]
+    pairs = zip(two, three, strict=True)
+    sizes = [pair for first, second in pairs for pair in enumerate(zip(first, second, strict=True))]
+    return [(dim, pair) for dim, pair in sizes if pair[0] != pair[1]]
 
 
 def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: int) -> fx.GraphModule:

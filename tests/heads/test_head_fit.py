@@ -104,7 +104,7 @@ def test_what_fits_where(key):
 
 
 def test_all_names():
-    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS)
+    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS, "embedding")
 
 
 @pytest.mark.parametrize(("key", "name"), PAIRS)
