@@ -18,11 +18,12 @@ from sedona_fx.ir.graph import TensorSpec, info, operation
 
 _TRANSPOSES = ("t", "T", "H", "numpy_T")
 _MATRIX_TRANSPOSES = ("mT", "mH", "adjoint")
-_DIMS_FROM_SECOND = (
-    *("transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flip", "unsqueeze", "squeeze", "select", "narrow"),
-    *("index_select", "mean", "sum", "prod", "amax", "amin", "max", "min", "logsumexp", "std", "var", "median", "any"),
+_DIMS_FROM_SECOND = ("transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "flip")
+"""Operators whose dimensions are all their arguments behind the tensor."""
+_DIM_SECOND = (
+    *("squeeze", "select", "narrow", "index_select", "mean", "sum", "prod", "amax", "amin", "max", "min"),
+    *("logsumexp", "std", "var", "median"),
 )
-"""Operators whose dimensions are their arguments behind the tensor."""
 _DIM_SECOND_OR_0 = ("cat", "concat", "concatenate", "stack", "unbind", "flatten", "unflatten")
 _DIM_THIRD_OR_0 = ("chunk", "split", "tensor_split", "split_with_sizes", "roll")
 _PAIRWISE = ("linear", "cdist")
@@ -103,7 +104,11 @@ def _touches_first(node: fx.Node, rank: int) -> bool:
         order = _ints([*node.args[1:], *named])
         return bool(order) and order[0] % rank != 0
     if name in _DIMS_FROM_SECOND:
-        dims = _ints([*node.args[1:3], *named])
+        dims = _ints([*node.args[1:], *named])
+    elif name in _DIM_SECOND:
+        dims = _ints([*node.args[1:2], *named])
+    elif name == "unsqueeze":
+        return any(dim % (rank + 1) == 0 for dim in _ints([*node.args[1:2], *named]))
     elif name in _DIM_SECOND_OR_0:
         dims = _ints([*node.args[1:2], *named]) or [0]
     elif name in _DIM_THIRD_OR_0:

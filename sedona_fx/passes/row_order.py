@@ -61,8 +61,10 @@ def row_orders(
     for k, site in enumerate(wanted):
         changed[site] = [_rows_that_differ(runs[0][k], run[k], values[site].dim) for run in runs[1:]]
     members = [{example for example in range(count) if unit in changed[output][example]} for unit in range(size)]
-    if values[output].each > 1:  # its own rows are asked for as well
-        members = [{unit} for unit in range(size)]
+    if per_example == 1:
+        if values[output].each == 1 and not all(unit in own for unit, own in enumerate(members)):
+            return {}  # examples come out in another order
+        members = [{unit} for unit in range(size)]  # whatever else a row of the output depends on
     orders: dict[str, bool] = {}
     for site, folded in values.items():
         if folded.each > 1 and site in changed:
