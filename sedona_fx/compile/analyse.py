@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
+from sedona_fx.compile.contexts import context_of
+from sedona_fx.compile.whole_batch import repeated_to
 from sedona_fx.data.args import Args
 from sedona_fx.errors import CutError, did_you_mean
-from sedona_fx.heads.context import HeadContext, HeadDtypes
 from sedona_fx.ir.analysed import Analysed
-from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
+from sedona_fx.ir.graph import cut_points, info, output_node
 from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, resolve_key
-from sedona_fx.passes.crossings import read_token
+from sedona_fx.passes.crossings import loss_node
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 from sedona_fx.passes.trace import Dynamic
 
@@ -101,6 +101,9 @@ def analyse(
         eval_key = eval_key if eval_key in dict(fields(eval_returned)) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.capture.hosted)
         auxiliary = _auxiliary_fields(returned, eval_returned, key)
+    sizes_are_free = traced.capture.free_batch and not traced.capture.hosted
+    loss_about = loss_node(train.graph, output, whole=traced.capture.hosted)
+    passes.batch(train, evaluation, example if sizes_are_free else None, primary=loss_about)
     if not any(info(node).depends for node in output_node(train.graph).all_input_nodes):
         raise CutError(
             f"the output of {type(model).__name__} does not depend on any of its parameters: there is nothing to "
@@ -113,15 +116,17 @@ def analyse(
             "which a block could end. Name the module that does most of the work, a backbone or an encoder."
         )
     _choose_cuts(train, evaluation, where, named)
+    head_of = context_of(train, output, pick(returned, key))
     return Analysed(
         train=train,
         eval=evaluation,
         mode_paths=traced.mode_paths,
         # From what the model itself returned, since dicts and lists in a graph are immutable classes of fx.
         output=OutputFormat.of(traced.output, key, auxiliary),
-        contexts=_head_contexts(train, output, pick(returned, key)),
+        contexts={str(info(node).cut): head_of(node) for node in cut_points(train.graph)},
         example=example,
         few=traced.output,
+        whole=repeated_to(traced.output, returned),
         named=named,
         capture=traced.capture,
     )
@@ -195,42 +200,6 @@ def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where
         if sum(1 for _ in cut_points(train.graph)) >= cuts_wanted:
             return
     mark(limits[-1])
-
-
-def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> dict[str, HeadContext]:
-    """Return what a head has to fit at every legal cut point."""
-    token, tokens = read_token(train.graph, output)
-    weights = list(dict.fromkeys(p.dtype for p in train.parameters() if p.is_floating_point()))
-    contexts = {}
-    for node in cut_points(train.graph):
-        record = info(node)
-        shape = record.value.shape
-        contexts[str(record.cut)] = HeadContext(
-            shape=shape,
-            output_shape=primary.shape,
-            # If no layer says otherwise, the last of three dimensions holds the channels, as in tokens.
-            channel_dim=record.channel_dim if record.channel_dim is not None else (2 if len(shape) == 3 else 1),
-            place=str(record.cut),
-            token=token if len(shape) == 3 and shape[1] == tokens else None,
-            dtypes=_head_dtypes(weights, record.value, primary),
-        )
-    return contexts
-
-
-def _head_dtypes(dtypes: Sequence[torch.dtype], activation: TensorSpec, primary: TensorSpec) -> HeadDtypes | None:
-    """Return the dtypes of a head: its weights have the activation's if the model has such weights, too.
-
-    Otherwise autocast has made the activation, which no weights of that dtype could follow to another autocast.
-
-    Args:
-        dtypes: of the model's weights, in their order.
-        activation, primary: what the head reads, and what it imitates.
-    """
-    one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
-    if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
-        return None
-    weights = activation.dtype if activation.dtype in dtypes or not dtypes else dtypes[0]
-    return HeadDtypes(activation=activation.dtype, weights=weights, output=primary.dtype)
 
 
 def _returned_specs(gm: fx.GraphModule) -> Any:

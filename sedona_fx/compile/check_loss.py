@@ -20,8 +20,8 @@ from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, pick
 def check_target(model: nn.Module, traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:
     """Try the loss on the model's own output, and on a head's, before anything is searched.
 
-    A few examples tell most often, and their output is at hand. A loss may need more (a contrastive one, one target
-    for a group of examples): what fails on a few is tried on the whole first batch.
+    The output of a few examples is at hand; repeated to the size of the batch, it tells most often. What fails so is
+    tried on what the graph gives for the first batch.
 
     Args:
         model: the model whose modules the graphs run; its modes and state are as before afterwards.
@@ -36,12 +36,13 @@ def check_target(model: nn.Module, traced: Analysed, target: Any, loss: Loss | N
     """
     if loss is None:
         return
-    few = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
+    output, wanted = traced.whole, target
+    if output is None:
+        output = traced.few
+        wanted = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
     try:
-        _try_loss(traced, traced.few, few, loss, heads=heads)
+        _try_loss(traced, output, wanted, loss, heads=heads)
     except DataError:
-        if not traced.capture.free_batch:
-            raise
         whole = _output(model, traced.train, traced.example, training=True)
         _try_loss(traced, whole, target, loss, heads=heads)
 

@@ -17,6 +17,8 @@ from sedona_fx.heads import nets
 from sedona_fx.heads.context import HeadContext, HeadFactory
 from sedona_fx.heads.layers import MoveDim, Resize, TokenGrid
 
+EMBEDDING = 128
+"""Number of features that the head ``embedding`` gives."""
 Refusal = Callable[[HeadContext], str]
 """Returns the reason why a kind of head cannot be used in a context, or an empty text if it can."""
 
@@ -47,6 +49,7 @@ def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
     ):
         for depth in range(1, 4):
             table[f"{name}-{depth}"] = functools.partial(build, depth=depth), refuses
+    table["embedding"] = _embedding_head, refuses_embedding
     return table
 
 
@@ -164,7 +167,14 @@ def _depths(name: str, count: int) -> tuple[str, ...]:
     return tuple(f"{name}-{depth}" for depth in range(1, count + 1))
 
 
+def refuses_embedding(context: HeadContext) -> str:
+    """Return why a head cannot give an embedding, (N, features), whatever the model gives."""
+    return "" if context.free_output else "it gives embeddings, for an objective of your own (local_loss=)"
+
+
 def _refuses_batch(context: HeadContext) -> str:
+    if context.no_output is not None:
+        return context.no_output.reason
     if context.output_shape[0] != context.shape[0]:
         return (
             f"the activation holds {context.shape[0]} examples and the output {context.output_shape[0]}, so it cannot "
@@ -224,6 +234,10 @@ def _spatial_head(build: Callable[..., nn.Sequential], context: HeadContext, **o
 
 def _linear_head(context: HeadContext) -> nn.Module:
     return _with_scores(nets.linear_head(context.channels, _classes(context), **_layout(context)), context)
+
+
+def _embedding_head(context: HeadContext) -> nn.Module:
+    return nets.linear_head(context.channels, EMBEDDING, **_layout(context))
 
 
 def _token_head(context: HeadContext, *, depth: int, attention: bool = False) -> nn.Module:

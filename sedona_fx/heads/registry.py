@@ -12,6 +12,7 @@
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
 | ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
 | ``resample-1`` to ``-3`` | LayerNorm, cross-attention to all positions, MLPs, linear | positions | token logits |
+| ``embedding`` | global average pool, linear | everything | (N, 128), for a ``local_loss`` of your own |
 
 Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
 are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
@@ -33,6 +34,7 @@ from torch._subclasses import fake_tensor
 from sedona_fx.errors import HeadError, did_you_mean, shape_text
 from sedona_fx.heads import fit as head_fit
 from sedona_fx.heads.context import HeadContext, HeadFactory, HeadSpec
+from sedona_fx.heads.rows import ArrangedHead
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,16 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     _check_layout(context)
     entry = _entry(spec)
     name = head_name(spec)
-    if entry.refuses is not None:
-        if reason := entry.refuses(context):
-            fitting = fitting_heads(context)
-            advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_INSTEAD}"
-            raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
-        return entry.factory(context)
+    if entry.refuses is not None and (reason := entry.refuses(context)):
+        fitting = fitting_heads(context)
+        advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
+        raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
     head = entry.factory(context)
-    _check_users_head(name, head, context)
-    return head
+    if entry.refuses is None:
+        _check_users_head(name, head, context)
+    if context.arrangement is None:
+        return head
+    return ArrangedHead(head, context.arrangement, free_output=context.free_output)
 
 
 def head_name(spec: HeadSpec) -> str:
@@ -119,7 +122,9 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
     if ladder := head_fit.ladder(context):
         return ladder
     reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
-    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
+    if context.no_output is not None:
+        reasons = context.no_output.reason
+    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_instead(context)}.")
 
 
 def default_head(context: HeadContext) -> str:
@@ -249,6 +254,10 @@ def _check_users_head(name: str, head: object, context: HeadContext) -> None:
             f"{where} turns {shape_text(shape)} into {shape_text(output.shape)}, but the model's primary output "
             f"would be {shape_text(output_shape)}: make the factory read `context.output_shape`."
         )
+
+
+def _instead(context: HeadContext) -> str:
+    return _INSTEAD if context.no_output is None else context.no_output.instead
 
 
 def _after(context: HeadContext) -> str:

@@ -27,6 +27,7 @@ class Analysed:
         contexts: what a head has to fit, for every legal cut point.
         example: the batch that the graphs were made with; every input has its argument name.
         few: what the model returned in train mode for the first two examples.
+        whole: the same in the shapes of the whole batch, its rows repeated; None if these shapes are not known.
         named: the user's cuts, each by the name of its cut point.
         capture: how the graphs were recorded.
         head_costs: what heads were found to cost so far; filled as costs are asked for.
@@ -39,6 +40,7 @@ class Analysed:
     contexts: dict[str, HeadContext]
     example: Args
     few: Any
+    whole: Any = None
     named: tuple[str, ...] = ()
     capture: Capture = field(default_factory=Capture)
     head_costs: dict[Hashable, Cost] = field(default_factory=dict, repr=False, compare=False)

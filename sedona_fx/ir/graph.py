@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.region import INFO as INFO
 from sedona_fx.ir.region import Region, new_graph
 
@@ -64,6 +65,8 @@ class NodeInfo:
     channel_dim: int | None = None  # annotate: the dimension of the channels; None if unknown
     training_only: bool = False  # crossings: it is used only by outputs that exist in training
     crossing: int = 0  # crossings: activations that cross if a block ends here; 0 if no block can
+    grown: Any = None  # batch: the value for a batch three times as large; None if the batch is where it always is
+    rows: Rows | None = None  # batch: where the value holds the examples, if `grown` is known and a head may ask for it
     cut: str | None = None  # cuts: name of the cut point after this node, where a cut is legal
     base_layer: bool = False  # cuts: the cut point ends a base layer
     block: int | None = None  # lower: the block that runs this node

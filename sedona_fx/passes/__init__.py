@@ -11,6 +11,7 @@ pass                phases                       what for
 ``annotate``        TRACED -> TRACED             what every node makes, keeps, overwrites and costs (with ``fake_run``)
 ``explicit_writes`` TRACED -> TRACED             in-place writes become edges
 ``crossings``       TRACED -> TRACED             where a block can end, and how many activations cross there
+``batch``           TRACED -> TRACED             where activations hold the batch (with ``batch_doubt``, ``row_order``)
 ``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names
 ``relax``           ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
 ``prune``           RELAXED -> PRUNED            only the chosen split points are left, each with one head
@@ -32,6 +33,7 @@ from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.annotate import annotate
+from sedona_fx.passes.batch import batch
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
 from sedona_fx.passes.explicit_writes import explicit_writes
@@ -63,6 +65,7 @@ __all__ = [
     "Traced",
     "annotate",
     "base_layers",
+    "batch",
     "crossings",
     "cuts",
     "explicit_writes",

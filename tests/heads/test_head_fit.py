@@ -112,7 +112,7 @@ def test_what_fits_where(key):
 
 
 def test_all_names():
-    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS, *RESAMPLE)
+    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS, *RESAMPLE, "embedding")
 
 
 @pytest.mark.parametrize(("key", "name"), PAIRS)
