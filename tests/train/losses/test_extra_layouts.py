@@ -1,6 +1,7 @@
 """Extra losses of nets that do not have the batch in dimension 0: they compare examples, not steps."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_the_kinetic_energy_is_a_mean_over_examples(kind):
     layers = [model.l[0](model.into(*kind.inputs)).tanh()]
     for k in (1, 2):
         layers.append(model.l[k](layers[-1]).tanh())
-    energy = sum((after - before).square().sum() for before, after in zip(layers, layers[1:], strict=False))
+    energy = sum((after - before).square().sum() for before, after in itertools.pairwise(layers))
     (energy / 4 / 2).backward()  # 4 examples, 2 tau
     for k in (0, 1, 2):
         torch.testing.assert_close(found[f"l.{k}.weight"], model.l[k].weight.grad, rtol=1e-9, atol=1e-13)
