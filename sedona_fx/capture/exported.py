@@ -26,6 +26,7 @@ from sedona_fx.capture.convert import Converter
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
 from sedona_fx.capture.inline_regions import inline_regions, mark_regions
+from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
@@ -69,18 +70,24 @@ def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx
         program=capture.program,
         arguments=arguments,
         model_output=capture.model_output,
+        inside=capture.inside,
     ).convert()
     return build_graph_module(model, graph, attributes), capture.mode_reads, free_batch
 
 
 @dataclass(frozen=True)
 class _Capture:
-    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile."""
+    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile.
+
+    Attributes:
+        inside: what the paths of the program begin with.
+    """
 
     program: torch.export.ExportedProgram
     source: fx.GraphModule
     model_output: Any
     mode_reads: list[nn.Module]
+    inside: str
 
 
 def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool) -> _Capture:
@@ -106,12 +113,15 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
         model_output, _ = without_objects(output)
         return list(leaves(model_output))
 
+    # The program is a graph module, at whose top no tensor may have a name that fx has there.
+    inside = INSIDE if has_own_names(model) else ""
+    outermost = Inside(model) if inside else model
     handle = model.register_forward_hook(observe)
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
             with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
-                program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
     except Exception as error:
@@ -128,7 +138,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
     inline_regions(source)
-    return _Capture(program, source, model_output, list(mode_reads))
+    return _Capture(program, source, model_output, list(mode_reads), inside)
 
 
 def _serves_every_batch(capture: _Capture, arguments: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, ref
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
 from sedona_fx.capture.proof import check_equal_forward
+from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
@@ -93,7 +94,8 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             "on the layers that it is about."
         )
     allow_names(model)
-    traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
+    with keep_process_state():
+        traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
     if not traced.capture.hosted:
         _tell_of_silent_hooks(model, traced.capture.front_end)
     return traced
