@@ -18,6 +18,7 @@ import torch
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.region import Cast, Region
 
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _ASKED = "_sedona_fx_asked"
 """Attribute of an autocast object: what its maker asked for, as a :class:`Cast`."""
 _BEFORE = "_sedona_fx_before"
@@ -140,3 +141,24 @@ def _refused(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         raise TraceError(f"torch.{name} is called, whose result is another one when the net runs under autocast")
 
     return call
+
+
+@contextmanager
+def keep_process_state() -> Iterator[None]:
+    """Restore on exit whether gradients are on, and what autocast is set to.
+
+    A forward may switch them by functions (``torch.set_grad_enabled(False)``, ``torch.set_autocast_enabled``) and
+    switch them back at its end, to which it does not come if an error, or whoever records it, stops it in between.
+    """
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    types = [kind for kind in _DEVICE_TYPES if torch.amp.is_autocast_available(kind)]
+    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types]
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        for kind, enabled, dtype in casts:
+            if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (enabled, dtype):
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)
