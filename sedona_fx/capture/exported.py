@@ -40,12 +40,15 @@ _OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
-def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
+def record_by_export(
+    model: nn.Module, arguments: Mapping[str, Any], *, told: list[str] | None = None
+) -> tuple[fx.GraphModule, list[nn.Module], bool]:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
         arguments: name -> value. All sizes are fixed to those of the values, except the batch where possible.
+        told: as for :func:`~sedona_fx.capture.regions.watch_regions`.
 
     Returns:
         The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
@@ -60,10 +63,10 @@ def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx
             "Remove them before the model is decoupled."
         )
     free_batch = Args(**arguments).batch_size() is not None
-    capture = _capture(model, arguments, free_batch=free_batch)
+    capture = _capture(model, arguments, free_batch=free_batch, told=told)
     if free_batch and not _serves_every_batch(capture, arguments):
         free_batch = False
-        capture = _capture(model, arguments, free_batch=False)
+        capture = _capture(model, arguments, free_batch=False, told=told)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
@@ -90,7 +93,7 @@ class _Capture:
     inside: str
 
 
-def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool) -> _Capture:
+def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool, told: list[str] | None) -> _Capture:
     """Export the model, with a symbolic batch size if `free_batch`, else with the example's.
 
     The program returns the flat list of the tensors in the model's output, so torch.export need not know the types
@@ -118,7 +121,8 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     outermost = Inside(model) if inside else model
     handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
+        watched = watch_regions(strict=False, told=told)
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watched as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
             with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
                 program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)

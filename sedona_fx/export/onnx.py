@@ -61,7 +61,7 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="onnx", purpose="exporting to ONNX")
-    with torch.autocast("cpu", enabled=False):  # a file has the casts of the model, and not those of the caller
+    with torch.autocast("cpu", enabled=False):  # none of the caller's
         return _checked(graph, example, Path(path), name=name, free_batch=free_batch)
 
 

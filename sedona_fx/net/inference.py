@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from sedona_fx.data.args import Args
 from sedona_fx.errors import ExportError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.ir.modules import direct_children, share_copy
+from sedona_fx.ir.region import Cast, Region
 from sedona_fx.net.exits import EarlyExit, ensemble
 from sedona_fx.net.placing import copy_on_cpu
 from sedona_fx.net.precision_proof import PrecisionProof
@@ -54,7 +54,8 @@ class Inference(Saved):
                 f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the "
                 f"sub-module, net.model.get_submodule({self.plan.root!r}), by itself."
             )
-        with torch.autocast(self.blocks[0].device.type, enabled=False):  # the file has the model's casts alone
+        off = Region(casts=(Cast(self.blocks[0].device.type, False),))
+        with off.entered():  # a file has the casts of the model, and not those of the caller
             module = self.inference_module()
         graph = copy_on_cpu(module, [block.device for block in self.blocks])
         return to_onnx(graph, self._example(), path, name=self.plan.model, free_batch=self.capture.free_batch)

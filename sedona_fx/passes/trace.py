@@ -116,21 +116,40 @@ def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], ro
     if leaves:
         raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
     watch, registrations = _settle(model, example)
-    free_batches: list[bool] = []  # of the recordings made so far
-
-    def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        gm, mode_readers, free_batch = record_by_export(model, inputs)
-        free_batches.append(free_batch)
-        return gm, mode_readers
-
     try:
-        return _record_both(model, example, record, "export", lambda: all(free_batches))
+        return _export_both(model, example, inputs)
     except TraceError as export_error:
         registrations.remove()
         watch.restore()
         raise TraceError(
             f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
         ) from symbolic_error
+
+
+def _export_both(model: nn.Module, example: Args, inputs: Mapping[str, Any]) -> Traced:
+    """Record both modes by ``torch.export``.
+
+    Code that asks whether autocast is on is told so at first: if it only opens a region then, the graphs have that
+    region, and are right with and without autocast. Otherwise the proof fails, and the code is told the truth.
+    """
+
+    def attempt(told: list[str] | None) -> Traced:
+        free_batches: list[bool] = []  # of the recordings made so far
+
+        def record() -> tuple[fx.GraphModule, list[nn.Module]]:
+            gm, mode_readers, free_batch = record_by_export(model, inputs, told=told)
+            free_batches.append(free_batch)
+            return gm, mode_readers
+
+        return _record_both(model, example, record, "export", lambda: all(free_batches))
+
+    told: list[str] = []
+    try:
+        return attempt(told)
+    except TraceError:
+        if not told:
+            raise
+    return attempt(None)
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
