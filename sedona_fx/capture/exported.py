@@ -25,10 +25,11 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.convert import Converter
-from sedona_fx.capture.free_sizes import Program
+from sedona_fx.capture.free_sizes import GuardedProgram
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
 from sedona_fx.capture.inline_regions import inline_regions, mark_regions
+from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
@@ -59,13 +60,16 @@ class Exported:
     free_sizes: tuple[FreeSize, ...] = ()
 
 
-def record_by_export(model: nn.Module, arguments: Mapping[str, Any], *, free_sizes: bool = True) -> Exported:
+def record_by_export(
+    model: nn.Module, arguments: Mapping[str, Any], *, free_sizes: bool = True, told: list[str] | None = None
+) -> Exported:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
         arguments: name -> value. The batch is left free where possible.
         free_sizes: whether to leave the other sizes of inputs free, too, where possible.
+        told: as for :func:`~sedona_fx.capture.regions.watch_regions`.
 
     Raises:
         TraceError: the program cannot be captured, or the forward changed state, drew numbers outside of the graph or
@@ -81,19 +85,20 @@ def record_by_export(model: nn.Module, arguments: Mapping[str, Any], *, free_siz
     sizes: tuple[FreeSize, ...] = ()
     if free_batch and free_sizes:
         with suppress(TraceError):  # with fewer sizes free it may go
-            capture = _capture(model, arguments, free=_all_sizes)
-            sizes = Program(capture.program, capture.source, arguments).free_sizes()
+            capture = _capture(model, arguments, free=_all_sizes, told=told)
+            sizes = GuardedProgram(capture.program, capture.source, arguments).free_sizes()
     if capture is None:
-        capture = _capture(model, arguments, free=_batch_size if free_batch else None)
-    if free_batch and not Program(capture.program, capture.source, arguments).serves_every_batch():
+        capture = _capture(model, arguments, free=_batch_size if free_batch else None, told=told)
+    if free_batch and not GuardedProgram(capture.program, capture.source, arguments).serves_every_batch():
         free_batch, sizes = False, ()
-        capture = _capture(model, arguments, free=None)
+        capture = _capture(model, arguments, free=None, told=told)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
         program=capture.program,
         arguments=arguments,
         model_output=capture.model_output,
+        inside=capture.inside,
     ).convert()
     gm = build_graph_module(model, graph, attributes)
     return Exported(gm, capture.mode_reads, free_batch=free_batch, free_sizes=sizes)
@@ -135,16 +140,25 @@ def why_fixed(model: nn.Module, arguments: Mapping[str, Any], name: str, dim: in
 
 @dataclass(frozen=True)
 class _Capture:
-    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile."""
+    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile.
+
+    Attributes:
+        inside: what the paths of the program begin with.
+    """
 
     program: torch.export.ExportedProgram
     source: fx.GraphModule
     model_output: Any
     mode_reads: list[nn.Module]
+    inside: str
 
 
 def _capture(
-    model: nn.Module, arguments: Mapping[str, Any], *, free: Callable[[Tensor], dict[int, Any]] | None
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    *,
+    free: Callable[[Tensor], dict[int, Any]] | None,
+    told: list[str] | None = None,
 ) -> _Capture:
     """Export the model, with symbols for the sizes that `free` gives of a tensor, else with the example's sizes.
 
@@ -168,12 +182,16 @@ def _capture(
         model_output, _ = without_objects(output)
         return list(leaves(model_output))
 
+    # The program is a graph module, at whose top no tensor may have a name that fx has there.
+    inside = INSIDE if has_own_names(model) else ""
+    outermost = Inside(model) if inside else model
     handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
+        watched = watch_regions(strict=False, told=told)
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watched as regions:
             shapes = _dynamic_shapes(example, free) if free is not None else None
             with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
-                program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
     except Exception as error:
@@ -190,7 +208,7 @@ def _capture(
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
     inline_regions(source)
-    return _Capture(program, source, model_output, list(mode_reads))
+    return _Capture(program, source, model_output, list(mode_reads), inside)
 
 
 def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:

@@ -18,7 +18,7 @@ _UNBOUNDED = 2**31
 """A bound that is larger is none: torch.export's symbols for sizes end somewhere."""
 
 
-class Program:
+class GuardedProgram:
     """An exported program, its graph, and the arguments that it was exported with.
 
     Args:

@@ -16,6 +16,10 @@ loss          Losses by name: what a plan notes of a net's loss, since functions
               from the name
 modules       Helpers on modules: copies that share tensors, training modes, devices, fast attribute access
 outputs       The primary output: its place in what the model returns, and how a head's output is put in that place
+pickled       Programs from pickles: fx makes a graph module again by tracing its code; here its regions are traced as
+              well
+program       The module that runs a graph: an ``fx.GraphModule`` in which a model's layers and tensors may have any
+              name
 region        Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at
               every node in them
 same_numbers  When two nested values hold the same numbers: bit for bit, or up to a part of their norm

@@ -13,6 +13,7 @@ from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children, share_copy
 from sedona_fx.ir.outputs import Key, pick
+from sedona_fx.ir.program import Program
 from sedona_fx.plan_values import Capture
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.run import hand_on, last_readers
@@ -22,7 +23,8 @@ class Exit(NamedTuple):
     """What an :class:`EarlyExit` returns.
 
     Attributes:
-        output: the primary output, (N, ...), each example's from the block at which it left.
+        output: the primary output, (N, ...), each example's from the block at which it left; of dtypes that differ
+            between blocks, the more precise.
         blocks: index of that block, (N,) int64.
     """
 
@@ -100,6 +102,9 @@ class EarlyExit(nn.Module):
             if index == len(self.blocks) - 1:
                 confident = torch.ones_like(confident)
             primary, confident = primary.to(output.device), confident.to(output.device)
+            if primary.dtype != output.dtype:  # under autocast a head and the model may give different ones
+                dtype = torch.promote_types(output.dtype, primary.dtype)
+                output, primary = output.to(dtype), primary.to(dtype)
             if self._batched is None:
                 leaving = (blocks < 0) & confident
                 output[leaving], blocks[leaving] = primary[leaving], index
@@ -210,7 +215,7 @@ def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: 
             graph.erase_node(node)
         elif is_head(node) and not node.users:
             graph.erase_node(node)
-    return direct_children(share_copy(fx.GraphModule(lowered, graph, class_name="Ensemble"))).eval()
+    return direct_children(share_copy(Program(lowered, graph, class_name="Ensemble"))).eval()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

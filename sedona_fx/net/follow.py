@@ -269,7 +269,7 @@ def _put(gm: fx.GraphModule, target: str, module: nn.Module) -> None:
         return
     if name in parent._modules:
         parent._modules[name] = module
-        if name in vars(parent):  # found there first
+        if isinstance(vars(parent).get(name), nn.Module):  # found there first
             vars(parent)[name] = module
 
 

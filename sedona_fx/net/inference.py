@@ -12,7 +12,9 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import ExportError
 from sedona_fx.export.onnx import to_onnx
 from sedona_fx.ir.modules import direct_children, share_copy
+from sedona_fx.ir.region import Cast, Region
 from sedona_fx.net.exits import EarlyExit, ensemble
+from sedona_fx.net.placing import copy_on_cpu
 from sedona_fx.net.precision_proof import PrecisionProof
 from sedona_fx.net.saved import Saved
 from sedona_fx.net.signature import Signature
@@ -52,9 +54,11 @@ class Inference(Saved):
                 f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the "
                 f"sub-module, net.model.get_submodule({self.plan.root!r}), by itself."
             )
-        return to_onnx(
-            self.inference_module(), self._example(), path, name=self.plan.model, free_batch=self.capture.free_batch
-        )
+        off = Region(casts=(Cast(self.blocks[0].device.type, False),))
+        with off.entered():  # a file has the casts of the model, and not those of the caller
+            module = self.inference_module()
+        graph = copy_on_cpu(module, [block.device for block in self.blocks])
+        return to_onnx(graph, self._example(), path, name=self.plan.model, free_batch=self.capture.free_batch)
 
     def inference_module(self) -> fx.GraphModule:
         """Return the eval graph without heads and boundaries, in eval mode; it shares the net's tensors.

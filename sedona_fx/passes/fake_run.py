@@ -34,6 +34,7 @@ from sedona_fx.fake.meter import Meter
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
+from sedona_fx.ir.program import attribute
 from sedona_fx.ir.region import region_of
 
 
@@ -99,6 +100,10 @@ class FakeRun(fx.Interpreter):
         """Return arguments with Python's own lists and dictionaries: a function kept whole may write to them."""
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._without_abstract(self.env[a]))
         return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return the module or tensor at a path."""
+        return attribute(self.module, target)
 
     def _without_abstract(self, value: Any) -> Any:
         """Return a nested value with a fake tensor in place of every abstract one."""

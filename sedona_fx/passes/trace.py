@@ -25,6 +25,7 @@ from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, ref
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
 from sedona_fx.capture.proof import check_equal_forward
+from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
@@ -106,7 +107,8 @@ def trace(
             "on the layers that it is about."
         )
     allow_names(model)
-    traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
+    with keep_process_state():
+        traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
     if dynamic and traced.capture.fixed_sizes:
         _check_free(model, example, dynamic, traced.capture)
     if not traced.capture.hosted:
@@ -131,15 +133,8 @@ def _trace(
     if leaves:
         raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
     watch, registrations = _settle(model, example)
-    made: list[Exported] = []
-
-    def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        made.append(record_by_export(model, inputs, free_sizes=free_sizes))
-        return made[-1].graph, made[-1].mode_readers
-
     try:
-        traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
-        return _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
+        return _export_both(model, example, inputs, free_sizes)
     except TraceError as export_error:
         registrations.remove()
         watch.restore()
@@ -178,6 +173,32 @@ def _check_free(model: nn.Module, example: Args, dynamic: Mapping[str, Collectio
                 "what depends on the size from x.shape in forward, without int(...) and without branches on it; or "
                 "leave it out of dynamic=, then it is fixed to that of the first batch."
             )
+
+
+def _export_both(model: nn.Module, example: Args, inputs: Mapping[str, Any], free_sizes: bool) -> Traced:
+    """Record both modes by ``torch.export``.
+
+    Code that asks whether autocast is on is told so at first: if it only opens a region then, the graphs have that
+    region, and are right with and without autocast. Otherwise the proof fails, and the code is told the truth.
+    """
+
+    def attempt(told: list[str] | None) -> Traced:
+        made: list[Exported] = []
+
+        def record() -> tuple[fx.GraphModule, list[nn.Module]]:
+            made.append(record_by_export(model, inputs, free_sizes=free_sizes, told=told))
+            return made[-1].graph, made[-1].mode_readers
+
+        traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
+        return _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
+
+    told: list[str] = []
+    try:
+        return attempt(told)
+    except TraceError:
+        if not told:
+            raise
+    return attempt(None)
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:

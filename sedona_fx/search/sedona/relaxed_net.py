@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import new_graph
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.search.problem.problem import Problem, local_loss_of
@@ -99,4 +100,4 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     nodes = dict(zip(block.exports, exported, strict=True))
     all_exports = tuple(copies[nodes[name]] if name in nodes else None for name in exports)
     graph.output((all_exports, fx.map_arg(local, copies.__getitem__)))
-    return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
+    return Program(block.module, graph, class_name=type(block.module).__name__)
