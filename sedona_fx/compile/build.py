@@ -10,6 +10,7 @@ from torch import nn
 from sedona_fx import passes
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.request import Request
+from sedona_fx.compile.uneven import why_uneven
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.analysed import Analysed
@@ -51,6 +52,7 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
         cost_of_head(analysed.head_costs, spec, analysed.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)
     ]
+    costs = block_costs(analysed.train, ends, head_costs)
     return Net(
         NetParts(
             model=request.model,
@@ -58,7 +60,8 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
             lowered=lowered,
             blocks=blocks,
             heads=list(modules.values()),
-            costs=block_costs(analysed.train, ends, head_costs),
+            costs=costs,
+            uneven=why_uneven(request, analysed, plan.cuts, costs, head_costs),
             plan=plan,
             loss=request.loss,
             objectives=request.objectives,

@@ -11,7 +11,7 @@ pass                phases                       what for
 ``annotate``        TRACED -> TRACED             what every node makes, keeps, overwrites and costs (with ``fake_run``)
 ``explicit_writes`` TRACED -> TRACED             in-place writes become edges
 ``crossings``       TRACED -> TRACED             where a block can end, and how many activations cross there
-``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names
+``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names (with ``places``)
 ``relax``           ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
 ``prune``           RELAXED -> PRUNED            only the chosen split points are left, each with one head
 ``lower``           PRUNED -> LOWERED            split points become real boundaries: detach, head, device move
