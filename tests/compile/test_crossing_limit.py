@@ -118,7 +118,7 @@ def test_a_net_that_is_even_keeps_its_plan():
         assert net.plan.cuts == cuts
     # Five blocks of six layers: one has two of them, 1.6 times an even share; half layers make one of three halves.
     uneven = decouple(model, data, 5, max_live=1, heads="linear")
-    assert max(bare_shares(uneven)) == pytest.approx(256 / 792)
+    assert max(bare_shares(uneven)) == pytest.approx(280 / 792)  # the last, which has no head
     even = decouple(model, data, 5, heads="linear")
     assert even.plan.max_live == 2
     assert max(bare_shares(even)) == pytest.approx(192 / 792)
