@@ -91,7 +91,8 @@ class OfferedByLimit(OfferedAtAll):
                 self._named.update([] if set(named).isdisjoint(aliases(info(node))) else [name])
         self.finder = PlaceFinder(train, where.measure or "flops", self.graphs[train])
         self._train, self._wanted, self._fits = train, where.blocks - 1, fits
-        self._found: dict[tuple[int, bool], Offered] = {}
+        self._found: dict[int, Offered] = {}
+        self._even: dict[int, Offered | None] = {}
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(set(self._crossing.values())) or [1])
@@ -100,22 +101,22 @@ class OfferedByLimit(OfferedAtAll):
         return len(set(self._crossing.values()) or {1})
 
     def __getitem__(self, max_live: int) -> Offered:
-        return self._at(max_live, even=False)
+        if max_live not in self._found:
+            self._found[max_live] = self._offer(max_live, self._reached(max_live))
+        return self._found[max_live]
 
     def either(self, max_live: int) -> list[Offered]:
-        """Return what is offered along the longest chain, and along that which shares the work most evenly."""
-        ways = [self._at(max_live, even=even) for even in (False, True)]
-        return ways if ways[0].legal != ways[1].legal else ways[:1]
+        """Return what is offered along the longest chain, and, if that is another, along the most even one."""
+        if max_live not in self._even:
+            beside = self._beside_the_evenest(max_live)
+            self._even[max_live] = self._offer(max_live, beside) if beside is not None else None
+        even = self._even[max_live]
+        return [self[max_live], even] if even is not None else [self[max_live]]
 
-    def _at(self, max_live: int, *, even: bool) -> Offered:
-        if (max_live, even) not in self._found:
-            self._found[max_live, even] = self._offer(max_live, even=even)
-        return self._found[max_live, even]
+    def _reached(self, max_live: int) -> set[str]:
+        return {name for name, count in self._crossing.items() if count <= max_live} | self._named
 
-    def _offer(self, max_live: int, *, even: bool) -> Offered:
-        keep = {name for name, count in self._crossing.items() if count <= max_live} | self._named
-        if even:
-            keep = self._beside_the_evenest(max_live, keep)
+    def _offer(self, max_live: int, keep: Collection[str]) -> Offered:
         legal, layers = dict[str, fx.Node](), set[fx.Node]()
         # What one graph drops, the other one has to drop as well; train comes again for what eval dropped.
         for gm in [*self.graphs, self._train][: 2 * len(self.graphs) - 1]:
@@ -134,19 +135,25 @@ class OfferedByLimit(OfferedAtAll):
             shares=places.shares,
         )
 
-    def _beside_the_evenest(self, max_live: int, keep: set[str]) -> set[str]:
-        """Return those of the places that do not lie beside one of the evenest cuts, so that the chain has these."""
+    def _beside_the_evenest(self, max_live: int) -> set[str] | None:
+        """Return the places that do not lie beside one of the evenest cuts, so that the longest chain has these.
+
+        None: the longest chain has all places at which a base layer may end, or the model declares its base layers.
+        """
         offers = self.graphs[self._train]
         held, total = offers.holdings.of, offers.holdings.total
-        candidates = offers.candidates(max_live, keep)
-        ends = [
-            node
-            for node in candidates.values()
+        candidates = offers.candidates(max_live, self._reached(max_live))
+        legal = self[max_live].legal
+        ends = {
+            name: node
+            for name, node in candidates.items()
             if self._fits(node) and offers.may_end_a_layer(node, held(node), total.without(held(node)))
-        ]
-        chain = self._chains.evenest(ends, self._wanted + 1)
+        }
+        if ends.keys() <= set(legal) or self._train.meta.get("base_layers"):
+            return None
+        chain = self._chains.evenest(set(ends.values()), self._wanted + 1)
         beside = self._chains.beside(chain)
-        return {name for name, node in candidates.items() if node in beside} if chain else keep
+        return {name for name, node in candidates.items() if node in beside} if chain else None
 
     @cached_property
     def _chains(self) -> EvenChains:

@@ -45,15 +45,17 @@ def why_uneven(
         part = head.flops / costs[index].flops
         return _lines([f"its head has {part:.0%} of that"], ["smaller heads, heads=[...]"])
     own = told.shares(cuts).largest()
-    if own <= most:  # FLOPs of training and of the forward pass differ
-        return _lines([f"frozen parameters run forward only: of a training step the largest block has {own:.0%}"], [])
+    if own <= most:
+        frozen = any(not parameter.requires_grad for parameter in analysed.train.parameters())
+        without = "frozen parameters run forward only: of a training step" if frozen else "heads count: without them"
+        return _lines([f"{without} the largest block has {own:.0%}"], [])
     offer = told.best(len(costs))
     best = told.shares(offer.places).least_largest(len(costs))
     why, what = list[str](), list[str]()
     if best < own / NEAR:
         why.append(told.chosen_by())
         what.append(f"search='balanced', which makes the largest block {best:.0%} without its head")
-    if best > most:
+    if best > most or not why:
         why.append(told.widest_gap(offer))
         what += [*told.other_limit(len(costs), best), *told.options(offer), *told.fewer_blocks(offer, len(costs))]
     return _lines(why, what)
@@ -112,7 +114,8 @@ class _Told:
         return self._evenest(blocks)
 
     def _evenest(self, blocks: int) -> Offered:
-        offers = list(self.analysed.offered.values())
+        offered = self.analysed.offered
+        offers = [way for max_live in offered for way in offered.either(max_live)]
         return min(offers, key=lambda offer: self.shares(offer.places).least_largest(blocks))
 
     def chosen_by(self) -> str:
@@ -189,8 +192,10 @@ class _Told:
         share = self.shares(offer.places).least_largest(blocks)
         if share >= best / NEAR or offer.max_live == self.analysed.offered.chosen.max_live:
             return []
-        near = [other for other in self.analysed.offered.values() if self._share(other, blocks) <= NEAR * share]
-        return [f"max_live={near[0].max_live}, for {self._share(near[0], blocks):.0%}"]
+        offered = self.analysed.offered
+        ways = [way for max_live in offered for way in offered.either(max_live)]
+        near = next(way for way in ways if self._share(way, blocks) <= NEAR * share)
+        return [f"max_live={near.max_live}, for {self._share(near, blocks):.0%}"]
 
     def _share(self, offer: Offered, blocks: int) -> float:
         return self.shares(offer.places).least_largest(blocks)

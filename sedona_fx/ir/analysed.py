@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,10 @@ class OfferedAtAll(Mapping[int, Offered]):
     """What is offered at each number of crossing activations, and at the one that was chosen."""
 
     chosen: Offered
+
+    @abstractmethod
+    def either(self, max_live: int) -> list[Offered]:
+        """Return what is offered along the longest chain, and, if that is another, along the most even one."""
 
 
 @dataclass(frozen=True, kw_only=True)

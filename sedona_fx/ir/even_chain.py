@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from torch import fx
 
-MOST_PLACES = 4000
+MOST_PLACES = 1500
 """With more candidates than this the table of which needs which would be too large; no chain is found then."""
 
 

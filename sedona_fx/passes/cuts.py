@@ -111,11 +111,28 @@ class Offers:
         self._followed: dict[fx.Node, bool] = {}
         self._candidates: dict[str, fx.Node] = {}
         self._named: dict[str, fx.Node] = {}
-        for name, node in possible(gm.graph).items():
-            if not set(also).isdisjoint(aliases(info(node))):
-                self._named[name] = node
-            elif is_inside(node, root) and not any(_is_strictly_inside(node, path) for path in no_cut):
+        places = possible(gm.graph)
+        if also:
+            self._named = {name: n for name, n in places.items() if not set(also).isdisjoint(aliases(info(n)))}
+        beside = self._beside(list(self._named.values()))
+        for name, node in places.items():
+            inside = is_inside(node, root) and not any(_is_strictly_inside(node, path) for path in no_cut)
+            if inside and name not in self._named and node not in beside:
                 self._candidates[name] = node
+
+    def _beside(self, named: Sequence[fx.Node]) -> set[fx.Node]:
+        """Return the nodes that lie beside one of the user's cuts, none if these lie beside each other."""
+        behind, result = set(named[:1]), set[fx.Node]()
+        for cut in named:
+            if cut not in behind:
+                return set()
+            before, behind = {cut}, {cut}
+            for node in reversed(self.gm.graph.nodes):
+                before.update(self.needs[node] if node in before else ())
+            for node in self.gm.graph.nodes:
+                behind.update([] if behind.isdisjoint(self.needs[node]) else [node])
+            result.update(node for node in self.gm.graph.nodes if node not in before and node not in behind)
+        return result
 
     def candidates(self, max_live: int, keep: Collection[str] | None = None) -> dict[str, fx.Node]:
         """Return name -> node of the places to choose from, of which some lie side by side. Arguments as for `at`."""

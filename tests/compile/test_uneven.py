@@ -57,10 +57,11 @@ def test_cuts_of_another_rule():
 
 def test_one_operation_with_most_of_the_work():
     # By hand, in weights: 5 x 64 + 256, 1024, 256 + 5 x 64 + 24.
+    most = "most of it is one operation, 12"
     model = chain(*[8] * 6, 32, 32, *[8] * 6)
     assert told(decouple(model, 3))[1:] == ("", "")  # 47 % is no more than half
     _, why, helps = told(decouple(model, 4))
-    assert why == "from behind '11' to '13' there is 47% of the work and no place to cut: most of it is one operation, 12"
+    assert why == f"from behind '11' to '13' there is 47% of the work and no place to cut: {most}"
     assert helps == "blocks=3, for 47%"
 
 

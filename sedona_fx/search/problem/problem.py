@@ -143,9 +143,10 @@ class Problem:
         """
         names = self._places
         if self.blocks - 1 > len(names):
+            enough = f"{len(names) + 1} block{'s' if names else ''}"
             raise CutError(
                 f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(self.contexts)} legal cut "
-                f"points, enough for {len(names) + 1} blocks with parameters in each.{self._frozen()}"
+                f"points, enough for {enough} with parameters in each.{self._frozen()}"
                 f"{self.remedy(len(names)) if self.remedy is not None else ''}"
             )
         return list(names)
