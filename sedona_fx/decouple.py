@@ -71,8 +71,10 @@ def decouple(
             the `budget` are those of a batch like the first. A search that trains iterates over the data many times and
             needs several batches in a ``DataLoader``, a list or another re-iterable; all other ways to choose the cuts
             read the first batch only, so that one pair is enough.
-        blocks: number of blocks K, at least 1 (1 is backpropagation). `cuts` and `plan` determine the number
-            themselves, and this is ignored.
+        blocks: number of blocks K, at least 1 (1 is backpropagation). Searches choose among the ends of base layers; if
+            these are too few, the fewest other places are added, those that split the largest blocks best, and none
+            that would leave a block without parameters. `cuts` and `plan` determine the number themselves, and this is
+            ignored.
         loss: ``loss(output, target)``, which returns a scalar tensor. It is called with what the model returns, and
             with each head's output in the same form, where every field but the primary output is None. None: no
             schedule can train the net, and no search that trains can choose its cuts.
@@ -115,9 +117,10 @@ def decouple(
         leaf_modules: module paths that are kept whole while tracing, with no cut inside. Only symbolic tracing can do
             that: ``torch.export`` is not tried then.
         no_cut: module paths inside of which there is no cut; they are traced as usual.
-        max_live: how many activations may cross at a cut. None: as few as give the number of blocks asked for. More
-            allow cuts inside of residual blocks and past the skips of a U-Net; each one is held until the last block
-            that reads it has run.
+        max_live: how many activations may cross at a cut, at least 1. Each one is held until the last block that reads
+            it has run; more allow cuts inside of residual blocks and past the skips of a U-Net. None: as few as give
+            the number of blocks, and let these share the work evenly: with balanced cuts the largest block has at most
+            1.2 times an even share, or, where no number allows that, 1.1 times the least possible.
         dynamic: sizes of inputs that must not be fixed, besides the batch: ``{"ids": [1]}`` for sequences of any
             length. In models that only ``torch.export`` can record, sizes are free where the program and the heads
             allow it (``print(net)`` lists them); a size that is named here and cannot be free is an error, with the
@@ -128,7 +131,8 @@ def decouple(
             copy, and training the net trains the model.
 
     Returns:
-        The net, in the model's mode. ``print(net)`` shows its blocks with their costs; ``net.plan`` is the decision.
+        The net, in the model's mode. ``print(net)`` shows its blocks with their costs, and which of them is largest; if
+        it has more than 1.5 times an even share, why, and what would help. ``net.plan`` is the decision.
 
     Raises:
         SedonaError: bad input of any kind. Its subclass says which (:mod:`sedona_fx.errors`), its message the place in

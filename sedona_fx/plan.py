@@ -45,6 +45,8 @@ class Plan:
         model: name of the model's class, for messages.
         base_layers: names of the cut points that end base layers, except for the last base layer; searches choose among
             them.
+        max_live: how many activations may cross at a cut that is not the user's own, as it was given or chosen; what
+            ends base layers depends on it. None: not known (a plan from before it was noted).
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` for each tensor of the example batch, or the
             value of an argument without tensors.
         seed: seed of the search, of the heads' initial weights and of the blocks' random draws in training.
@@ -70,6 +72,7 @@ class Plan:
     root: str = ""
     model: str = ""
     base_layers: tuple[str, ...] = ()
+    max_live: int | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     loss: str | None = None
@@ -209,6 +212,9 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
     elif name in ("model", "root"):
         if not isinstance(value, str):
             raise wrong("a name")
+    elif name == "max_live":
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            raise wrong("a number of activations or null")
     elif name == "loss":
         if not isinstance(value, (str, type(None))):
             raise wrong("a name or null")

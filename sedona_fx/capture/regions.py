@@ -130,8 +130,10 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
             stack.enter_context(mock.patch.object(owner, name, function))
         for name in (*_STATE, *_STATE_OF_ONE_DEVICE) if strict else ():
             stack.enter_context(mock.patch.object(torch, name, _outside(getattr(torch, name), _refused(name))))
-        for name in _ASKS if told is not None else ():
-            stack.enter_context(mock.patch.object(torch, name, _outside(getattr(torch, name), _telling(name, told))))
+        if told is not None:
+            for name in _ASKS:
+                telling = _outside(getattr(torch, name), _telling(name, told))
+                stack.enter_context(mock.patch.object(torch, name, telling))
         yield watch
 
 

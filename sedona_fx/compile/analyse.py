@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -13,37 +13,21 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx import passes
 from sedona_fx.compile.contexts import context_of
+from sedona_fx.compile.crossing_limit import mark_cuts
+from sedona_fx.compile.where import Where
 from sedona_fx.compile.whole_batch import repeated_to
 from sedona_fx.data.args import Args
-from sedona_fx.errors import CutError, did_you_mean
+from sedona_fx.errors import CutError, HeadError, did_you_mean
+from sedona_fx.heads.context import HeadContext
+from sedona_fx.heads.registry import default_candidates
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import cut_points, info, output_node
 from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, resolve_key
 from sedona_fx.passes.crossings import loss_node
-from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
+from sedona_fx.passes.cuts import cut_name, is_inside, possible, start_of
 from sedona_fx.passes.trace import Dynamic
 
 _PATHS = "model.named_modules() lists the module paths."
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where the user allows cuts.
-
-    Attributes:
-        blocks: number of blocks wanted.
-        max_live: how many activations may cross at a cut. None: as few as give the number of blocks.
-        root: module path outside of which there is no cut; empty for the whole model.
-        no_cut: module paths inside of which there is no cut.
-        named: cuts that the user names, which are legal however many activations cross there: a name, or a module path
-            with ``"end"`` or ``"beginning"``.
-    """
-
-    blocks: int = 1
-    max_live: int | None = None
-    root: str = ""
-    no_cut: tuple[str, ...] = ()
-    named: Sequence[str | tuple[str, str]] = ()
 
 
 @contextmanager
@@ -115,8 +99,8 @@ def analyse(
             f"root={where.root!r} does not lie on the way from the inputs to the output, or holds no activation behind "
             "which a block could end. Name the module that does most of the work, a backbone or an encoder."
         )
-    _choose_cuts(train, evaluation, where, named)
     head_of = context_of(train, output, pick(returned, key))
+    offered = mark_cuts(train, evaluation, where, named=named, fits=_fits(train, where, head_of))
     return Analysed(
         train=train,
         eval=evaluation,
@@ -127,6 +111,7 @@ def analyse(
         example=example,
         few=traced.output,
         whole=repeated_to(traced.output, returned),
+        offered=offered,
         named=named,
         capture=traced.capture,
     )
@@ -160,46 +145,26 @@ def _cut_point(train: fx.GraphModule, spec: str | tuple[str, str]) -> str:
     return cut_name(info(start))
 
 
-def _choose_cuts(train: fx.GraphModule, evaluation: fx.GraphModule, where: Where, also: Collection[str]) -> None:
-    """Mark the legal cut points in both graphs: the same in both, at as few crossing activations as give the blocks.
+def _fits(
+    train: fx.GraphModule, where: Where, context_of: Callable[[fx.Node], HeadContext]
+) -> Callable[[fx.Node], bool]:
+    """Return the function that says whether the head that a block gets can stand behind a node.
 
-    Base layers count first. Only if no number of crossing activations gives enough of them, all cut points count.
-
-    Args:
-        train: the train graph with crossings counted. Only records change.
-        evaluation: the eval graph, or `train` itself if the modes do not differ.
-        where: where the user allows cuts.
-        also: names of cut points that are legal however many activations cross there.
+    Where none can stand anywhere, that will be said later, and no place is worse than another.
     """
-    in_train, in_eval = possible(train.graph), possible(evaluation.graph)
-    crossing = {
-        name: max(info(node).crossing, info(in_eval[name]).crossing)
-        for name, node in in_train.items()
-        if name in in_eval
-    }
-    named = {name for name, node in in_train.items() if not set(also).isdisjoint(aliases(info(node)))}
 
-    def mark(limit: int) -> None:
-        keep = {name for name, count in crossing.items() if count <= limit} | named
-        # What one graph drops, the other one has to drop as well; train comes again for what eval dropped.
-        for gm in (train, evaluation, train):
-            passes.cuts(gm, max_live=limit, keep=keep, also=also, root=where.root, no_cut=where.no_cut)
-            if train is evaluation:
-                return
-            keep = {str(info(node).cut) for node in cut_points(gm.graph)}
+    @functools.cache
+    def fits(node: fx.Node) -> bool:
+        try:
+            default_candidates(context_of(node))
+        except HeadError:
+            return False
+        return True
 
-    cuts_wanted = where.blocks - 1
-    limits = [where.max_live] if where.max_live is not None else sorted(set(crossing.values())) or [1]
-    for limit in limits:
-        mark(limit)
-        if len(passes.base_layers(train)) >= cuts_wanted:
-            return
-    # Now blocks without a weight of their own are allowed, before more activations may cross.
-    for limit in limits[:-1]:
-        mark(limit)
-        if sum(1 for _ in cut_points(train.graph)) >= cuts_wanted:
-            return
-    mark(limits[-1])
+    asked = where.default_heads and where.measure is not None
+    if not asked or not any(map(fits, possible(train.graph).values())):
+        return lambda node: True
+    return fits
 
 
 def _returned_specs(gm: fx.GraphModule) -> Any:

@@ -14,6 +14,7 @@ from sedona_fx.capture.free_sizes import resized
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.request import Request
+from sedona_fx.compile.uneven import why_uneven
 from sedona_fx.errors import HeadError
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head
@@ -60,6 +61,7 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
         cost_of_head(analysed.head_costs, spec, analysed.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)
     ]
+    costs = block_costs(analysed.train, ends, head_costs)
     return Net(
         NetParts(
             model=request.model,
@@ -67,7 +69,8 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
             lowered=lowered,
             blocks=blocks,
             heads=list(modules.values()),
-            costs=block_costs(analysed.train, ends, head_costs),
+            costs=costs,
+            uneven=why_uneven(request, analysed, plan.cuts, costs, head_costs),
             plan=plan,
             loss=request.loss,
             objectives=request.objectives,

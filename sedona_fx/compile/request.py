@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import Where
 from sedona_fx.compile.choices import Cuts, Heads, named_cuts
 from sedona_fx.compile.copying import owned_copy
 from sedona_fx.compile.saved_loss import check_objectives, loss_to_load
+from sedona_fx.compile.where import Where
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
@@ -21,6 +21,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
 from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import Key, Loss
+from sedona_fx.ir.shares import Measure
 from sedona_fx.net.signature import example_like
 from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
@@ -87,7 +88,24 @@ class Request:
     def where(self) -> Where:
         """Where the user allows cuts."""
         named = self.plan.cuts if self.plan is not None else self.cuts or ()
-        return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
+        return Where(
+            self.blocks,
+            self.max_live,
+            root=self.root,
+            no_cut=self.no_cut,
+            named=tuple(named),
+            measure=self.measure,
+            default_heads=(self.heads is None or self.heads is True) and not self.own_heads,
+        )
+
+    @property
+    def measure(self) -> Measure | None:
+        """What the blocks should share evenly; None: their cuts are named."""
+        if self.plan is not None or self.cuts is not None:
+            return None
+        limits = self.limits.given() if self.limits is not None else {}
+        in_bytes = "activation_bytes" in limits and "block_flops" not in limits
+        return "activation_bytes" if in_bytes else self.search.balances
 
     @property
     def trains_heads(self) -> bool:
@@ -132,6 +150,8 @@ def read_request(
     """
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         raise CutError(f"blocks={blocks!r}: give a whole number, at least 1 (1 is backpropagation).")
+    if max_live is not None and (isinstance(max_live, bool) or not isinstance(max_live, int) or max_live < 1):
+        raise CutError(f"max_live={max_live!r}: give a whole number of activations, at least 1, or leave it out.")
     if loss is not None and not callable(loss):
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
     search_object = _search_of(search)
@@ -140,6 +160,7 @@ def read_request(
     cut_specs = named_cuts(cuts)
     if plan is not None:
         blocks, devices = plan.blocks, devices if devices is not None else plan.devices
+        max_live = max_live if max_live is not None else plan.max_live
         output, root = output if output is not None else plan.output, root or plan.root
     elif cut_specs is not None:
         blocks = len(cut_specs) + 1
@@ -225,7 +246,7 @@ def request_to_load(
         root=plan.root,
         leaf_modules=leaf_modules,
         no_cut=(),
-        max_live=None,
+        max_live=plan.max_live,
         seed=plan.seed,
         progress=False,
     )

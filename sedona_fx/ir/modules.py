@@ -103,3 +103,10 @@ def _list_weights(layers: Iterable[nn.RNNBase]) -> None:
     """Let recurrent layers list the weights that they have now."""
     for layer in layers:
         vars(layer)["_flat_weights"] = [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+
+def like_of(module: nn.Module) -> nn.Parameter:
+    """Return the parameter of a net whose device and dtype new heads get; one without any has nothing to train."""
+    parameter = first_float_parameter(module)
+    assert parameter is not None
+    return parameter

@@ -67,7 +67,7 @@ class Net(OneProcess, Inference):
         self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(parts.heads) if head is not None})
         self.training = self.heads.training = model.training
         self.steps = 0
-        self.plan, self.costs = plan, list(parts.costs)
+        self.plan, self.costs, self._uneven = plan, list(parts.costs), parts.uneven
         self.example = parts.analysed.example
         self._graphs = dict(parts.lowered)
         self._placeholders = [str(n.target) for n in self._graphs[True].graph.nodes if n.op == "placeholder"]
@@ -250,7 +250,7 @@ class Net(OneProcess, Inference):
 
     def __repr__(self) -> str:
         devices = [block.device for block in self.blocks]
-        return net_report(self.plan, self.costs, devices, self.shared_parameters())
+        return net_report(self.plan, self.costs, devices, self.shared_parameters(), self._uneven)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

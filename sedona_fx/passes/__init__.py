@@ -13,6 +13,7 @@ pass                phases                       what for
 ``crossings``       TRACED -> TRACED             where a block can end, and how many activations cross there
 ``batch``           TRACED -> TRACED             where activations hold the batch (with ``batch_doubt``, ``row_order``)
 ``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names
+``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names (with ``places``)
 ``relax``           ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
 ``prune``           RELAXED -> PRUNED            only the chosen split points are left, each with one head
 ``lower``           PRUNED -> LOWERED            split points become real boundaries: detach, head, device move

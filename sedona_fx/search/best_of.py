@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sedona_fx.data.sources import Pair, Source
 from sedona_fx.errors import DataError, SearchDivergedError, SettingsError
 from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.shares import Measure
 from sedona_fx.rng import seeded
 from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, SearchData, local_loss_of
 from sedona_fx.search.session.batches import named_batches
@@ -64,6 +65,11 @@ class BestOf(Search):
                 f"BestOf(seeds={self.seeds}, steps={self.steps}, held_out={self.held_out}): at least one seed and one "
                 "step, and a part between 0 and 1"
             )
+
+    @property
+    def balances(self) -> Measure:
+        """What the search balances."""
+        return self.search.balances
 
     @property
     def val_batch_size(self) -> int | None:

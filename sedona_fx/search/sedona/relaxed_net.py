@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
+from sedona_fx.ir.modules import like_of
 from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import new_graph
 from sedona_fx.passes import BlockGraph, partition, relax
@@ -44,7 +45,7 @@ def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraph
         HeadError: a head uses a weight of the base layer before it.
     """
     problem.require_heads("search='sedona'")
-    like, contexts = problem.like, problem.contexts
+    like, contexts = like_of(problem.train), problem.contexts
     heads = {name: [make_head(spec, contexts[name], like) for spec in problem.candidates[name]] for name in places}
     no_heads: dict[str, list[nn.Module]] = {name: [] for name in places}
     train = partition(relax(problem.train, heads))

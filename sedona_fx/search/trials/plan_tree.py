@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import BlockGraph, info
-from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.modules import keep_modes, like_of
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
@@ -233,7 +233,7 @@ class PlanTree:
             end = info(self._problem.node(place)).site
             with seeded_init(self._problem.seed):
                 spec = self._problem.candidates[place][index]
-                head = make_head(spec, self._problem.contexts[place], self._problem.like)
+                head = make_head(spec, self._problem.contexts[place], like_of(self._problem.train))
         node = Node(
             choice=choice,
             depth=depth,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.modules import like_of
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.guard import Snapshot
 from sedona_fx.runtime.run import detached, run_graph
@@ -74,7 +75,7 @@ class Supernet:
         with seeded_init(problem.seed):
             for place in places:
                 context, candidates = problem.contexts[place], problem.candidates[place]
-                self.heads.append([make_head(spec, context, problem.like) for spec in candidates])
+                self.heads.append([make_head(spec, context, like_of(problem.train)) for spec in candidates])
         self._modules = nn.ModuleList([nn.ModuleList(modules), *(nn.ModuleList(built) for built in self.heads)])
         self._buffers = list(self._modules[0].buffers())
         self._step = 0
