@@ -36,18 +36,19 @@ class RegionWatch:
 
     Attributes:
         casts: the autocast regions, innermost last.
-        without_grad: whether the code has turned gradients off. The interpreter's own state does not tell: gradients
-            are off in the forward pass of a ``torch.autograd.Function``, too, which has a backward pass nevertheless.
+        grad: whether the code has turned gradients off, or on whatever its caller does (``torch.enable_grad``); None:
+            neither. The interpreter's own state does not tell: gradients are off in the forward pass of a
+            ``torch.autograd.Function``, too, which has a backward pass nevertheless.
     """
 
     def __init__(self) -> None:
         self.casts: list[Cast] = []
-        self.without_grad = False
+        self.grad: bool | None = None
 
     def current(self) -> Region | None:
         """Return the region of what is recorded now, or None outside of all regions."""
         casts = {cast.device_type: cast for cast in self.casts}
-        region = Region(False if self.without_grad else None, tuple(casts.values()))
+        region = Region(self.grad, tuple(casts.values()))
         return region if region != Region() else None
 
 
@@ -88,10 +89,14 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
 
     def starting(original: Callable[..., Any], keep: bool, mode: bool | None = None) -> Callable[..., Any]:
         def start(self: Any, *args: Any) -> Any:
-            before, enabled = watch.without_grad, torch.is_grad_enabled()
+            before, enabled = watch.grad, torch.is_grad_enabled()
             result = original(self, *args)
             vars(self).setdefault(_BEFORE, before) if keep else vars(self).update({_BEFORE: before})
-            watch.without_grad = (enabled or before) and not (self.mode if mode is None else mode)
+            if mode or (self.mode if mode is None else mode):
+                # A function that sets the mode to True may only set it back to what the caller has.
+                watch.grad = True if mode else None if before is False else before
+            elif enabled or before is False:
+                watch.grad = False
             return result
 
         return start
@@ -99,7 +104,7 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
     def ending(original: Callable[..., Any]) -> Callable[..., Any]:
         def end(self: Any, *error: Any) -> Any:
             result = original(self, *error)
-            watch.without_grad = vars(self)[_BEFORE]
+            watch.grad = vars(self)[_BEFORE]
             return result
 
         return end

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sedona_fx
+from sedona_fx.errors import ExportError
 
 transformers = pytest.importorskip("transformers")
 
@@ -155,3 +156,72 @@ def test_outputs_of_any_type(wrap, exported, tmp_path):
 @pytest.mark.parametrize("kind", [Mapped, Listed, Named])
 def test_inputs_in_containers(kind, exported, tmp_path):
     check(kind, "dataclass", exported, tmp_path)
+
+
+class Edges(nn.Module):
+    """Outputs that are inputs or weights, twice the same, infinite, integers; names that ONNX values have already."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.tanh = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x, mask):
+        logits = self.linear(x) * self.tanh
+        return {
+            "logits": logits,
+            "x": x,
+            "linear": logits,
+            "weight": self.tanh,
+            "masked": logits.masked_fill(mask, float("-inf")),
+            "order": logits.argsort(1),
+            "any": mask.any(1),
+            "a.b": logits + 1,
+            "a": {"b": logits - 1},
+        }
+
+
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_edges(low, tmp_path):
+    model, mask = Edges().eval(), torch.tensor([[True, False, False]]).expand(4, 3)
+    pair = ((torch.randn(4, 4), mask), torch.zeros(4, dtype=torch.long))
+    net = sedona_fx.decouple(model, pair, blocks=1, loss=loss)
+    with torch.autocast("cpu", dtype=low, enabled=low is not None):  # the caller's casts are not the model's
+        path = net.to_onnx(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    expected = ["logits", "output.x", "linear", "weight", "masked", "order", "any", "a.b", "output.a.b"]
+    assert names == expected
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        wanted = tensors(model(x, mask[:3]))
+    for value, want in zip(session.run(None, {"x": x.numpy(), "mask": mask[:3].numpy()}), wanted, strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_wrong_integer_is_refused(tmp_path, monkeypatch):
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *args):
+            first, second = super().run(*args)
+            return [first, second + 1]
+
+    net = sedona_fx.decouple(
+        Net(OUTPUTS["named"], False), (torch.randn(4, 4), torch.zeros(4, dtype=torch.long)), blocks=1
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    with pytest.raises(ExportError, match="differs from the net"):
+        net.to_onnx(tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_onnx_runtime_does_not_take_are_refused_by_name(tmp_path, monkeypatch):
+    class Picky(onnxruntime.InferenceSession):
+        def run(self, *args):
+            raise RuntimeError("Got invalid dimensions")
+
+    net = sedona_fx.decouple(
+        Net(OUTPUTS["tensor"], False), (torch.randn(4, 4), torch.zeros(4, dtype=torch.long)), blocks=1
+    )
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Picky)
+    with pytest.raises(ExportError, match=r"cannot run the file on \(2, 4\): Got invalid dimensions"):
+        net.to_onnx(tmp_path / "model.onnx")

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sedona_fx
-from sedona_fx.ir.graph import info
+from sedona_fx import passes
+from sedona_fx.ir.graph import cut_points, info
 from sedona_fx.ir.region import Cast, Region, region_of
 
 X = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
@@ -156,3 +157,21 @@ def test_every_graph_of_a_net_has_the_regions_that_were_recorded(exported):
     for gm in graphs:
         for site, region in regions(gm.graph).items():
             assert region == wanted.get(site), (site, gm.code)
+
+
+@FRONT_ENDS
+def test_every_pass_of_a_search_keeps_the_regions(exported):
+    analysed = net_of(exported).variants.analysed[True]
+    wanted = regions(analysed.graph)
+    cuts = [str(info(node).cut) for node in cut_points(analysed.graph)]
+    relaxed = passes.relax(analysed, {cut: [nn.Linear(8, 3)] for cut in cuts})
+    pruned = passes.prune(relaxed, {cuts[0]: 0})
+    lowered = passes.lower(pruned)
+    blocks = [block.module for gm in (relaxed, lowered) for block in passes.partition(gm)]
+    assert len(blocks) == len(cuts) + 1 + 2
+    for gm in (relaxed, pruned, lowered, passes.strip(lowered), passes.strip(lowered, keep_moves=True), *blocks):
+        found = regions(gm.graph)
+        assert all(region == wanted[site] for site, region in found.items() if site in wanted)
+        assert all(region is None for site, region in found.items() if site not in wanted)
+    found = [site for gm in blocks[len(cuts) + 1 :] for site in regions(gm.graph)]
+    assert set(wanted) <= set(found)

@@ -110,7 +110,7 @@ def test_no_name_changes_outside(name, captured, tmp_path):
 
 
 @FRONT_ENDS
-@pytest.mark.parametrize("name", ["graph", "code", "meta", "_graph", "recompile"])
+@pytest.mark.parametrize("name", ["graph", "meta", "recompile"])
 def test_everything_that_is_made_of_a_net(name, captured, tmp_path):
     model = Layered(name, captured)
     net = net_of(model)
