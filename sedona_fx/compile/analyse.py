@@ -23,6 +23,7 @@ from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import TensorSpec, cut_points, info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, find_primary, pick, resolve_key
+from sedona_fx.ir.rows.reach import reaches_all
 from sedona_fx.passes.crossings import read_token
 from sedona_fx.passes.cuts import aliases, cut_name, is_inside, possible, start_of
 
@@ -207,7 +208,7 @@ def _head_contexts(train: fx.GraphModule, output: Key, primary: TensorSpec) -> d
             # If no layer says otherwise, the last of three dimensions holds the channels, as in tokens.
             channel_dim=record.channel_dim if record.channel_dim is not None else (2 if len(shape) == 3 else 1),
             place=str(record.cut),
-            token=token if len(shape) == 3 and shape[1] == tokens else None,
+            token=token if len(shape) == 3 and shape[1] == tokens and reaches_all(train, node, 1, token) else None,
             dtypes=_head_dtypes(train, record.value, primary),
         )
     return contexts

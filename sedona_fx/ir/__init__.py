@@ -12,12 +12,15 @@ graph_pass    The decorator of every pass: it verifies the result, and logs the 
               set
 holdings      Which parameters the blocks hold that may be cut out of a graph, told for every place where a block
               could end
+layer_stacks  PyTorch's stacks of layers (``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer``)
+              in a graph
 loss          Losses by name: what a plan notes of a net's loss, since functions are not saved, and the way back
               from the name
 modules       Helpers on modules: copies that share tensors, training modes, devices, fast attribute access
 outputs       The primary output: its place in what the model returns, and how a head's output is put in that place
 region        Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at
               every node in them
+rows/         Which parameters a gradient reaches that enters a value in some of its rows alone
 same_numbers  When two nested values hold the same numbers: bit for bit, or up to a part of their norm
 spec          The specification of each phase, checked on the result of every pass
 split_point   The split point: the module at a cut point while it is undecided whether to cut there, and with which
