@@ -14,6 +14,7 @@ from sedona_fx.heads.context import HeadContext, HeadDtypes, NoOutput
 from sedona_fx.heads.rows import Arrangement, Rows, shape_after
 from sedona_fx.ir.graph import NodeInfo, TensorSpec, info
 from sedona_fx.ir.outputs import Key
+from sedona_fx.ir.rows.reach import reaches_all
 from sedona_fx.passes.crossings import primary_node, read_token
 from sedona_fx.passes.cuts import cut_name
 
@@ -57,7 +58,7 @@ def context_of(train: fx.GraphModule, output: Key, primary: TensorSpec) -> Calla
             averaged = _arranged(place, record, replace(plain, mean=True))
             found = averaged if fit.ladder(averaged) else found
         if found.arrangement is None and len(found.shape) == 3 and found.shape[1] == tokens:
-            found = replace(found, token=token)
+            found = replace(found, token=token if reaches_all(train, node, 1, token) else None)
         return found
 
     return context

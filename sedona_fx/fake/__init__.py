@@ -2,6 +2,7 @@
 
 Files
 
+flops    FLOPs of operators: PyTorch's formulas, and those that it lacks
 key      Keys for operations: everything that the effect of an operation on fake tensors can depend on, as a
          hashable value
 memo     A memo of what operations do to fake tensors, since a deep net repeats a few dozen operations

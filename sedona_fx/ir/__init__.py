@@ -2,6 +2,8 @@
 
 Files
 
+rows/         Which parameters a gradient reaches that enters a value in some of its rows alone (one token, the last
+              step)
 analysed      What analysis found out about a model: its ANALYSED graphs, its output, and what a head has to fit at
               each cut
 channels      Find the dimension of an activation that holds the channels, from the layers that computed it
@@ -13,6 +15,8 @@ graph_pass    The decorator of every pass: it verifies the result, and logs the 
               set
 holdings      Which parameters the blocks hold that may be cut out of a graph, told for every place where a block
               could end
+layer_stacks  PyTorch's stacks of layers (``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer``)
+              in a graph
 loss          Losses by name: what a plan notes of a net's loss, since functions are not saved, and the way back
               from the name
 modules       Helpers on modules: copies that share tensors, training modes, devices, fast attribute access

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.fake.meter import Work
 from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.region import INFO as INFO
 from sedona_fx.ir.region import Region, new_graph
@@ -51,6 +52,7 @@ class NodeInfo:
     site: str = ""  # trace: a name that is the same in the train graph and the eval graph
     returned_by: tuple[str, ...] = ()  # trace: the modules that return this node's value, innermost first
     order: int = 0  # trace: position in the program
+    sealed: bool = False  # trace: no block can end here: in evaluation the value has another form
     region: Region | None = None  # trace: the autocast or no_grad region that it runs in; None: as the caller runs
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
@@ -58,7 +60,8 @@ class NodeInfo:
     weighty: bool = False  # annotate: it reads a parameter of two or more dimensions
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs
-    flops: int = 0  # annotate: FLOPs of the forward pass
+    flops: int = 0  # annotate: FLOPs of the forward pass, estimated where an operator has no formula
+    work: Work = dataclasses.field(default_factory=Work)  # annotate: what its operators did, from which `flops` follows
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
     storages: frozenset[int] = frozenset()  # annotate: storages of the value
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites

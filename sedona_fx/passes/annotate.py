@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Memo
+from sedona_fx.fake.meter import Work
 from sedona_fx.fake.tensors import CannotMake
 from sedona_fx.ir.channels import channel_dim
-from sedona_fx.ir.graph import info, operation
+from sedona_fx.ir.graph import TensorSpec, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.spec import Phase
@@ -56,6 +57,7 @@ def annotate(
             raise
         _run(gm, inputs, training=training, memo=None)  # what holds in case of doubt, errors included
     _follow_data_flow(gm)
+    _estimate_flops(gm)
     return gm
 
 
@@ -75,6 +77,19 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
         torch.clear_autocast_cache()  # ... and fake ones, which the next real run would take
 
 
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, TensorSpec) or any(isinstance(leaf, TensorSpec) for leaf in pytree.tree_leaves(value))
+
+
+def _estimate_flops(gm: fx.GraphModule) -> None:
+    """Give operators without a formula the FLOPs that the others of the graph have for as many bytes."""
+    total = Work()
+    for node in gm.graph.nodes:
+        total.add(info(node).work)
+    for node in gm.graph.nodes if total.uncounted else ():
+        info(node).flops = info(node).work.estimated(total.flops_a_byte)
+
+
 def _follow_data_flow(gm: fx.GraphModule) -> None:
     """Fill in what follows from a node's inputs: `depends`, `from_input` and the channel dimension."""
     for node in gm.graph.nodes:
@@ -85,7 +100,8 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
             stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
             record.weighty = False
         depends = bool(record.parameters) or any(source.depends for source in sources)
-        record.depends = depends and not stops_gradient
+        # A size or a dtype of an activation takes no gradient to it, nor does what is made of it.
+        record.depends = depends and not stops_gradient and _holds_tensor(record.value)
         record.from_input = node.op == "placeholder" or any(source.from_input for source in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = channel_dim(gm, node)

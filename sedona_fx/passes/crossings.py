@@ -186,7 +186,8 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
         record = info(node)
         # If only views lie between the node and the output, the next block would have nothing to do.
         is_output = node is primary or bool(record.storages & info(primary).storages)
-        if is_output or not (record.is_live and record.from_input and record.is_tensor):
+        is_activation = record.is_live and record.from_input and record.is_tensor and not record.sealed
+        if is_output or not is_activation:
             continue
         leaving = [node, *(value for value in crossing[node] if value is not node)]
         if any(not info(value).is_tensor or info(value).storages & written_opaquely for value in leaving):

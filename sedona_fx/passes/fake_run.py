@@ -30,7 +30,7 @@ from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.host_calls import HostCall, as_recorded
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
-from sedona_fx.fake.meter import Meter
+from sedona_fx.fake.meter import Meter, Work
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
@@ -57,6 +57,7 @@ class FakeRun(fx.Interpreter):
         self.model_tensors = [*gm.parameters(), *gm.buffers()]
         self.storages = Storages(fake_mode, self.model_tensors)
         self.meter = Meter()
+        self.made_of_weights = self._made_of_weights(gm.graph)
         if memo is None:
             self._locate_fakes(self.model_tensors)
 
@@ -79,14 +80,16 @@ class FakeRun(fx.Interpreter):
         if self.memo is not None and n.op in ("call_module", "call_function", "call_method"):
             module = self.submodules[str(n.target)] if n.op == "call_module" else None
             call = call_of(n, module, self.env, self.storages)
-            if call is not None and record.region is not None:
-                call = dataclasses.replace(call, key=(call.key, record.region))
+            if call is not None:  # the same operation on weights in the place of activations is another one
+                weights = tuple(source in self.made_of_weights for source in n.all_input_nodes)
+                call = dataclasses.replace(call, key=(call.key, record.region, any(weights) and weights))
         effect = self.memo.get(call.key) if self.memo is not None and call is not None else None
         if effect is not None and call is not None:
             result, saved, mutates = replay(effect, call, self.storages)
-            record.value, record.flops = effect.value, effect.flops
+            record.value, record.work = effect.value, effect.work
         else:
             result, saved, mutates = self._execute(n, record, call)
+        record.flops = record.work.flops
         record.saved = {storage.number: size for storage, size in saved.items()}
         record.storages = frozenset(self.storages.of(t).number for t in _tensors(result))
         record.mutates = frozenset(storage.number for storage in mutates)
@@ -127,11 +130,12 @@ class FakeRun(fx.Interpreter):
         reads_anything = call is None and not does_only_its_own(n)
         self._locate_fakes(self.model_tensors if reads_anything else (*inputs, *(call.tensors if call else ())))
         last_storage = self.storages.count
-        self.meter.saved, flops_before = {}, self.meter.flops
+        self.meter.saved, self.meter.work = {}, Work()
+        self.meter.watch_weights(self._weights_of(n))
         try:
             result = as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            self.meter.saved, self.meter.flops, call = {}, flops_before, None
+            self.meter.saved, self.meter.work, call = {}, Work(), None
             try:
                 result = self._run_on_numbers(n)
             except Exception as error:
@@ -144,7 +148,9 @@ class FakeRun(fx.Interpreter):
             raise TraceError(
                 f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in specs]}: {error}"
             ) from error
-        record.value, record.flops = _specs(result), self.meter.flops - flops_before
+        # A module that a call of the dialect looks at is no value.
+        record.value = None if isinstance(result, nn.Module) else _specs(result)
+        record.work = self.meter.work
         kept = {self.storages.at(address, size): size for address, size in self.meter.saved.items()}
         saved = {storage: size for storage, size in kept.items() if not storage.own}
         mutates = list(dict.fromkeys(seen.storage for seen in before if seen.tensor._version != seen.version))
@@ -154,7 +160,7 @@ class FakeRun(fx.Interpreter):
                 if not seen.storage.is_known_to_autograd:
                     raise CannotMake
         if self.memo is not None and call is not None:
-            run = Run(result, record.value, saved, mutates, flops=record.flops, known=last_storage)
+            run = Run(result, record.value, saved, mutates, work=record.work, known=last_storage)
             effect = effect_of(call, run, self.storages)
             if effect is not None:
                 self.memo[call.key] = effect
@@ -178,19 +184,35 @@ class FakeRun(fx.Interpreter):
             if isinstance(value, nn.Parameter):
                 yield value
 
+    def _made_of_weights(self, graph: fx.Graph) -> set[fx.Node]:
+        """Return the nodes whose values are parameters, or are computed from nothing else."""
+        made: set[fx.Node] = set()
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            if list(self._parameters(node)) if node.op == "get_attr" else sources and made.issuperset(sources):
+                made.add(node)
+        return made
+
+    def _weights_of(self, n: fx.Node) -> list[Tensor]:
+        """Return the tensors of two or more dimensions that a node multiplies activations by."""
+        own = list(self._parameters(n)) if n.op == "call_module" else []
+        read = [self.env[source] for source in n.all_input_nodes if source in self.made_of_weights]
+        return [t for t in (*own, *map(self._without_abstract, read)) if isinstance(t, Tensor) and t.dim() >= 2]
+
     def _run_on_numbers(self, n: fx.Node) -> Any:
         """Run a node on real tensors, because the shape of its result depends on numbers; return fakes of the result.
 
-        Only a module kept whole can be such a node: tracing refuses all others. A copy of the module is run. Floats are
-        noise. Integers, which may not be arbitrary, are the example's, or zeros where they depend on more than the
-        inputs.
+        Only a module kept whole, or a call of the dialect's own, can be such a node: tracing refuses all others. A copy
+        of the module is run. Integers and masks, which may not be arbitrary, are the example's. What depends on more
+        than inputs and buffers is made up: noise for floats, else zeros.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with unset_fake_temporarily():
             generator = torch.Generator().manual_seed(0)
             sources = {source: self._without_abstract(self.env[source]) for source in n.all_input_nodes}
-            integers = {s: t for s, t in sources.items() if isinstance(t, Tensor) and not t.dtype.is_floating_point}
-            numbers_of = {id(fake): self._numbers(source) for source, fake in integers.items()}
+            tensors = {source: t for source, t in sources.items() if isinstance(t, Tensor)}
+            known = {s: t for s, t in tensors.items() if not (t.dtype.is_floating_point and t.requires_grad)}
+            numbers_of = {id(fake): self._numbers(source) for source, fake in known.items()}
 
             def real(fake: Tensor) -> Tensor:
                 numbers = numbers_of.get(id(fake))
@@ -212,14 +234,16 @@ class FakeRun(fx.Interpreter):
         return pytree.tree_unflatten(fakes, spec)
 
     def _numbers(self, wanted: fx.Node) -> Tensor | None:
-        """Return a node's value for the example, in numbers; None if it depends on more than the inputs."""
+        """Return a node's value for the example, in numbers; None if it depends on more than inputs and buffers."""
         needed = ancestors(wanted, input_graph(self.graph))
-        if any(node.op not in ("placeholder", "call_function", "call_method") for node in needed):
+        if any(node.op == "call_module" or node in self.made_of_weights for node in needed):
             return None
         env: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if node in needed and node.op == "placeholder":
                 env[node] = pytree.tree_map_only(Tensor, torch.clone, self.inputs[str(node.target)])
+            elif node in needed and node.op == "get_attr":
+                env[node] = self.fetch_attr(str(node.target)).clone()
             elif node in needed:
                 env[node] = getattr(self, node.op)(node.target, *fx.map_arg((node.args, node.kwargs), env.__getitem__))
         return env[wanted]

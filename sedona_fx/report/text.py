@@ -96,6 +96,13 @@ def net_report(
         notes += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
     if plan.capture is not None and plan.capture.fixed_sizes:
         notes += f"\nsizes: {_sizes(plan)}"
+    operators = dict.fromkeys(name for cost in costs for name in cost.uncounted)
+    for name in operators:
+        where = ", ".join(str(index) for index, cost in enumerate(costs) if name in cost.uncounted)
+        notes += (
+            f"\nFLOPs of {name} (block {where}) are estimated from its bytes, as there is no formula for it; "
+            "torch.utils.flop_counter.register_flop_formula takes one"
+        )
     loss = f", loss {plan.loss}" if plan.loss is not None else ""
     own = [f"\n  block {k}: {name}" for k, name in enumerate(plan.local_losses or ()) if name is not None]
     if own:
