@@ -6,6 +6,8 @@ chooses (with ``choices``: what the user chose), ``provenance`` writes the plan,
 Files
 
 analyse         model -> ANALYSED graphs: where the model may be cut, and what a head has to fit there
+arguments       Single arguments of ``decouple``, checked and in the form that the compiler takes: plan, devices,
+                sizes, search
 build           ANALYSED graphs and a plan -> net: new heads, LOWERED graphs, block graphs, costs
 check_loss      Try the losses of a net before anything is searched: on the model's own output, and on what a head
                 gives

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sedona_fx.compile.arguments import device_names, dynamic_of, given_plan, search_of
 from sedona_fx.compile.choices import Cuts, Heads, named_cuts
 from sedona_fx.compile.copying import owned_copy
 from sedona_fx.compile.saved_loss import check_objectives, loss_to_load
 from sedona_fx.compile.where import Where
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
-from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
+from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
 from sedona_fx.ir.modules import device_of
@@ -25,7 +26,7 @@ from sedona_fx.ir.shares import Measure
 from sedona_fx.net.signature import example_like
 from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
-from sedona_fx.search import SEARCHES, Balanced, Search
+from sedona_fx.search import Balanced, Search
 from sedona_fx.search.problem.limits import Limits
 
 
@@ -154,8 +155,8 @@ def read_request(
         raise CutError(f"max_live={max_live!r}: give a whole number of activations, at least 1, or leave it out.")
     if loss is not None and not callable(loss):
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
-    search_object = _search_of(search)
-    plan = _plan_of(plan)
+    search_object = search_of(search)
+    plan = given_plan(plan)
     limits = Limits.of(budget, plan)
     cut_specs = named_cuts(cuts)
     if plan is not None:
@@ -164,7 +165,7 @@ def read_request(
         output, root = output if output is not None else plan.output, root or plan.root
     elif cut_specs is not None:
         blocks = len(cut_specs) + 1
-    device_names = _device_names(devices, blocks)
+    names = device_names(devices, blocks)
     owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     inputs, target = first_pair(data)
@@ -185,13 +186,13 @@ def read_request(
         objectives=one_a_block(local_loss, blocks),
         plan=plan,
         limits=limits,
-        devices=device_names,
+        devices=names,
         output=output,
         root=root,
         leaf_modules=leaf_modules,
         no_cut=(no_cut,) if isinstance(no_cut, str) else tuple(no_cut),
         max_live=max_live,
-        dynamic=_dynamic_of(dynamic, example),
+        dynamic=dynamic_of(dynamic, example),
         seed=seed,
         progress=progress,
     )
@@ -241,7 +242,7 @@ def request_to_load(
         objectives=objectives,
         plan=plan,
         limits=None,
-        devices=_device_names(plan.devices, plan.blocks),
+        devices=device_names(plan.devices, plan.blocks),
         output=plan.output,
         root=plan.root,
         leaf_modules=leaf_modules,
@@ -250,74 +251,3 @@ def request_to_load(
         seed=plan.seed,
         progress=False,
     )
-
-
-def _plan_of(plan: Any) -> Plan | None:
-    if isinstance(plan, (str, Path)):
-        return Plan.load(plan)
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    raise PlanError(
-        f"plan={plan!r} is neither a Plan nor the path of one: give net.plan, or a file that plan.save(path) wrote."
-    )
-
-
-def _dynamic_of(dynamic: Any, example: Args) -> Dynamic:
-    """Return the sizes that have to be free, after a look at the names and dimensions.
-
-    Raises:
-        DataError: an input or a dimension is not there.
-    """
-    if dynamic is None or dynamic is False:
-        return dynamic
-    if not isinstance(dynamic, Mapping):
-        raise DataError(f"dynamic={dynamic!r}: give a mapping such as {{'ids': [1]}}, False, or None.")
-    checked = {}
-    for name, dims in dynamic.items():
-        tensor = example.kwargs.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            near = did_you_mean(str(name), example.kwargs)
-            raise DataError(f"dynamic= names {name!r}, which is no tensor among the inputs{near}.")
-        checked[name] = tuple([dims] if isinstance(dims, int) else dims)
-        for dim in checked[name]:
-            if isinstance(dim, bool) or not isinstance(dim, int) or not 0 <= dim < tensor.dim():
-                raise DataError(f"dynamic={{{name!r}: {dims!r}}}: {name} has the dimensions 0 to {tensor.dim() - 1}.")
-    return checked
-
-
-def _device_names(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
-    """Return the devices as a plan names them, after trying each of them.
-
-    Raises:
-        PlanError: there is not one device for each block, or one cannot be used.
-    """
-    if devices is None:
-        return None
-    if isinstance(devices, (str, torch.device)) or len(devices) != blocks:
-        count = "one device" if isinstance(devices, (str, torch.device)) else f"{len(devices)} devices"
-        raise PlanError(f"devices={devices!r} names {count} for {blocks} blocks: give a list with one a block.")
-    for device in devices:
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise PlanError(
-                f"devices names {str(device)!r}, which cannot be used here: {reason.rstrip('.')}. Name devices of this "
-                "machine, or leave out devices=."
-            ) from None
-    return tuple(str(device) for device in devices)
-
-
-def _search_of(search: str | Search) -> Search:
-    if isinstance(search, str):
-        if search not in SEARCHES:
-            raise CutError(
-                f"search={search!r} is not known{did_you_mean(search, SEARCHES)}; one of {sorted(SEARCHES)}."
-            )
-        return SEARCHES[search]()
-    if not isinstance(search, Search):
-        raise CutError(
-            f"search={search!r} is no search: one of {sorted(SEARCHES)}, or an object with decide(problem), made of a "
-            "subclass of sedona_fx.search.Search."
-        )
-    return search
