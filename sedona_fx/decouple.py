@@ -67,10 +67,11 @@ def decouple(
             ``DataParallel``, ``DistributedDataParallel`` and what ``torch.compile`` returns, it is the model inside.
         data: an iterable of (inputs, target) batches, or one such pair as a tuple. Inputs are a tuple of positional
             arguments, a mapping of keyword arguments, or else the single argument; ``sedona_fx.Args(...)`` states them
-            explicitly. Tensors have the batch as their first dimension and are moved to the model's device. Costs and
-            the `budget` are those of a batch like the first. A search that trains iterates over the data many times and
-            needs several batches in a ``DataLoader``, a list or another re-iterable; all other ways to choose the cuts
-            read the first batch only, so that one pair is enough.
+            explicitly. Tensors have the batch as their first dimension (or all of them as their second, steps first)
+            and are moved to the model's device. Costs and the `budget` are those of a batch like the first. A search
+            that trains iterates over the data many times and needs several batches in a ``DataLoader``, a list or
+            another re-iterable; all other ways to choose the cuts read the first batch only, so that one pair is
+            enough.
         blocks: number of blocks K, at least 1 (1 is backpropagation). Searches choose among the ends of base layers; if
             these are too few, the fewest other places are added, those that split the largest blocks best, and none
             that would leave a block without parameters. `cuts` and `plan` determine the number themselves, and this is

@@ -194,8 +194,9 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
         if elsewhere:
             raise error(
                 f"{who} names {name!r}, which is in the model ({describe(elsewhere[0])}) but no legal cut: it is no "
-                "float activation, or only the output follows it, or later code writes into it through a view, or it "
-                "is not there in evaluation, or weights in front of it would get no gradient (a detach lies between)"
+                "float activation, or its rows are no examples of the batch, or only the output follows it, or later "
+                "code writes into it through a view, or it is not there in evaluation, or weights in front of it would "
+                "get no gradient (a detach lies between)"
                 f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones."
             )
         if inside := [other for other in legal if other.startswith(f"{name}.")]:
