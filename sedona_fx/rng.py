@@ -9,18 +9,20 @@ while one has them seeded, others wait (:func:`turn`).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+P, T = ParamSpec("P"), TypeVar("T")
 _locks = [threading.RLock()]
 # A worker of a data loader may be forked while another thread holds the lock, and would wait for ever.
 os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.RLock()))
@@ -29,6 +31,17 @@ os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.RLock
 def turn() -> AbstractContextManager[Any]:
     """Return a lock that is held while the global generators are in the hands of one thread; it may be taken twice."""
     return _locks[0]
+
+
+def in_turn(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function that has the global generators in its hands for the whole call (:func:`turn`)."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with turn():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def block_seed(seed: int, block: int | str, step: int) -> int:

@@ -8,7 +8,9 @@ are, and may do all of this.
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -64,11 +66,30 @@ def watch_hooks(seen: Registrations) -> Iterator[None]:
     """Note every hook that is registered on a tensor or a module in the body. They stay, unless they are removed."""
     with ExitStack() as patches:
         for method in TENSOR_HOOKS:
-            patches.enter_context(_patched(torch.Tensor, method, _noting(seen, torch.Tensor, method)))
+            patches.enter_context(replaced_here(torch.Tensor, method, _noting(seen, torch.Tensor, method)))
         for method in (*_BACKWARD_HOOKS, *_FORWARD_HOOKS):
-            patches.enter_context(_patched(nn.Module, method, _noting(seen, nn.Module, method)))
-        patches.enter_context(_patched(saved_tensors_hooks, "__enter__", _noting_region(seen)))
+            patches.enter_context(replaced_here(nn.Module, method, _noting(seen, nn.Module, method)))
+        patches.enter_context(replaced_here(saved_tensors_hooks, "__enter__", _noting_region(seen)))
         yield
+
+
+@contextmanager
+def replaced_here(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Replace a function of a class or of a module in the body, for the thread that runs it; others call the original.
+
+    What another thread does meanwhile is no part of the forward that is recorded.
+    """
+    original, thread = vars(owner)[name], threading.get_ident()
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def refusal(what: str) -> str:
@@ -141,13 +162,3 @@ def _noting_region(seen: Registrations) -> Callable[..., Any]:
         return original(self)
 
     return enter
-
-
-@contextmanager
-def _patched(owner: type, name: str, replacement: Any) -> Iterator[None]:
-    original = vars(owner)[name]
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -12,11 +12,11 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
 
+from sedona_fx.capture.hooks import replaced_here
 from sedona_fx.capture.regions import RegionWatch
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.region import Region
@@ -42,7 +42,7 @@ def mark_regions(watch: RegionWatch) -> Iterator[None]:
             node.meta[REGION] = region
         return node
 
-    with mock.patch.object(fx.Graph, "create_node", marked):
+    with replaced_here(fx.Graph, "create_node", marked):
         yield
 
 

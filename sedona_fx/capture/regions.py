@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
+from sedona_fx.capture.hooks import replaced_here
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.region import Cast, Region
 
@@ -132,13 +132,13 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
             (inference_mode, "__enter__", stop),
             (inference_mode, "__exit__", resume),
         ):
-            stack.enter_context(mock.patch.object(owner, name, function))
+            stack.enter_context(replaced_here(owner, name, function))
         for name in (*_STATE, *_STATE_OF_ONE_DEVICE) if strict else ():
-            stack.enter_context(mock.patch.object(torch, name, _outside(getattr(torch, name), _refused(name))))
+            stack.enter_context(replaced_here(torch, name, _outside(getattr(torch, name), _refused(name))))
         if told is not None:
             for name in _ASKS:
                 telling = _outside(getattr(torch, name), _telling(name, told))
-                stack.enter_context(mock.patch.object(torch, name, telling))
+                stack.enter_context(replaced_here(torch, name, telling))
         yield watch
 
 
@@ -147,7 +147,7 @@ def _outside(function: Callable[..., Any], other: Callable[..., Any]) -> Callabl
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        caller = str(sys._getframe(2).f_globals.get("__name__"))  # behind `replaced_here`
         return (function if caller.partition(".")[0] == "torch" else other)(*args, **kwargs)
 
     return call

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sedona_fx.rng import random_states, restore_random, same_random_states
+from sedona_fx.rng import random_states, restore_random, same_random_states, turn
 
 _CONTAINERS = (dict, list, set, deque)
 _WATCHED = (torch.Tensor, *_CONTAINERS)
@@ -185,12 +185,16 @@ class StateWatch:
 
 @contextmanager
 def keep_state(model: nn.Module) -> Iterator[None]:
-    """Restore the model's attributes and buffers and the states of the global random generators on exit."""
-    watch = StateWatch(model)
-    try:
-        yield
-    finally:
-        watch.restore()
+    """Restore the model's attributes and buffers and the states of the global random generators on exit.
+
+    Other threads wait for their turn with the generators meanwhile, since what they draw would be undone.
+    """
+    with turn():
+        watch = StateWatch(model)
+        try:
+            yield
+        finally:
+            watch.restore()
 
 
 @contextmanager

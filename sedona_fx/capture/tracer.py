@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ class Tracer(fx.Tracer):
         self.mode_reads: dict[nn.Module, None] = {}
         self._regions = RegionWatch()
         self._packing: list[PackingStack | None] = [None]  # of the encoders whose forward runs now, innermost last
+        self._thread = threading.get_ident()
         self._path_stack: list[str] = [""]  # paths of the modules whose forward runs now, innermost last
         self._failed_in: str | None = None  # path of the innermost module that raised
         self._asked_for: fx.Node | None = None  # the node whose value Python code needed
@@ -76,7 +78,12 @@ class Tracer(fx.Tracer):
         return InplaceProxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module; its path goes into the records of the nodes made meanwhile, and of its result."""
+        """Call a module; its path goes into the records of the nodes made meanwhile, and of its result.
+
+        fx sends the calls of all modules here, those of other threads as well.
+        """
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self._path_stack.append(path)
         try:
@@ -95,6 +102,12 @@ class Tracer(fx.Tracer):
             record = info(result.node)
             record.returned_by = (*record.returned_by, path)
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return an attribute that a forward reads: a proxy for a tensor of the model, but not in another thread."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a node and its proxy. A method that puts a hook on a tensor would be taken for one that does nothing."""

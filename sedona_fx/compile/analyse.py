@@ -26,6 +26,7 @@ from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, 
 from sedona_fx.passes.crossings import loss_node
 from sedona_fx.passes.cuts import cut_name, is_inside, possible, start_of
 from sedona_fx.passes.trace import Dynamic
+from sedona_fx.rng import in_turn
 
 _PATHS = "model.named_modules() lists the module paths."
 
@@ -42,6 +43,7 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
+@in_turn
 @gc_paused()
 def analyse(
     model: nn.Module,
