@@ -57,8 +57,9 @@ def context_of(train: fx.GraphModule, output: Key, primary: TensorSpec) -> Calla
         if not plain.by_row and moved.each > 1 and no_output is None and not fit.ladder(found):
             averaged = _arranged(place, record, replace(plain, mean=True))
             found = averaged if fit.ladder(averaged) else found
-        if found.arrangement is None and len(found.shape) == 3 and found.shape[1] == tokens:
-            found = replace(found, token=token if reaches_all(train, node, 1, token) else None)
+        in_order = moved in (Rows(), Rows(1)) and plain.output.each == 1
+        if in_order and len(found.shape) == 3 and found.shape[1] == tokens:
+            found = replace(found, token=token if reaches_all(train, node, 1 - moved.dim, token) else None)
         return found
 
     return context

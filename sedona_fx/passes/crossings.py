@@ -87,8 +87,8 @@ def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
 def read_token(graph: fx.Graph, output: Key = None) -> tuple[int | None, int]:
     """Return the index of the token that the primary output is computed from, and how many tokens there are.
 
-    The index is 0 for a model with a class token first, and -1 for one that reads the last of its tokens (N, T, D). A
-    model that reads all of them (their mean, say), or has no tokens, gives ``(None, 0)``.
+    The index is 0 for a model with a class token first, and -1 for one that reads the last of its tokens (N, T, D), or
+    (T, N, D) if that is known. A model that reads all of them (their mean, say), or has no tokens, gives ``(None, 0)``.
     """
     try:
         stack = [primary_node(graph, output)]
@@ -103,24 +103,30 @@ def read_token(graph: fx.Graph, output: Key = None) -> tuple[int | None, int]:
         for source in node.all_input_nodes:
             value = info(source).value
             if isinstance(value, TensorSpec) and len(value.shape) == 3 and info(source).is_live:
-                tokens.add((_selected_token(node, source), value.shape[1]))
+                dim = 0 if _steps_first(value, info(source).grown) else 1
+                tokens.add((_selected_token(node, source, dim), value.shape[dim]))
             else:
                 stack.append(source)
     token, count = tokens.pop() if len(tokens) == 1 else (None, 0)
     return (token, count) if token is not None else (None, 0)
 
 
-def _selected_token(node: fx.Node, source: fx.Node) -> int | None:
-    """Return the token that a node takes out of (N, T, D): ``x[:, 0]``, or ``select(x, 1, 0)``."""
+def _steps_first(value: TensorSpec, grown: object) -> bool:
+    """Whether a second size of the batch has shown that it is in dimension 1, and not in dimension 0."""
+    return isinstance(grown, TensorSpec) and grown.shape[0] == value.shape[0] and grown.shape[1] != value.shape[1]
+
+
+def _selected_token(node: fx.Node, source: fx.Node, dim: int) -> int | None:
+    """Return the token that a node takes out of tokens in a dimension: ``x[:, 0]``, or ``select(x, 1, 0)``."""
     if node.args[:1] != (source,):
         return None
     if node.target is operator.getitem:
-        key = node.args[1]
-        everything = slice(None)
-        key = key[:-1] if isinstance(key, tuple) and len(key) == 3 and key[2] == everything else key
-        if isinstance(key, tuple) and len(key) == 2 and key[0] == everything and isinstance(key[1], int):
-            return key[1]
-    if operation(node) == "select" and len(node.args) == 3 and node.args[1] == 1 and isinstance(node.args[2], int):
+        key = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        place = key[dim] if len(key) > dim else None
+        rest = [part for k, part in enumerate(key) if k != dim]
+        if isinstance(place, int) and all(part == slice(None) for part in rest):
+            return place
+    if operation(node) == "select" and len(node.args) == 3 and node.args[1] == dim and isinstance(node.args[2], int):
         return node.args[2]
     return None
 

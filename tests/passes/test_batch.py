@@ -236,3 +236,25 @@ def test_objectives_of_the_user_get_the_batch_first():
     h = net.model.a(X.transpose(0, 1))
     torch.testing.assert_close(net.losses(*pair)[0], (h.transpose(0, 1) - X).square().mean())
     assert shapes[-1] == (4, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("read", "token"),
+    [(lambda h: h[0], 0), (lambda h: h[-1], -1), (lambda h: h.select(0, 2), 2), (lambda h: h[1, :], 1)],
+)
+def test_the_step_that_is_read_is_found_where_steps_come_first(read, token):
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+            self.b = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.fc(read(self.b(self.a(x.transpose(0, 1)))))
+
+    contexts = analysed(Steps(), X).contexts
+    assert (contexts["a"].shape, contexts["a"].token) == ((4, 5, 6), token)
+    net = sedona_fx.decouple(Steps(), (X, torch.tensor([0, 1, 2, 0])), cuts=["a"], heads="tokens-1")
+    x = torch.randn(5, 4, 6)
+    torch.testing.assert_close(net.heads["0"](x), nn.Sequential(*net.heads["0"].head[1:])(x[token]))
