@@ -53,6 +53,18 @@ class Layers(nn.Module):
         return [self.head(heads["0"], first), self.head(heads["1"], second), self.out(last)]
 
 
+class Between(nn.Module):
+    """Two linear layers of 6 features, `a` and `b`, with code of a test before, between and behind them."""
+
+    def __init__(self, before, behind, between=None) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.before, self.between, self.behind = before, between or torch.tanh, behind
+
+    def forward(self, x):
+        return self.fc(self.behind(self.b(self.between(self.a(self.before(x))))))
+
+
 class StepsFirst(nn.Module):
     """Transformer layers that have the steps first, between a batch-first embedding and a batch-first output."""
 

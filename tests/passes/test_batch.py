@@ -1,46 +1,22 @@
-"""Where activations hold the batch: when a second size is tried, what it tells, and whose rows are whose."""
+"""Where activations hold the batch, and what heads there are given."""
 
 from __future__ import annotations
-
-from fractions import Fraction
 
 import pytest
 import torch
 from graphs import analysed, cut_names, node_of
+from layouts import Between
 from torch import Tensor, nn
 
 import sedona_fx
-from sedona_fx.data.args import Args
 from sedona_fx.errors import HeadError
 from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.graph import info
-from sedona_fx.passes.row_order import Folded, row_orders
-
-
-class Of(nn.Module):
-    """Two linear layers of 6 with code of a test before, between and behind them."""
-
-    def __init__(self, before, behind, between=None) -> None:
-        super().__init__()
-        self.a, self.b, self.fc = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-        self.before, self.between, self.behind = before, between or torch.tanh, behind
-
-    def forward(self, x):
-        return self.fc(self.behind(self.b(self.between(self.a(self.before(x))))))
 
 
 def rows_behind(model: nn.Module, x: Tensor, site: str = "a") -> Rows | None:
     record = info(node_of(analysed(model, x).train, site))
     return record.rows if record.crossing else None
-
-
-def tried(model: nn.Module, x: Tensor) -> bool:
-    """Whether the model was traced for a second size."""
-    return any(info(node).grown is not None for node in analysed(model, x).train.graph.nodes)
-
-
-def mean_1(h):
-    return h.mean(1)
 
 
 X = torch.randn(4, 5, 6)
@@ -101,64 +77,22 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_rows_of_an_example_are_found(name):
     before, behind, x, wanted = LAYOUTS[name]
-    assert rows_behind(Of(before, behind), x) == wanted
-    assert rows_behind(Of(before, behind), x, "b") == wanted
-
-
-PLAIN = {
-    "vectors": (lambda x: x.mean(1), lambda h: h, X),
-    "tokens": (lambda x: x, mean_1, X),
-    "as many tokens": (lambda x: x, mean_1, torch.randn(5, 5, 6)),
-    "as many features": (lambda x: x, mean_1, torch.randn(6, 5, 6)),
-    "as many classes": (lambda x: x, mean_1, torch.randn(3, 5, 6)),
-    "channels moved": (lambda x: x.permute(0, 2, 1).transpose(1, 2), lambda h: h[:, 0], torch.randn(5, 5, 6)),
-    "scores": (lambda x: torch.einsum("ntd,nsd->nts", x, x) @ x, mean_1, X),
-    "there and back": (lambda x: x.transpose(0, 1).cumsum(0).transpose(0, 1), mean_1, X),
-}
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_nothing_is_tried_where_the_batch_is_first(name):
-    before, behind, x = PLAIN[name]
-    model = Of(before, behind)
-    assert not tried(model, x)
-    assert cut_names(analysed(model, x))[:1] == ["a"]
-
-
-def test_convolutional_nets_with_as_many_channels_as_examples_do_not_pay():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert not tried(model.append(nn.Linear(8, 8)), torch.randn(8, 3, 8, 8))
+    assert rows_behind(Between(before, behind), x) == wanted
+    assert rows_behind(Between(before, behind), x, "b") == wanted
 
 
 def test_no_block_ends_where_rows_are_no_examples():
     """Features that cross all examples, and a graph that runs for one size only."""
     x = torch.randn(4, 6)
-    mixed = Of(lambda x: x.repeat(1, 2).view(-1, 6), lambda h: h.view(-1, 2, 6).sum(1), lambda h: h @ h.t() @ h)
+    mixed = Between(lambda x: x.repeat(1, 2).view(-1, 6), lambda h: h.view(-1, 2, 6).sum(1), lambda h: h @ h.t() @ h)
     assert cut_names(analysed(mixed, x))[:1] == ["a"]
     assert rows_behind(mixed, x, "b") is None  # every row depends on all examples
-    total = Of(lambda x: x, lambda h: h, lambda h: h + h.mean(0, keepdim=True).relu())
+    total = Between(lambda x: x, lambda h: h, lambda h: h + h.mean(0, keepdim=True).relu())
     assert "a" in cut_names(analysed(total, x))
 
 
-def test_orders_are_not_guessed():
-    """An example without an effect, rows in an order of their own, examples that are all alike."""
-    for order in (lambda h: h.flip(0), lambda h: h.roll(1, 0)):
-        model = Of(lambda x: torch.cat([x, x]), lambda h: h.view(2, -1, 6).sum(0), order)
-        assert rows_behind(model, torch.randn(3, 6), "a") is None  # the output's rows are other examples'
-        assert rows_behind(model, torch.randn(3, 6), "b") is None
-    folded = Of(lambda x: x.flatten(0, 1), lambda h: h.view(-1, 5, 6).mean(1))
-    graphs = analysed(folded, torch.zeros(4, 5, 6))
-    assert info(node_of(graphs.train, "a")).rows == Rows(0, 5)  # floats are changed, not only exchanged
-    values = {"a": Folded(0, 5), info(graphs.train.graph.output_node().all_input_nodes[0]).site: Folded(0, 1)}
-    output = list(values)[1]
-    found = row_orders(graphs.eval, Args(x=torch.zeros(4, 5, 6)), values, output=output, per_example=Fraction(1))
-    assert found == {"a": True}
-    nowhere = Of(lambda x: torch.cat([x, x]) * 0, lambda h: h.view(2, -1, 6).sum(0))
-    assert rows_behind(nowhere, torch.randn(3, 6)) is None
-
-
 def test_analysis_leaves_the_model_and_the_generators_as_they_were():
-    class Noisy(Of):
+    class Noisy(Between):
         def __init__(self) -> None:
             super().__init__(lambda x: x.flatten(0, 1), lambda h: h.view(-1, 5, 6).mean(1))
             self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
@@ -207,7 +141,7 @@ def test_heads_of_the_user_get_the_batch_first():
         def forward(self, h):
             return self.fc(h[:, 0])
 
-    model = Of(lambda x: x.transpose(0, 1), lambda h: h.mean(0))
+    model = Between(lambda x: x.transpose(0, 1), lambda h: h.mean(0))
     pair = (X, torch.randint(0, 3, (4,)))
     net = sedona_fx.decouple(model, pair, cuts=["a"], heads=[Own])
     assert seen[-1] == ((4, 5, 6), (4, 3), 6, (5,))
@@ -224,7 +158,7 @@ def test_heads_of_the_user_get_the_batch_first():
 
 
 def test_objectives_of_the_user_get_the_batch_first():
-    model = Of(lambda x: x.transpose(0, 1), lambda h: h.mean(0))
+    model = Between(lambda x: x.transpose(0, 1), lambda h: h.mean(0))
     pair = (X, torch.randint(0, 3, (4,)))
     shapes = []
 
