@@ -48,7 +48,8 @@ def entries() -> Iterator[Entry]:
         partial(_build, "clip", "CLIPModel", CLIP),
         batches.captions,
         loss=contrastive_loss,
-        options={"output": "logits_per_image"},
+        note="its output is the similarities of all images and texts of a batch, which no head gives",
+        options={"output": "logits_per_image", "heads": False},
     )
 
 
