@@ -117,8 +117,8 @@ def decouple(
         no_cut: module paths inside of which there is no cut; they are traced as usual.
         max_live: how many activations may cross at a cut, at least 1. Each one is held until the last block that reads
             it has run; more allow cuts inside of residual blocks and past the skips of a U-Net. None: as few as give
-            the number of blocks, and let these share the work evenly: with balanced cuts the largest block has at most
-            1.2 times an even share, or, where no number allows that, 1.1 times the least possible.
+            the number of blocks, if balanced cuts make the largest at most 1.3 times an even share; else as few as make
+            it at most 1.1 times the smallest that any number allows.
         seed: seeds the search, the initial weights of the heads, and the random draws of the blocks in training.
         progress: whether a search shows progress bars.
         inplace: share the model's Parameter objects and buffers instead of copying them. That saves the memory of the
