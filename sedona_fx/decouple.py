@@ -120,8 +120,8 @@ def decouple(
         no_cut: module paths inside of which there is no cut; they are traced as usual.
         max_live: how many activations may cross at a cut, at least 1. Each one is held until the last block that reads
             it has run; more allow cuts inside of residual blocks and past the skips of a U-Net. None: as few as give
-            the number of blocks, and let these share the work evenly: with balanced cuts the largest block has at most
-            1.2 times an even share, or, where no number allows that, 1.1 times the least possible.
+            the number of blocks, if balanced cuts make the largest at most 1.3 times an even share; else as few as make
+            it at most 1.1 times the smallest that any number allows.
         dynamic: sizes of inputs that must not be fixed, besides the batch: ``{"ids": [1]}`` for sequences of any
             length. In models that only ``torch.export`` can record, sizes are free where the program and the heads
             allow it (``print(net)`` lists them); a size that is named here and cannot be free is an error, with the
