@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import sedona_fx
 from sedona_fx.ir.graph import cut_points, info
 from sedona_fx.ir.rows.reach import missed_parameters, reaches_all
-from sedona_fx.passes.cuts import resolve
 
 
 class ClassToken(nn.Module):
@@ -88,48 +87,45 @@ ATTENTIONS = {
 IMAGES, TARGET = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0])
 
 
-def exactly_zero(model: nn.Module, site: str, place: int, *inputs: Tensor) -> set[str]:
-    """Return the parameters whose gradient is exactly zero if it enters the named cut in one row alone, by autograd."""
-    gm = analysed(model, *inputs).train
-    graph_values = {}
+class Values(torch.fx.Interpreter):
+    """Runs a graph, keeps the value of every node, and asks autograd which gradients of one row are exactly zero."""
 
-    class Keep(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> object:
-            graph_values[n] = super().run_node(n)
-            return graph_values[n]
+    def __init__(self, gm: torch.fx.GraphModule, *inputs: Tensor) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.run(*inputs)
+        self.named = dict(gm.named_parameters())
 
-    Keep(gm).run(*inputs)
-    value = graph_values[resolve(gm.graph)[site]]
-    named = dict(gm.named_parameters())
-    whole = torch.autograd.grad(torch.randn_like(value).mul(value).sum(), list(named.values()), retain_graph=True, allow_unused=True)
-    part = torch.autograd.grad(torch.randn_like(value)[:, place].mul(value[:, place]).sum(), list(named.values()), allow_unused=True)
-    return {
-        name
-        for name, all_rows, one_row in zip(named, whole, part, strict=True)
-        if all_rows is not None and all_rows.any() and (one_row is None or not one_row.any())
-    }
+    def exactly_zero(self, node: torch.fx.Node, place: int) -> set[str]:
+        """Return the parameters that no gradient reaches from one row, and some gradient from all rows."""
+        value = self.env[node]
+        weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+
+        def gradients(loss: Tensor) -> list[Tensor | None]:
+            return torch.autograd.grad(loss.sum(), list(self.named.values()), retain_graph=True, allow_unused=True)
+
+        both = zip(self.named, gradients(weights * value), gradients((weights * value)[:, place]), strict=True)
+        return {name for name, whole, part in both if whole is not None and whole.any() and not _any(part)}
 
 
-def missed(model: nn.Module, site: str, place: int, *inputs: Tensor, **how: bool) -> set[str]:
-    gm = analysed(model, *inputs).train
-    node = resolve(gm.graph)[site]
-    place %= info(node).value.shape[1]
-    return set(missed_parameters(gm, node, 1, {place}, **how))
+def _any(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_class_tokens_are_what_autograd_says(attention):
-    model = ClassToken(attention)
-    graphs = analysed(model, IMAGES)
-    for node in cut_points(graphs.train.graph):
+    graphs = analysed(ClassToken(attention), IMAGES)
+    gm, zero = graphs.train, {}
+    values = Values(gm, IMAGES)
+    for node in cut_points(gm.graph):
         cut, shape = str(info(node).cut), info(node).value.shape
         if len(shape) == 3 and shape[1] == 5:
-            wanted = exactly_zero(model, cut, 0, IMAGES)
-            assert missed(model, cut, 0, IMAGES) == missed(model, cut, 0, IMAGES, unknown_reads_all=True) == wanted
-            assert reaches_all(graphs.train, node, 1, 0) == (not wanted)
-            assert graphs.contexts[cut].token == (None if wanted else 0)
-    assert exactly_zero(model, "pre", 0, IMAGES) == {"patch.weight", "patch.bias"}
-    assert reaches_all(graphs.train, resolve(graphs.train.graph)["layers.1"], 1, 0) == (attention != "rowwise")
+            zero[cut] = values.exactly_zero(node, 0)
+            assert set(missed_parameters(gm, node, 1, {0})) == zero[cut]
+            assert set(missed_parameters(gm, node, 1, {0}, unknown_reads_all=True)) == zero[cut]
+            assert reaches_all(gm, node, 1, 0) == (not zero[cut])
+            assert graphs.contexts[cut].token == (None if zero[cut] else 0)
+    assert zero["pre"] == {"patch.weight", "patch.bias"}
+    assert bool(zero["layers.1"]) == (attention == "rowwise")
 
 
 class Recurrences(nn.Module):
@@ -148,22 +144,22 @@ class Recurrences(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-@pytest.mark.parametrize("place", [0, 2, -1])
-@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}], ids=str)
-def test_steps_of_a_recurrence(kind, place, options):
-    model, x = Recurrences(kind, place, **options), torch.randn(3, 6, 4)
-    cuts = [str(info(node).cut) for node in cut_points(analysed(model, x).train.graph)]
-    assert len(cuts) >= 2
-    for cut in cuts[:2]:
-        wanted = exactly_zero(model, cut, place, x)
-        found = missed(model, cut, place, x)
-        assert found >= wanted
-        assert missed(model, cut, place, x, unknown_reads_all=True) <= found
-        if place == -1:
-            assert found == wanted
-    last = exactly_zero(model, cuts[1], place, x)
-    if options.get("bidirectional") and place == -1:
-        assert any("reverse" in name for name in last)
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("both", [False, True])
+def test_steps_of_a_recurrence(kind, layers, both):
+    x = torch.randn(3, 6, 4)
+    graphs = analysed(Recurrences(kind, -1, num_layers=layers, bidirectional=both), x)
+    gm, values = graphs.train, Values(graphs.train, x)
+    ends = [node for node in cut_points(gm.graph) if len(info(node).value.shape) == 3]
+    assert len(ends) == 2
+    for node in ends:
+        for place in range(6):
+            zero = values.exactly_zero(node, place)
+            found = set(missed_parameters(gm, node, 1, {place}))
+            certain = set(missed_parameters(gm, node, 1, {place}, unknown_reads_all=True))
+            assert certain == zero == found
+        assert graphs.contexts[info(node).cut].token == (None if both else -1)
+    assert any("hh" in name and "reverse" in name for name in values.exactly_zero(ends[1], 5)) == both
 
 
 class Pieces(nn.Module):
@@ -211,18 +207,18 @@ CERTAIN = set(WAYS) - {"flip", "roll", "rows of the batch", "einsum", "convoluti
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("place", range(4))
-def test_ways_to_move_rows(way, place):
-    model, x = Pieces(way), torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
-    graphs = analysed(model, x).train
-    sites = [n for n in graphs.graph.nodes if info(n).cut and len(info(n).value.shape) == 3 and info(n).value.shape[1] == 4]
-    node = sites[-1]
-    wanted = exactly_zero(model, info(node).cut, place, x)
-    claimed = set(missed_parameters(graphs, node, 1, {place}))
-    certain = set(missed_parameters(graphs, node, 1, {place}, unknown_reads_all=True))
-    assert certain <= wanted <= claimed
-    if way in CERTAIN:
-        assert certain == claimed
+def test_ways_to_move_rows(way):
+    x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    gm = analysed(Pieces(way), x).train
+    values = Values(gm, x)
+    node = [n for n in cut_points(gm.graph) if info(n).value.shape == (3, 4, 6)][-1]
+    for place in range(4):
+        zero = values.exactly_zero(node, place)
+        claimed = set(missed_parameters(gm, node, 1, {place}))
+        certain = set(missed_parameters(gm, node, 1, {place}, unknown_reads_all=True))
+        assert certain <= zero <= claimed
+        if way in CERTAIN:
+            assert certain == claimed
 
 
 @pytest.mark.parametrize("cuts", [["pre"], ["pre", "layers.0"]])
