@@ -31,6 +31,7 @@ from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_stat
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
+from sedona_fx.ir.layer_stacks import unknown_masks
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.rng import seed_all
@@ -110,7 +111,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
-            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
+            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions), unknown_masks():
                 program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()

@@ -102,7 +102,9 @@ class Meter(TorchDispatchMode):
     def _look_for_weights(self, func: Any, arguments: Any, result: Any, *, counted: bool) -> None:
         """Note an operator that reads weights and has no formula; what is made of weights alone are weights, too."""
         tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        others = [t for t in tensors if t.layout is not torch.strided or t.untyped_storage()._cdata not in self._weights]
+        others = [
+            t for t in tensors if t.layout is not torch.strided or t.untyped_storage()._cdata not in self._weights
+        ]
         if len(others) == len(tensors):
             return
         if not others:

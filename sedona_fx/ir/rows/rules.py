@@ -107,7 +107,12 @@ _SAME = (
     *("type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "to_nested", "to_padded"),
 )
 _PLAIN_NAMES = {
-    **{"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "ipow": "pow"},
+    "iadd": "add",
+    "isub": "sub",
+    "imul": "mul",
+    "itruediv": "div",
+    "truediv": "div",
+    "ipow": "pow",
     "__matmul__": "matmul",
 }
 _LAYERS_BY_ELEMENT = (
