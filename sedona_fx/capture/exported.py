@@ -35,6 +35,7 @@ from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_stat
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
+from sedona_fx.ir.layer_stacks import unknown_masks
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.plan_values import FreeSize
@@ -190,7 +191,7 @@ def _capture(
         watched = watch_regions(strict=False, told=told)
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watched as regions:
             shapes = _dynamic_shapes(example, free) if free is not None else None
-            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
+            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions), unknown_masks():
                 program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()

@@ -13,6 +13,7 @@ from sedona_fx import passes
 from sedona_fx.capture.free_sizes import resized
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.compile.analyse import gc_paused
+from sedona_fx.compile.head_reach import warn_of_missed
 from sedona_fx.compile.request import Request
 from sedona_fx.compile.uneven import why_uneven
 from sedona_fx.errors import HeadError
@@ -20,6 +21,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import block_costs, cost_of_head
+from sedona_fx.ir.graph import HEADS
 from sedona_fx.ir.modules import first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
@@ -57,6 +59,12 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
         analysed, plan = _with_sizes_of_heads(request, analysed, placeless, plan)
     cut_nodes = resolve(analysed.train.graph)
     ends = [cut_nodes[cut] for cut in plan.cuts]
+    for end, spec, head, block in zip(ends, heads, modules.values(), blocks[True], strict=False):
+        if spec is not None and head is not None:
+            own = [
+                name for name, p in block.module.named_parameters() if p.requires_grad and not name.startswith(HEADS)
+            ]
+            warn_of_missed(analysed.train, end, spec, head, own)
     head_costs = [
         cost_of_head(analysed.head_costs, spec, analysed.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)

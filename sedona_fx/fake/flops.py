@@ -31,7 +31,7 @@ def name_of(operator: Any) -> str:
 
 
 def is_free(operator: Any) -> bool:
-    """Whether an operator of PyTorch's does no more than a few operations a number: it is rightly counted as nothing."""
+    """Whether an operator of PyTorch's does no more than a few operations a number: it rightly counts nothing."""
     if not isinstance(operator, torch._ops.OpOverload) or operator.namespace not in ("aten", "prim", "prims"):
         return False
     return operator.is_view or torch.Tag.pointwise in operator.tags or name_of(operator) in _FREE

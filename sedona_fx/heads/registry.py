@@ -149,6 +149,11 @@ def default_head(context: HeadContext) -> str:
     return candidates[min(1, len(candidates) - 1)]
 
 
+def is_built_in(spec: HeadSpec) -> bool:
+    """Whether a head is one of the package's own."""
+    return _entry(spec).refuses is not None
+
+
 def head_names() -> tuple[str, ...]:
     """Return all registered names in the order of registration, built-in heads first."""
     return tuple(_REGISTRY)

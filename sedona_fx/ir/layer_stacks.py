@@ -1,7 +1,7 @@
 """PyTorch's stacks of layers (``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer``) in a graph.
 
-To fx they are layers like any other, since ``torch.nn`` defines them, and six layers would be one node without a place to
-cut. So they are entered, and the layers inside stay whole. What PyTorch's code decides by numbers (whether a mask is
+To fx they are layers like any other, since ``torch.nn`` defines them, and six layers would be one node without a place
+to cut. So they are entered, and the layers inside stay whole. What PyTorch's code decides by numbers (whether a mask is
 causal) or by the state that it runs in becomes a call in the graph, decided anew in every run.
 
 In evaluation without gradients an encoder packs a padded batch into a nested tensor and takes it through all layers. No
@@ -207,9 +207,24 @@ def enter_stacks(packing: list[PackingStack | None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unknown_masks() -> Iterator[None]:
+    """Let stacks take no mask for causal in the body unless they are told, as there are no numbers to see it by.
+
+    A causal mask then does what any other mask does: that it is causal is a hint, which saves time.
+    """
+
+    @functools.wraps(transformer._detect_is_causal_mask)
+    def told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    with mock.patch.object(transformer, "_detect_is_causal_mask", told):
+        yield
+
+
 @functools.wraps(_transformer_forward)
 def _without_checks(self: nn.Transformer, src: Any, tgt: Any, *masks: Any, **named_masks: Any) -> Any:
-    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes, which attention checks as well."""
+    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes: attention checks them as well."""
     if not isinstance(src, fx.Proxy) and not isinstance(tgt, fx.Proxy):
         return _transformer_forward(self, src, tgt, *masks, **named_masks)
     given = _TRANSFORMER.bind(self, src, tgt, *masks, **named_masks)

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 import sedona_fx
+from sedona_fx.fake.flops import formula_of
+from sedona_fx.fake.meter import Meter
 from sedona_fx.ir.cost import block_costs
 from sedona_fx.ir.graph import info
 from sedona_fx.passes.cuts import resolve
 
-N, T, I, H, P = 3, 5, 4, 6, 2
+N, T, IN, H, P = 3, 5, 4, 6, 2
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 class Recurrent(nn.Module):
     def __init__(self, kind: str = "LSTM", packed: bool = False, **options: object) -> None:
         super().__init__()
-        self.r = getattr(nn, kind)(I, H, **options)
+        self.r = getattr(nn, kind)(IN, H, **options)
         self.packed, self.out = packed, nn.LazyLinear(3)
-        self.out(self.r(torch.randn(N, T, I) if options.get("batch_first") else torch.randn(T, N, I))[0])
+        self.out(self.r(torch.randn(N, T, IN) if options.get("batch_first") else torch.randn(T, N, IN))[0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.r(x)[0])
@@ -33,7 +35,7 @@ def of_recurrence(kind: str, *, layers: int = 1, directions: int = 1, projected:
     """Two a multiply-add: each step multiplies its input and its state by the matrices of all gates."""
     total, state = 0, projected or H
     for layer in range(layers):
-        incoming = I if layer == 0 else state * directions
+        incoming = IN if layer == 0 else state * directions
         of_gates = 2 * GATES[kind] * H * (incoming + state)
         total += directions * steps * (of_gates + (2 * H * projected))
     return total
@@ -54,7 +56,7 @@ def of_recurrence(kind: str, *, layers: int = 1, directions: int = 1, projected:
 )
 def test_recurrent_layers(kind, batch_first, options, counted):
     model = Recurrent(kind, batch_first=batch_first, **options)
-    x = torch.randn(N, T, I) if batch_first else torch.randn(T, N, I)
+    x = torch.randn(N, T, IN) if batch_first else torch.randn(T, N, IN)
     record = info(node_of(analysed(model, x).train, "r"))
     assert record.flops == of_recurrence(kind, **counted)
     assert not record.work.uncounted
@@ -64,7 +66,7 @@ def test_recurrent_layers(kind, batch_first, options, counted):
 @pytest.mark.parametrize("directions", [1, 2])
 def test_projected_lstm(directions):
     model = Recurrent(proj_size=P, num_layers=2, batch_first=True, bidirectional=directions == 2)
-    record = info(node_of(analysed(model, torch.randn(N, T, I)).train, "r"))
+    record = info(node_of(analysed(model, torch.randn(N, T, IN)).train, "r"))
     assert record.flops == of_recurrence("LSTM", layers=2, directions=directions, projected=P)
 
 
@@ -73,7 +75,7 @@ def test_a_packed_sequence_has_no_padded_steps(kind):
     class Packed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.r = getattr(nn, kind)(I, H, 2, batch_first=True)
+            self.r = getattr(nn, kind)(IN, H, 2, batch_first=True)
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
@@ -87,7 +89,7 @@ def test_a_packed_sequence_has_no_padded_steps(kind):
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             return self.out(self.inner(x, lengths)).mean(1)
 
-    data = ({"x": torch.randn(N, T, I), "lengths": torch.tensor([5, 2, 4])}, torch.zeros(N, dtype=torch.long))
+    data = ({"x": torch.randn(N, T, IN), "lengths": torch.tensor([5, 2, 4])}, torch.zeros(N, dtype=torch.long))
     net = sedona_fx.decouple(Whole(), data, cuts=["inner"], leaf_modules=["inner"])
     inner = next(n for n in net.graph_module.graph.nodes if n.target == "inner")
     assert info(inner).flops == of_recurrence(kind, layers=2, steps=5 + 2 + 4)
@@ -98,7 +100,7 @@ def test_cells(kind):
     class Steps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell, self.out = getattr(nn, f"{kind}Cell")(I, H), nn.Linear(H, 3)
+            self.cell, self.out = getattr(nn, f"{kind}Cell")(IN, H), nn.Linear(H, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             h = None
@@ -106,7 +108,7 @@ def test_cells(kind):
                 h = self.cell(step, h)
             return self.out(h[0] if kind == "LSTM" else h)
 
-    gm = analysed(Steps(), torch.randn(N, T, I)).train
+    gm = analysed(Steps(), torch.randn(N, T, IN)).train
     assert info(node_of(gm, "cell")).flops == of_recurrence(kind, steps=N)
     assert info(node_of(gm, "cell#2")).flops == of_recurrence(kind, steps=N)
 
@@ -172,17 +174,24 @@ def test_attentions_fast_path():
     """A transformer layer that runs as one operator, in evaluation, counts what its parts count in training."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    from sedona_fx.fake.meter import Meter  # noqa: PLC0415
-
     x, counts = torch.randn(N, T, 8), []
     for module in (layer, nn.MultiheadAttention(8, 2, batch_first=True)):
         for training in (True, False):
             meter = Meter()
             with torch.no_grad(), meter:
-                module.train(training)(*([x] if module is layer else [x, x, x]), **({} if module is layer else {"need_weights": False}))
+                module.train(training)(
+                    *([x] if module is layer else [x, x, x]), **({} if module is layer else {"need_weights": False})
+                )
             counts.append(meter.flops)
     of_attention = 4 * 2 * N * T * 8 * 8 + 2 * 2 * N * T * T * 8
     assert counts == [of_attention + 2 * 2 * N * T * 8 * 12] * 2 + [of_attention] * 2
+
+
+def test_flex_attention_has_a_formula():
+    q, v = torch.empty(2, 3, 5, 4), torch.empty(2, 3, 7, 6)
+    formula = formula_of(torch.ops.higher_order.flex_attention)
+    assert formula is not None
+    assert formula(q, torch.empty(2, 3, 7, 4), v, out_val=None) == 2 * 2 * 3 * 5 * 7 * (4 + 6)
 
 
 def test_fourier_transforms():
@@ -192,7 +201,9 @@ def test_fourier_transforms():
             self.out = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.out(torch.fft.fft(x.to(torch.complex64), dim=1).real + torch.fft.irfft(torch.fft.rfft(x), n=8)).mean(1)
+            return self.out(
+                torch.fft.fft(x.to(torch.complex64), dim=1).real + torch.fft.irfft(torch.fft.rfft(x), n=8)
+            ).mean(1)
 
     gm = analysed(Mixing(), torch.randn(N, 16, 8)).train
     assert info(node_of(gm, ":fft_fft")).flops == 5 * N * 16 * 8 * 4
@@ -239,7 +250,11 @@ X, Y = torch.randn(8, 16), torch.randint(3, (8,), generator=torch.Generator().ma
 @pytest.mark.parametrize("kind", [Affine, Scaled])
 @pytest.mark.parametrize("leaves", [(), ("0", "1", "2", "3")], ids=["traced", "whole"])
 def test_what_has_no_formula_is_named_and_balanced_by_bytes(kind, leaves):
-    model = nn.Sequential(*(kind() for _ in range(4)), *(z for _ in range(4) for z in (nn.Linear(16, 16, bias=False), nn.Tanh())), nn.Linear(16, 3))
+    model = nn.Sequential(
+        *(kind() for _ in range(4)),
+        *(z for _ in range(4) for z in (nn.Linear(16, 16, bias=False), nn.Tanh())),
+        nn.Linear(16, 3),
+    )
     net = sedona_fx.decouple(model, (X, Y), blocks=4, search="balanced", leaf_modules=leaves, heads=False)
     # As many bytes as a linear layer of the same size: as many FLOPs.
     assert max(cost.flops for cost in net.costs) <= 1.1 * 2 * (2 * 8 * 16 * 16)

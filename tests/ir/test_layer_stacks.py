@@ -17,13 +17,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning
 
 
 def layer(**options: object) -> nn.TransformerEncoderLayer:
-    return nn.TransformerEncoderLayer(**{"d_model": 8, "nhead": 2, "dim_feedforward": 12, "batch_first": True} | options)
+    return nn.TransformerEncoderLayer(
+        **{"d_model": 8, "nhead": 2, "dim_feedforward": 12, "batch_first": True} | options
+    )
 
 
 class Encoder(nn.Module):
     """Tokens, an encoder, class scores of the mean. `mask`: how a causal mask is given, if it is."""
 
-    def __init__(self, layers: int = 3, mask: str = "", norm: bool = True, nested: bool = True, **options: object) -> None:
+    def __init__(
+        self, layers: int = 3, mask: str = "", norm: bool = True, nested: bool = True, **options: object
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.mask = options.get("batch_first", True), mask
@@ -108,6 +112,22 @@ def test_encoder_is_the_models_own(padding, mask, options):
 @pytest.mark.parametrize("options", [{"dropout": 0.3}, {"norm": False}, {"activation": "gelu"}, {"nhead": 1}], ids=str)
 def test_options(options):
     assert_same(Encoder(**options), {"ids": IDS, "padded": PADDED}, cuts=["t.layers.1"])
+
+
+class Checked(Encoder):
+    def forward(self, ids: Tensor, padded: Tensor | None = None, scores: Tensor | None = None) -> Tensor:
+        if ids.shape[1] > 9:
+            raise ValueError("too long")
+        return super().forward(ids, padded, scores)
+
+
+@pytest.mark.parametrize("mask", ["", "buffer", "given"])
+def test_exported_models_have_no_numbers_to_see_a_causal_mask_by(mask):
+    inputs = {"ids": IDS} | ({"scores": CAUSAL} if mask == "given" else {"padded": PADDED} if not mask else {})
+    model = Checked(mask=mask, dropout=0.0)
+    net = sedona_fx.decouple(model, (inputs, TARGET), cuts=["t.layers.1"])
+    assert net.plan.capture.front_end == "export"
+    assert torch.equal(net(**inputs), model(**inputs))
 
 
 def test_sequence_first():
@@ -226,7 +246,9 @@ def test_classes_that_inherit():
         net = assert_same(with_stack(stack), {"ids": IDS, "padded": PADDED}, cuts=["t.layers.1"])
         assert net.plan.capture.front_end == "symbolic"
     mine = OwnForward(8, 2, 12, 0.0, batch_first=True)
-    net = assert_same(with_stack(nn.TransformerEncoder(mine, 3, enable_nested_tensor=False)), {"ids": IDS}, cuts=["t.layers.1"])
+    net = assert_same(
+        with_stack(nn.TransformerEncoder(mine, 3, enable_nested_tensor=False)), {"ids": IDS}, cuts=["t.layers.1"]
+    )
     assert net.plan.capture.front_end == "symbolic"
     assert_same(with_stack(nn.TransformerEncoder(mine, 3)), {"ids": IDS}, blocks=1)  # the encoder stays whole
 

@@ -167,3 +167,19 @@ def test_a_detached_value_depends_on_nothing():
 
     gm = annotated(Stop(), x=torch.randn(2, 4))
     assert [info(node_of(gm, site)).is_live for site in ("layer", ":detach", ":add")] == [True, False, True]
+
+
+def test_what_is_made_of_a_size_or_a_dtype_takes_no_gradient():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return y + torch.ones(y.shape[0], 1).to(y.dtype) + y.new_zeros(4)
+
+    gm = annotated(Sized(), x=torch.randn(2, 4))
+    live = {info(node).site: info(node).is_live for node in gm.graph.nodes}
+    assert [live[site] for site in ("layer", ":ones", ":to", ":new_zeros")] == [True, False, False, True]
+    assert not info(node_of(gm, ":getitem")).depends

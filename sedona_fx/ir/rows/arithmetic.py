@@ -105,7 +105,7 @@ def product(gm: fx.GraphModule, node: fx.Node, part: Part) -> Needs | None:
 
 
 def attention(gm: fx.GraphModule, node: fx.Node, part: Part) -> Needs | None:
-    """Queries are needed in the rows of the result, keys and values in all; causal attention lets the first see itself."""
+    """Queries are needed in the rows of the result, keys and values in all; if it is causal, the first sees itself."""
     query, shape = argument(node, 0, "query"), shape_of(node)
     if not isinstance(part, Rows) or shape is None or not isinstance(query, fx.Node) or part.dim < len(shape) - 2:
         return None

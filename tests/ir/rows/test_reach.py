@@ -1,4 +1,4 @@
-"""Which parameters the gradient of one token reaches: never more than autograd says, and no less where rules are known."""
+"""Which parameters the gradient of one token reaches, against autograd: never more, no less where rules are known."""
 
 import pytest
 import torch
@@ -195,7 +195,9 @@ WAYS = {
     "swapped": lambda m, a, b: torch.stack(torch.cat([a, b], 1).unbind(1)[::-1], 1),
     "einsum": lambda m, a, b: torch.einsum("btd,st->bsd", torch.cat([a, b], 1), m.mix.weight),
     "product": lambda m, a, b: m.mix.weight @ torch.cat([a, b], 1),
-    "convolution": lambda m, a, b: F.conv1d(torch.cat([a, b], 1).transpose(1, 2), torch.ones(6, 6, 3), padding=1).transpose(1, 2),
+    "convolution": lambda m, a, b: F.conv1d(
+        torch.cat([a, b], 1).transpose(1, 2), torch.ones(6, 6, 3), padding=1
+    ).transpose(1, 2),
     "cumsum": lambda m, a, b: torch.cat([a, b], 1).cumsum(1),
     "where": lambda m, a, b: torch.where(torch.cat([a, b], 1) > 0, torch.cat([a, b], 1), torch.zeros(())),
     "slices": lambda m, a, b: torch.cat([torch.cat([a, b], 1)[:, ::2], torch.cat([a, b], 1)[:, 1::2]], 1),
