@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.graph_module import with_record
 from sedona_fx.capture.inline_regions import REGION
 from sedona_fx.capture.tracer import holds_tensor
+from sedona_fx.capture.whole.reasons import is_transform
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.outputs import fields, is_container, is_leaf, is_object
@@ -71,6 +72,10 @@ class Converter:
                 leaves = iter(fx.map_arg(node.args[0], self._converted))
                 with_record(self.graph.output(self._build_output(self.model_output, leaves)))
                 continue
+            if is_transform(node.target):
+                raise TraceError(
+                    f"it calls {node.name} of a transform such as torch.vmap, and no block can run a part of one"
+                )
             path = _module_path(node)
             convert_argument = functools.partial(self._converted, path=path)
             args, kwargs = fx.map_arg(node.args, convert_argument), fx.map_arg(node.kwargs, convert_argument)

@@ -29,6 +29,8 @@ from sedona_fx.capture.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
+from sedona_fx.capture.whole.derivatives import backward_refused
+from sedona_fx.capture.whole.reasons import reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
@@ -110,7 +112,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
-            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions):
+            with watch_hooks(registrations), plain_checkpoints(), backward_refused(), mark_regions(regions):
                 program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
@@ -217,5 +219,4 @@ def _dynamic_shapes(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no reason given'}{user_line(error)}."
+    return f"{type(error).__name__}: {reason_of(error)}{user_line(error)}."

@@ -20,6 +20,7 @@ from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import TensorSpec
+from sedona_fx.ir.late_buffers import overwrite
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.rng import random_states, restore_random
@@ -128,7 +129,10 @@ class Leave(HostCall):
             nonlocal calls
             calls += 1
             for buffer, value in buffers_before:  # undo the second run of the code before the sub-module
-                buffer.data.copy_(value)  # not recorded by autograd, like batch norm's own updates
+                if buffer.shape == value.shape:
+                    buffer.data.copy_(value)  # not recorded by autograd, like batch norm's own updates
+                else:
+                    overwrite(buffer, value)
             restore_random(random_before)
             return output
 

@@ -10,11 +10,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
+from sedona_fx.capture.whole.kinds import stays_whole
+from sedona_fx.capture.whole.reasons import BACKWARD, NeedsTensors, is_opaque, reason_of
+from sedona_fx.capture.whole.scripted import scripted_calls_recorded
+from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.outputs import without_objects
 
@@ -23,7 +27,8 @@ class Tracer(fx.Tracer):
     """Records one forward of a model.
 
     Args:
-        leaves: modules that become one node each, besides PyTorch's own layers and modules with hooks.
+        leaves: modules that become one node each, besides PyTorch's own layers, modules with hooks, and those that
+            cannot be looked into.
         values: argument name -> value. Values with a tensor in them become placeholders, others are used as they are.
             Arguments without a value keep their default.
 
@@ -44,8 +49,10 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
-        with torch.enable_grad(), watch_training_flags(self.mode_reads), watch_regions(strict=True) as self._regions:
-            return super().trace(root, concrete_args)
+        regions = watch_regions(strict=True)
+        with torch.enable_grad(), watch_training_flags(self.mode_reads), regions as self._regions:
+            with scripted_calls_recorded():
+                return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder for each argument with a tensor in it; no other argument gets a node."""
@@ -58,7 +65,9 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one node."""
-        return m in self.leaves or super().is_leaf_module(m, module_qualified_name) or bool(hooks_of(m))
+        if m in self.leaves or super().is_leaf_module(m, module_qualified_name):
+            return True
+        return stays_whole(m) or bool(hooks_of(m))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that records in-place operators."""
@@ -81,10 +90,19 @@ class Tracer(fx.Tracer):
         return result
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make a node and its proxy. A method that puts a hook on a tensor would be taken for one that does nothing."""
+        """Make a node and its proxy; of ``torch.autograd.grad``, a tuple of proxies.
+
+        A method that puts a hook on a tensor, or gradients into ``.grad``, would be taken for one that does nothing.
+        """
         if kind == "call_method" and target in TENSOR_HOOKS:
             raise TypeError("it registers a hook on a tensor, which a graph does not keep")
-        return super().create_proxy(kind, target, *args, **kwargs)
+        if (kind == "call_method" and target == "backward") or target is torch.autograd.backward:
+            raise TypeError(BACKWARD)
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        if target is torch.autograd.grad:
+            info(proxy.node).line = current_line()
+            return tuple(proxy[k] for k in range(len(args[0][1])))
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node with a record of where it was made."""
@@ -110,16 +128,14 @@ class Tracer(fx.Tracer):
             self._asked_for = obj.node
             raise
 
-    def explain(self, error: Exception) -> str:
-        """Describe why tracing failed: module, file, line, source text, and which node's value was needed."""
+    def explain(self, error: Exception) -> TraceError:
+        """Return the error that says why tracing failed: module, file, line, source text, and whose value was needed."""
         where = self._failed_in or "the model's own forward"
         needed_value = ""
         if self._asked_for is not None:
             needed_value = f" It asks for the value of {self._asked_for.name!r}, made in {describe(self._asked_for)}."
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        if "__cuda_array_interface__" in reason:  # PyTorch tried to read the proxy as an array of numbers
-            reason = "it needs the numbers in a tensor, and there are none while a forward is recorded"
-        return f"{where}{user_line(error)}: {reason}.{needed_value}"
+        text = f"cannot record the forward of {where}{user_line(error)}: {reason_of(error)}.{needed_value}"
+        return NeedsTensors(text, self._failed_in or "") if is_opaque(error) else TraceError(text)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -220,6 +220,10 @@ def _head_dtypes(train: fx.GraphModule, activation: TensorSpec, primary: TensorS
     """
     dtypes = [p.dtype for p in train.parameters() if p.is_floating_point()]
     one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
+    if activation.dtype.is_complex:
+        return HeadDtypes(
+            activation.dtype, weights=dtypes[0] if dtypes else activation.dtype.to_real(), output=primary.dtype
+        )
     if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
         return None
     weights = activation.dtype if activation.dtype in dtypes or not dtypes else dtypes[0]

@@ -10,6 +10,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names
 from sedona_fx.ir.analysed import Analysed
+from sedona_fx.ir.grad_calls import derivatives
 from sedona_fx.ir.graph import describe, info
 from sedona_fx.passes.cuts import follow_one_another, resolve
 from sedona_fx.plan import Plan
@@ -196,7 +197,7 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
                 f"{who} names {name!r}, which is in the model ({describe(elsewhere[0])}) but no legal cut: it is no "
                 "float activation, or only the output follows it, or later code writes into it through a view, or it "
                 "is not there in evaluation, or weights in front of it would get no gradient (a detach lies between)"
-                f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones."
+                f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones.{derivatives(traced.train.graph)}"
             )
         if inside := [other for other in legal if other.startswith(f"{name}.")]:
             raise error(

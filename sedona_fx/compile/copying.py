@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import share_copy, unwrapped
+from sedona_fx.ir.scripted import copied_right
 from sedona_fx.net.net import Net
 
 _INTERNALS = frozenset(vars(nn.Module()))
@@ -41,10 +43,16 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
             "it."
         )
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DataError(
+            "the model is TorchScript, which has no Python code to record: decouple the nn.Module that it was made of. "
+            "Parts of a model may be TorchScript."
+        )
     if isinstance(model, Net):
         raise DataError("the model is a net already: decouple the model that it holds, decouple(net.model, ...).")
     try:
-        owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
+        with copied_right(model):
+            owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:
         raise DataError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "

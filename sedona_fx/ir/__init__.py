@@ -7,11 +7,14 @@ analysed      What analysis found out about a model: its ANALYSED graphs, its ou
 channels      Find the dimension of an activation that holds the channels, from the layers that computed it
 cost          FLOPs, parameters and activation bytes of a stretch of the graph, a block or a head
 flow          Data flow: what must run before a node, writes included, and which block runs a node
+grad_calls    Calls of ``torch.autograd.grad`` in a graph, and the stretch of the graph that each of them differentiates
 graph         What the passes record about a node, and how to read a graph
 graph_pass    The decorator of every pass: it verifies the result, and logs the changes if ``SEDONA_FX_DEBUG`` is
               set
 holdings      Which parameters the blocks hold that may be cut out of a graph, told for every place where a block
               could end
+late_buffers  Buffers that get their size in the first forward pass: observers of quantization keep them empty until
+              then
 loss          Losses by name: what a plan notes of a net's loss, since functions are not saved, and the way back
               from the name
 modules       Helpers on modules: copies that share tensors, training modes, devices, fast attribute access
@@ -19,6 +22,7 @@ outputs       The primary output: its place in what the model returns, and how a
 region        Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at
               every node in them
 same_numbers  When two nested values hold the same numbers: bit for bit, or up to a part of their norm
+scripted      Copies of TorchScript modules: with parameters of their own, which PyTorch's copies do not have
 spec          The specification of each phase, checked on the result of every pass
 split_point   The split point: the module at a cut point while it is undecided whether to cut there, and with which
               head

@@ -51,6 +51,7 @@ class NodeInfo:
     returned_by: tuple[str, ...] = ()  # trace: the modules that return this node's value, innermost first
     order: int = 0  # trace: position in the program
     region: Region | None = None  # trace: the autocast or no_grad region that it runs in; None: as the caller runs
+    line: str = ""  # trace: the user's line, of a call of torch.autograd.grad
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
     trained: tuple[str, ...] = ()  # annotate: those of them that require a gradient

@@ -8,12 +8,14 @@ block costs depends on shapes, aliasing, and the tensors that autograd keeps. So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.state_watch import keep_state
@@ -21,6 +23,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Memo
 from sedona_fx.fake.tensors import CannotMake
 from sedona_fx.ir.channels import channel_dim
+from sedona_fx.ir.grad_calls import argument, grad_calls
 from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.modules import keep_modes
@@ -49,6 +52,8 @@ def annotate(
     Raises:
         TraceError: a node cannot run on these shapes.
     """
+    if grad_calls(gm.graph):
+        memo = None  # they differentiate what ran before, so that all of it has to run
     try:
         _run(gm, inputs, training=training, memo=memo)
     except (CannotMake, TraceError):
@@ -65,10 +70,27 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
         name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
         for name, value in inputs.items()
     }
-    with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
+    with keep_state(gm), keep_modes(gm), _numbers_for_momentum(gm), fake_mode, torch.enable_grad():
         gm.train(training)
         run = FakeRun(gm, fake_mode, memo, inputs)
         run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+
+
+@contextmanager
+def _numbers_for_momentum(gm: fx.GraphModule) -> Iterator[None]:
+    """Let norms with a cumulative average (``momentum=None``) have a momentum in the body.
+
+    Their factor is one over a number in a buffer, and there are no numbers in a run on fake tensors. Nothing that is
+    recorded depends on it.
+    """
+    norms = [m for m in gm.modules() if isinstance(m, _NormBase) and m.momentum is None]
+    for norm in norms:
+        norm.momentum = 0.1
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
 
 
 def _follow_data_flow(gm: fx.GraphModule) -> None:
@@ -77,6 +99,7 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
         record, sources = info(node), [info(source) for source in node.all_input_nodes]
         is_call = node.op in ("call_function", "call_method")
         stops_gradient = is_call and operation(node) in _GRADIENT_STOPS
+        stops_gradient |= node.target is torch.autograd.grad and not argument(node, "create_graph")
         if record.region is not None and record.region.grad is False:
             stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
             record.weighty = False

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import OutputError
 from sedona_fx.ir.flow import ancestors, dependency_graph
+from sedona_fx.ir.grad_calls import grad_calls, stretch
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.outputs import Key, fields, find_primary
@@ -155,7 +156,7 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
     for node in order:
         for source in needs.pred[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
-    inseparable, weight_uses = _inseparable(graph, bit), _weight_uses(graph, bit, needs)
+    inseparable, weight_uses = _inseparable(graph, bit, needs), _weight_uses(graph, bit, needs)
     weighty = functools.reduce(operator.or_, weight_uses, 0)
     written_opaquely = {write.storage for write in opaque_writes(graph)}
     block: dict[fx.Node, int] = {}  # node -> what it needs, itself included: the block that would end at it
@@ -224,10 +225,18 @@ def _live_parts(node: fx.Node) -> Iterable[fx.Node]:
             yield from _live_parts(user)
 
 
-def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int]) -> list[int]:
-    """Return sets of nodes that must stay in one block: the users of an opaquely written value or a written buffer."""
+def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: nx.DiGraph) -> list[int]:
+    """Return sets of nodes that must stay in one block.
+
+    These are the users of an opaquely written value, those of a written buffer, and what a call of
+    ``torch.autograd.grad`` differentiates.
+    """
     groups: dict[object, int] = {}
     nodes = list(graph.nodes)
+    for call in grad_calls(graph):
+        # One that the primary output does not need runs in the last block, like all other outputs.
+        last = 0 if call in bit else 1 << len(bit)
+        groups[call] = functools.reduce(operator.or_, (bit.get(node, 0) for node in stretch(call, needs)), last)
     for write in opaque_writes(graph):
         for node in nodes[write.first : write.last + 1]:
             storages = set(info(node).storages).union(*(info(source).storages for source in node.all_input_nodes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.host_calls import HostCall, as_recorded
+from sedona_fx.capture.whole.scripted import Scripted
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.fake.meter import Meter
@@ -35,6 +36,7 @@ from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geom
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
 from sedona_fx.ir.region import region_of
+from sedona_fx.ir.scripted import scripted_modules
 
 
 class FakeRun(fx.Interpreter):
@@ -124,7 +126,9 @@ class FakeRun(fx.Interpreter):
         last_storage = self.storages.count
         self.meter.saved, flops_before = {}, self.meter.flops
         try:
-            result = as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
+            if self._is_scripted(n):  # compiled code learns the tensors that it is run on
+                raise DataDependentOutputException(n.target)
+            result = as_recorded(n.target) if isinstance(n.target, HostCall) else self._observed(super().run_node, n)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.meter.saved, self.meter.flops, call = {}, flops_before, None
             try:
@@ -155,6 +159,29 @@ class FakeRun(fx.Interpreter):
                 self.memo[call.key] = effect
         return result, saved, mutates
 
+    def _is_scripted(self, n: fx.Node) -> bool:
+        """Whether a node runs TorchScript."""
+        if n.op == "call_module":
+            return bool(scripted_modules(self.module.get_submodule(str(n.target))))
+        return isinstance(n.target, Scripted)
+
+    def _observed(self, run: Callable[..., Any], *args: Any) -> Any:
+        """Run something while it is observed what autograd keeps.
+
+        Functions of ``torch.func`` refuse that. Then all floats that leave are taken to be kept.
+        """
+        try:
+            return run(*args)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+        with self.meter.not_observing():
+            result = run(*args)
+        for tensor in _tensors(result):
+            if tensor.requires_grad:
+                self.meter.keep(tensor)
+        return result
+
     def _locate_fakes(self, tensors: Iterable[Any]) -> None:
         """Find out which storages the fakes of real tensors have.
 
@@ -184,7 +211,7 @@ class FakeRun(fx.Interpreter):
         with unset_fake_temporarily():
             generator = torch.Generator().manual_seed(0)
             sources = {source: self._without_abstract(self.env[source]) for source in n.all_input_nodes}
-            integers = {s: t for s, t in sources.items() if isinstance(t, Tensor) and not t.dtype.is_floating_point}
+            integers = {s: t for s, t in sources.items() if isinstance(t, Tensor) and not _is_float(t)}
             numbers_of = {id(fake): self._numbers(source) for source, fake in integers.items()}
 
             def real(fake: Tensor) -> Tensor:
@@ -195,9 +222,9 @@ class FakeRun(fx.Interpreter):
             if n.op == "call_module":
                 module = copy.deepcopy(self.module.get_submodule(str(n.target)))
                 self.meter.ignore([*module.parameters(), *module.buffers()])
-                result = module(*args, **kwargs)
+                result = self._observed(lambda: module(*args, **kwargs))
             else:
-                result = getattr(self, n.op)(n.target, args, kwargs)
+                result = self._observed(getattr(self, n.op), n.target, args, kwargs)
             leaves, spec = pytree.tree_flatten(result)
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fakes = [
@@ -247,11 +274,16 @@ def _mutable(value: Any) -> Any:
 
 
 def _made_up(fake: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a real tensor like a fake one: noise if it holds floats, else zeros."""
-    if fake.dtype.is_floating_point:
-        noise = torch.randn(fake.shape, generator=generator).to(fake.dtype).to(fake.device)
+    """Return a tensor with numbers like a fake one: noise if it holds floats, else zeros."""
+    if _is_float(fake):
+        kind = torch.complex64 if fake.dtype.is_complex else torch.float32
+        noise = torch.randn(fake.shape, generator=generator, dtype=kind).to(fake.dtype).to(fake.device)
         return noise.requires_grad_(fake.requires_grad).clone()  # not an autograd leaf: the module may write to it
     return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _tensors(value: Any) -> list[Any]:

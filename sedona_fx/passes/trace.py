@@ -27,6 +27,7 @@ from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
+from sedona_fx.capture.whole.reasons import NeedsTensors
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.modules import keep_modes
@@ -102,17 +103,38 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
 def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str) -> Traced:
     """:func:`trace`, without a look at hooks that hang on the model itself."""
     leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
-    inputs = example.bind(model.forward)
     try:
-        return _record_both(
-            model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True
-        )
+        return _trace_symbolically(model, example, leaves)
     except TraceError as error:
         symbolic_error = error
     if root:
         return _trace_root(model, example, leaf_modules, root)
-    if leaves:
-        raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
+    try:
+        if leaves:  # an exported program has no modules
+            raise symbolic_error
+        return _trace_by_export(model, example, symbolic_error)
+    except TraceError as error:
+        if not isinstance(symbolic_error, NeedsTensors):
+            raise TraceError(f"{error} {WAYS_OUT}") from symbolic_error
+    return _trace_around(model, example, leaves, symbolic_error)
+
+
+def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Module]) -> Traced:
+    inputs = example.bind(model.forward)
+    return _record_both(model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True)
+
+
+def _trace_by_export(model: nn.Module, example: Args, symbolic_error: TraceError) -> Traced:
+    """Trace by the second front end.
+
+    Args:
+        model, example: as for :func:`trace`.
+        symbolic_error: why the first one cannot do it.
+
+    Raises:
+        TraceError: the second one cannot either; with both reasons.
+    """
+    inputs = example.bind(model.forward)
     watch, registrations = _settle(model, example)
     free_batches: list[bool] = []  # of the recordings made so far
 
@@ -123,12 +145,42 @@ def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], ro
 
     try:
         return _record_both(model, example, record, "export", lambda: all(free_batches))
-    except TraceError as export_error:
+    except TraceError as error:
         registrations.remove()
         watch.restore()
-        raise TraceError(
-            f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
-        ) from symbolic_error
+        raise TraceError(f"{symbolic_error} torch.export cannot record it either: {error}") from error
+
+
+def _trace_around(
+    model: nn.Module, example: Args, leaves: frozenset[nn.Module], symbolic_error: NeedsTensors
+) -> Traced:
+    """Trace symbolically with the modules whole whose code needs tensors with numbers.
+
+    Args:
+        model, example: as for :func:`trace`.
+        leaves: modules that the user keeps whole.
+        symbolic_error: names the first of the modules.
+
+    Raises:
+        TraceError: the model's own forward has such code, or cannot be recorded for another reason.
+    """
+    reasons: dict[str, str] = {}
+    while symbolic_error.path and symbolic_error.path not in reasons:
+        reasons[symbolic_error.path] = str(symbolic_error)
+        try:
+            traced = _trace_symbolically(model, example, leaves | find_leaves(model, reasons))
+        except NeedsTensors as error:
+            symbolic_error = error
+        except TraceError as error:
+            raise TraceError(f"{error} {WAYS_OUT}") from error
+        else:
+            for path, reason in reasons.items():
+                log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
+            return traced
+    raise TraceError(
+        f"{symbolic_error} Put these lines into a module of their own, which is kept whole then, with no cut inside "
+        "of it; or decouple only a part of the model with root='...'."
+    ) from symbolic_error
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:

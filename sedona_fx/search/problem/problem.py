@@ -34,6 +34,7 @@ from sedona_fx.heads.context import HeadContext, HeadSpec
 from sedona_fx.heads.registry import head_name
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import Cost, cost_of_head
+from sedona_fx.ir.grad_calls import derivatives
 from sedona_fx.ir.outputs import Loss
 from sedona_fx.passes.cuts import base_layers, resolve
 from sedona_fx.search.problem.limits import Limits
@@ -142,7 +143,7 @@ class Problem:
         if self.blocks - 1 > len(names):
             raise CutError(
                 f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(names)} legal cut "
-                f"points, enough for {len(names) + 1} blocks.{self._frozen()}"
+                f"points, enough for {len(names) + 1} blocks.{self._frozen()}{derivatives(self.train.graph)}"
             )
         return names
 

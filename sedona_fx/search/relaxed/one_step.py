@@ -35,7 +35,7 @@ from sedona_fx.search.relaxed.hypergradient import HyperGradient, validation_gra
 from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, by_slot, clones, leaves, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
-from sedona_fx.search.relaxed.vjp import Leaf, gradients, present
+from sedona_fx.search.relaxed.vjp import Leaf, gradients, inner, present
 from sedona_fx.search.session.batches import NamedBatch
 
 
@@ -170,7 +170,7 @@ def _by_beta(
 
 def _inner(tangents: Mapping[Leaf, Tensor], gradient: Mapping[Leaf, Tensor]) -> Tensor | float:
     """Return the inner product over the values that both have."""
-    terms = [(tangents[leaf] * g).sum() for leaf, g in gradient.items() if leaf in tangents]
+    terms = [inner(tangents[leaf], g) for leaf, g in gradient.items() if leaf in tangents]
     return torch.stack(terms).sum() if terms else 0.0
 
 

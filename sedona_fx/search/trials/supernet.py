@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.late_buffers import overwrite
+from sedona_fx.ir.modules import first_float_parameter
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
@@ -171,14 +173,15 @@ class Supernet:
         self._step = state["step"]
 
 
-def floating_parameter(problem: Problem) -> nn.Parameter:
+def floating_parameter(problem: Problem) -> Tensor:
     """Return a parameter of the net whose device and dtype new heads get."""
-    return next(p for p in problem.train.parameters() if p.is_floating_point())
+    like = first_float_parameter(problem.train)
+    assert like is not None  # what the search trains
+    return like
 
 
 def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a module, by name; tensors that are not among them keep their values."""
-    with torch.no_grad():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in weights:
-                tensor.copy_(weights[name])
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in weights:
+            overwrite(tensor, weights[name])

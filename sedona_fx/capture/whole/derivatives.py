@@ -1,0 +1,80 @@
+"""Calls of ``torch.autograd.grad`` in a forward: one node each, which finds its graph in whatever block it runs.
+
+The node differentiates what ran before it, and so it needs three things that hold in the model, and not in a block:
+gradients are on although the caller has turned them off (an evaluation runs under ``no_grad``); the tensor that is
+differentiated by requires a gradient although it has entered the block detached; and what is differentiated was
+computed from that very tensor. :func:`make_derivatives_local` sees to all three. That no boundary stands in between is
+left to :mod:`sedona_fx.passes.crossings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+
+from sedona_fx.capture.graph_module import with_record
+from sedona_fx.capture.whole.reasons import BACKWARD
+from sedona_fx.ir.flow import input_graph
+from sedona_fx.ir.grad_calls import grad_calls, nodes_of, stretch
+from sedona_fx.ir.graph import info
+from sedona_fx.ir.region import Region
+
+
+def with_gradient(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd can differentiate by: the tensor itself, or the same numbers as a new leaf."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def make_derivatives_local(graph: fx.Graph) -> None:
+    """Let every call of ``torch.autograd.grad`` work in a block of its own, whatever grad mode the caller has.
+
+    Args:
+        graph: as recorded; changed in place.
+    """
+    if not (calls := grad_calls(graph)):
+        return
+    _follow_requires_grad(graph)
+    for call in calls:
+        inside = stretch(call, input_graph(graph))
+        for source in nodes_of(call, "inputs"):
+            if source.op != "get_attr":
+                readers = [node for node in source.users if node in inside]
+                last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+                with graph.inserting_after(last[0] if source.op == "placeholder" else source):
+                    leaf = with_record(graph.call_function(with_gradient, (source,)), info(source).path)
+                for reader in readers:
+                    reader.replace_input_with(source, leaf)
+    needs = input_graph(graph)
+    for node in set().union(*(stretch(call, needs) for call in calls)):
+        region = info(node).region or Region()
+        if region.grad is None:
+            info(node).region = Region(True, region.casts)
+
+
+def _follow_requires_grad(graph: fx.Graph) -> None:
+    """Let what reads a tensor after ``requires_grad_`` read the result of that, which is the same tensor."""
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target == "requires_grad_" and isinstance(node.args[0], fx.Node):
+            for user in list(node.args[0].users):
+                if position[user] > position[node]:
+                    user.replace_input_with(node.args[0], node)
+
+
+@contextmanager
+def backward_refused() -> Iterator[None]:
+    """Raise TypeError where code in the body calls ``backward``.
+
+    With tensors without numbers it would leave such tensors in the ``.grad`` of the model's parameters.
+    """
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(BACKWARD)
+
+    with mock.patch.object(Tensor, "backward", refuse), mock.patch.object(torch.autograd, "backward", refuse):
+        yield
