@@ -34,8 +34,7 @@ symbolic        The first front end: symbolic tracing. It keeps modules and mode
                 the second
 tracer          An fx tracer that records what fx leaves out: buffers by name, in-place operators, the module path
                 of every node
-whole/          What a front end does not look into: modules that stay whole, functions that stay one node, derivatives in
-                forward
+whole/          What a front end does not look into: modules and functions that stay whole, derivatives in forward
 """
 
 __all__: list[str] = []  # internal

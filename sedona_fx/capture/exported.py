@@ -11,7 +11,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ from sedona_fx.capture.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
-from sedona_fx.capture.whole.derivatives import backward_refused
-from sedona_fx.capture.whole.reasons import reason_of
+from sedona_fx.capture.whole.derivatives import DerivativeWatch
+from sedona_fx.capture.whole.kinds import whole_in_export
+from sedona_fx.capture.whole.operators import whole_calls
+from sedona_fx.capture.whole.reasons import NeedsTensors, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
@@ -41,12 +43,15 @@ _OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
-def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx.GraphModule, list[nn.Module], bool]:
+def record_by_export(
+    model: nn.Module, arguments: Mapping[str, Any], leaves: Collection[nn.Module] = ()
+) -> tuple[fx.GraphModule, list[nn.Module], bool]:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
         arguments: name -> value. All sizes are fixed to those of the values, except the batch where possible.
+        leaves: modules that become one node each, besides those that cannot be looked into.
 
     Returns:
         The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
@@ -55,22 +60,25 @@ def record_by_export(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[fx
         TraceError: the program cannot be captured, or the forward changed state, drew numbers outside of the graph or
             registered hooks, or modules have backward hooks.
     """
-    if hooked := hooked_modules(model, "backward"):
+    whole = whole_in_export(model, leaves)
+    if hooked := hooked_modules(model, "backward", whole):
         raise TraceError(
             f"backward hooks hang on {', '.join(hooked)}, and an exported program has no modules for them to hang on. "
             "Remove them before the model is decoupled."
         )
     free_batch = Args(**arguments).batch_size() is not None
-    capture = _capture(model, arguments, free_batch=free_batch)
-    if free_batch and not _serves_every_batch(capture, arguments):
-        free_batch = False
-        capture = _capture(model, arguments, free_batch=False)
+    with whole_calls(model, whole) as calls:
+        capture = _capture(model, arguments, free_batch=free_batch)
+        if free_batch and not _serves_every_batch(capture, arguments):
+            free_batch = False
+            capture = _capture(model, arguments, free_batch=False)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
         program=capture.program,
         arguments=arguments,
         model_output=capture.model_output,
+        calls=calls,
     ).convert()
     return build_graph_module(model, graph, attributes), capture.mode_reads, free_batch
 
@@ -112,12 +120,17 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
     try:
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
             shapes = _dynamic_shapes(example) if free_batch else None
-            with watch_hooks(registrations), plain_checkpoints(), backward_refused(), mark_regions(regions):
+            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions), DerivativeWatch(refuse=True):
                 program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
     except Exception as error:
-        raise TraceError(_reason(error)) from error
+        reason = f"{type(error).__name__}: {reason_of(error)}{user_line(error)}."
+        if is_opaque(error):
+            raise NeedsTensors(
+                f"{module_of(error, model) or type(model).__name__}: {reason}", module_of(error, model)
+            ) from error
+        raise TraceError(reason) from error
     finally:
         handle.remove()
         registrations.remove()
@@ -216,7 +229,3 @@ def _dynamic_shapes(example: Mapping[str, Any]) -> dict[str, Any]:
         return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
 
     return {name: pytree.tree_map(batch_first, value) for name, value in example.items()}
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {reason_of(error)}{user_line(error)}."

@@ -9,7 +9,7 @@ are, and may do all of this.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,11 +86,17 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(kind for kind, registries in kinds.items() if any(_has_own(module, name) for name in registries))
 
 
-def hooked_modules(model: nn.Module, kind: str) -> list[str]:
-    """Return the paths of the modules with hooks of a kind; the model itself is ``"the model itself"``."""
-    return [
-        repr(path) if path else "the model itself" for path, module in model.named_modules() if kind in hooks_of(module)
-    ]
+def hooked_modules(model: nn.Module, kind: str, whole: Collection[nn.Module] = ()) -> list[str]:
+    """Return the paths of the modules with hooks of a kind; the model itself is ``"the model itself"``.
+
+    Args:
+        model: the model.
+        kind: of :func:`hooks_of`.
+        whole: modules that run as they are, so that hooks on them and inside of them run; they are left out.
+    """
+    inside = {inner for module in whole for inner in module.modules()}
+    hooked = [path for path, m in model.named_modules() if m not in inside and kind in hooks_of(m)]
+    return [repr(path) if path else "the model itself" for path in hooked]
 
 
 def _has_own(module: nn.Module, registry: str) -> bool:

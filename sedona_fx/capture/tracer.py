@@ -16,7 +16,7 @@ from sedona_fx.capture.inplace import InplaceProxy
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
 from sedona_fx.capture.whole.kinds import stays_whole
-from sedona_fx.capture.whole.reasons import BACKWARD, NeedsTensors, is_opaque, reason_of
+from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, is_opaque, reason_of
 from sedona_fx.capture.whole.scripted import scripted_calls_recorded
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
@@ -49,10 +49,9 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
-        regions = watch_regions(strict=True)
-        with torch.enable_grad(), watch_training_flags(self.mode_reads), regions as self._regions:
-            with scripted_calls_recorded():
-                return super().trace(root, concrete_args)
+        regions, flags = watch_regions(strict=True), watch_training_flags(self.mode_reads)
+        with torch.enable_grad(), flags, scripted_calls_recorded(), regions as self._regions:
+            return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder for each argument with a tensor in it; no other argument gets a node."""
@@ -98,7 +97,9 @@ class Tracer(fx.Tracer):
             raise TypeError("it registers a hook on a tensor, which a graph does not keep")
         if (kind == "call_method" and target == "backward") or target is torch.autograd.backward:
             raise TypeError(BACKWARD)
-        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        if kind == "call_method" and args[0] and isinstance(args[0][0], torch._C.ScriptModule):
+            raise TypeError(METHOD)  # the node would hide whose weights it reads
+        proxy: Any = super().create_proxy(kind, target, *args, **kwargs)
         if target is torch.autograd.grad:
             info(proxy.node).line = current_line()
             return tuple(proxy[k] for k in range(len(args[0][1])))
@@ -129,7 +130,7 @@ class Tracer(fx.Tracer):
             raise
 
     def explain(self, error: Exception) -> TraceError:
-        """Return the error that says why tracing failed: module, file, line, source text, and whose value was needed."""
+        """Return the error that says why tracing failed: module, file, line, source text, whose value was needed."""
         where = self._failed_in or "the model's own forward"
         needed_value = ""
         if self._asked_for is not None:

@@ -83,7 +83,8 @@ def analyse(
     _check_paths(model, where)
     traced = passes.trace(model, example, leaf_modules=leaf_modules, root=where.root)
     memo: passes.Memo = {}  # shared, since most operations are in both graphs
-    train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True, memo=memo))
+    train = passes.annotate(traced.train, example.kwargs, training=True, memo=memo)
+    train = passes.explicit_writes(passes.derivative_inputs(train))
     returned = _returned_specs(train)
     key = find_primary(returned, output)
     auxiliary: tuple[Key, ...] = ()
@@ -92,7 +93,7 @@ def analyse(
         evaluation = train
     else:
         evaluation = passes.annotate(traced.eval, example.kwargs, training=False, memo=memo)
-        evaluation = passes.explicit_writes(evaluation)
+        evaluation = passes.explicit_writes(passes.derivative_inputs(evaluation))
         eval_returned = _returned_specs(evaluation)
         eval_key = resolve_key(eval_returned, output)
         eval_key = eval_key if eval_key in dict(fields(eval_returned)) else None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names
+from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names, reads
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.grad_calls import derivatives
 from sedona_fx.ir.graph import describe, info
@@ -73,7 +73,8 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
     """Return the candidate heads of every legal cut point that a head can be built for.
 
     Args:
-        heads: what the user gave. Candidates of the user are offered everywhere.
+        heads: what the user gave. Candidates of the user are offered everywhere but where activations are complex and
+            a candidate is a built-in head.
         traced: the model's graphs, with what a head has to fit at each cut point.
         searching: whether a search compares candidates; a rule gets the one default head of each cut point.
 
@@ -83,8 +84,10 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
     """
     specs = _as_list(heads)
     by_name(heads)
-    if heads is False or specs:
+    if heads is False:
         return dict.fromkeys(traced.contexts, specs)
+    if specs:
+        return {name: specs for name, context in traced.contexts.items() if all(reads(s, context) for s in specs)}
     fitting: dict[str, list[HeadSpec]] = {}
     first_refusal: HeadError | None = None
     for name, context in traced.contexts.items():

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import share_copy, unwrapped
-from sedona_fx.ir.scripted import copied_right
 from sedona_fx.net.net import Net
 
 _INTERNALS = frozenset(vars(nn.Module()))

@@ -75,6 +75,11 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     return head
 
 
+def reads(spec: HeadSpec, context: HeadContext) -> bool:
+    """Whether a head reads the kind of numbers of an activation: built-in heads read real ones."""
+    return not context.is_complex or _entry(spec).refuses is None
+
+
 def head_name(spec: HeadSpec) -> str:
     """Return the registered name of `spec`, or ``"module:qualname"`` of a factory that is not registered.
 

@@ -22,7 +22,6 @@ outputs       The primary output: its place in what the model returns, and how a
 region        Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at
               every node in them
 same_numbers  When two nested values hold the same numbers: bit for bit, or up to a part of their norm
-scripted      Copies of TorchScript modules: with parameters of their own, which PyTorch's copies do not have
 spec          The specification of each phase, checked on the result of every pass
 split_point   The split point: the module at a cut point while it is undecided whether to cut there, and with which
               head

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from sedona_fx.fake.meter import Meter
 from sedona_fx.heads.context import HeadContext, HeadSpec
+from sedona_fx.heads.dtypes import converted
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import TensorSpec, info
@@ -49,8 +50,9 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
         head = make()
     sample = torch.empty(activation.shape, dtype=activation.dtype, device="meta", requires_grad=True)
     meter = Meter([*head.parameters(), *head.buffers(), sample])
+    dtype = activation.dtype.to_real() if activation.dtype.is_complex else activation.dtype
     with torch.enable_grad(), meter.measuring():
-        head.to(activation.dtype)(sample)
+        converted(head, sample.device, dtype)(sample)
     return Cost(meter.flops, sum(p.numel() for p in head.parameters()), sum(meter.saved.values()))
 
 

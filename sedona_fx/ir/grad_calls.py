@@ -60,7 +60,9 @@ def stretch(call: fx.Node, needs: nx.DiGraph) -> set[fx.Node]:
 def _reads(node: fx.Node, names: Collection[str]) -> bool:
     """Whether a node reads one of the parameters of these names."""
     inside = f"{node.target}." if node.op == "call_module" else None
-    return bool(names & set(info(node).parameters)) or (inside is not None and any(n.startswith(inside) for n in names))
+    return bool(set(names).intersection(info(node).parameters)) or (
+        inside is not None and any(n.startswith(inside) for n in names)
+    )
 
 
 def derivatives(graph: fx.Graph) -> str:

@@ -58,6 +58,7 @@ class NodeInfo:
     weighty: bool = False  # annotate: it reads a parameter of two or more dimensions
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs
+    derives: str = ""  # annotate: how a module kept whole takes derivatives: by "autograd", by a "transform", or not
     flops: int = 0  # annotate: FLOPs of the forward pass
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
     storages: frozenset[int] = frozenset()  # annotate: storages of the value
@@ -74,6 +75,11 @@ class NodeInfo:
     def is_tensor(self) -> bool:
         """Whether the value is one tensor."""
         return isinstance(self.value, TensorSpec)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the value is one tensor of complex numbers."""
+        return isinstance(self.value, TensorSpec) and self.value.dtype.is_complex
 
     @property
     def is_live(self) -> bool:

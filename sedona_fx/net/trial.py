@@ -110,7 +110,7 @@ class Trial:
                     if self.capture.front_end == "symbolic":
                         gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
                     else:
-                        gm, _, _ = record_by_export(self.model, values)
+                        gm, _, _ = record_by_export(self.model, values, find_leaves(self.model, self.whole))
                 except TraceError:
                     return []
             name_sites(gm.graph)

@@ -155,6 +155,7 @@ def mark_base_layers(gm: fx.GraphModule, holdings: Holdings | None = None) -> No
 
     - it needs a weight of two or more dimensions, and a parameter that requires a gradient, that the marked ones before
       it do not need;
+    - it is of real numbers, which heads read;
     - its only reader is no norm, activation, pool or dropout. One such reader among several, as in a pre-norm residual
       block, begins something new;
     - more than one weight is left after it: a head there would only repeat the classifier that follows. One of the
@@ -178,7 +179,7 @@ def mark_base_layers(gm: fx.GraphModule, holdings: Holdings | None = None) -> No
         def is_end(node: fx.Node, block: Held, rest: Held) -> bool:
             return bool(block.weights and rest.weights) and _trains(node, block, rest)
     else:
-        ends = set(cut_points(gm.graph))
+        ends = {node for node in cut_points(gm.graph) if not info(node).is_complex}
 
         def is_end(node: fx.Node, block: Held, rest: Held) -> bool:
             enough = block.weights and block.trained and rest.weights.bit_count() > 1 and rest.trained

@@ -28,7 +28,8 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.host_calls import HostCall, as_recorded
-from sedona_fx.capture.whole.scripted import Scripted
+from sedona_fx.capture.whole.derivatives import DerivativeWatch
+from sedona_fx.capture.whole.scripted import Scripted, scripted_modules
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.fake.meter import Meter
@@ -36,7 +37,6 @@ from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geom
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
 from sedona_fx.ir.region import region_of
-from sedona_fx.ir.scripted import scripted_modules
 
 
 class FakeRun(fx.Interpreter):
@@ -127,8 +127,8 @@ class FakeRun(fx.Interpreter):
         self.meter.saved, flops_before = {}, self.meter.flops
         try:
             if self._is_scripted(n):  # compiled code learns the tensors that it is run on
-                raise DataDependentOutputException(n.target)
-            result = as_recorded(n.target) if isinstance(n.target, HostCall) else self._observed(super().run_node, n)
+                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+            result = as_recorded(n.target) if isinstance(n.target, HostCall) else self._observed(n, super().run_node, n)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.meter.saved, self.meter.flops, call = {}, flops_before, None
             try:
@@ -165,16 +165,23 @@ class FakeRun(fx.Interpreter):
             return bool(scripted_modules(self.module.get_submodule(str(n.target))))
         return isinstance(n.target, Scripted)
 
-    def _observed(self, run: Callable[..., Any], *args: Any) -> Any:
-        """Run something while it is observed what autograd keeps.
+    def _observed(self, n: fx.Node, run: Callable[..., Any], *args: Any) -> Any:
+        """Run a node while it is observed what autograd keeps, and which derivatives a module takes.
 
         Functions of ``torch.func`` refuse that. Then all floats that leave are taken to be kept.
         """
+        flops_before = self.meter.flops
         try:
-            return run(*args)
+            if n.op != "call_module" or not _is_users(self.submodules[str(n.target)]):
+                return run(*args)
+            with DerivativeWatch() as watch:
+                result = run(*args)
+            info(n).derives = "autograd" if watch.seen else ""
+            return result
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
+        info(n).derives, self.meter.saved, self.meter.flops = "transform", {}, flops_before
         with self.meter.not_observing():
             result = run(*args)
         for tensor in _tensors(result):
@@ -222,9 +229,9 @@ class FakeRun(fx.Interpreter):
             if n.op == "call_module":
                 module = copy.deepcopy(self.module.get_submodule(str(n.target)))
                 self.meter.ignore([*module.parameters(), *module.buffers()])
-                result = self._observed(lambda: module(*args, **kwargs))
+                result = self._observed(n, lambda: module(*args, **kwargs))
             else:
-                result = self._observed(getattr(self, n.op), n.target, args, kwargs)
+                result = self._observed(n, getattr(self, n.op), n.target, args, kwargs)
             leaves, spec = pytree.tree_flatten(result)
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fakes = [
@@ -260,6 +267,11 @@ class _Seen:
 def _visible(tensor: Tensor) -> tuple[Any, ...]:
     """Return what a node may change about an input besides its numbers: shape, strides, requires_grad."""
     return geometry(tensor), tensor.requires_grad
+
+
+def _is_users(module: nn.Module) -> bool:
+    """Whether the code of a module is not PyTorch's own."""
+    return not type(module).__module__.startswith("torch.nn.")
 
 
 def _mutable(value: Any) -> Any:

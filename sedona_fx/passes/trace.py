@@ -79,7 +79,7 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         model: the copy that the net will own. Its parameters, buffers and modes are as before afterwards.
         example: one batch. A few of its examples are run through the model and through both graphs. Arguments without
             tensors become part of the graphs.
-        leaf_modules: module paths that are kept whole, which only symbolic tracing can do.
+        leaf_modules: module paths that are kept whole.
         root: module path of the part to be cut. If the code around it cannot be traced, it runs as Python
             (:mod:`sedona_fx.capture.host`).
 
@@ -96,27 +96,44 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
     allow_names(model)
     traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
     if not traced.capture.hosted:
-        _tell_of_silent_hooks(model, traced.capture.front_end)
+        _tell_of_silent_hooks(model, traced)
     return traced
 
 
 def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str) -> Traced:
-    """:func:`trace`, without a look at hooks that hang on the model itself."""
-    leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
-    try:
-        return _trace_symbolically(model, example, leaves)
-    except TraceError as error:
-        symbolic_error = error
-    if root:
-        return _trace_root(model, example, leaf_modules, root)
-    try:
-        if leaves:  # an exported program has no modules
-            raise symbolic_error
-        return _trace_by_export(model, example, symbolic_error)
-    except TraceError as error:
-        if not isinstance(symbolic_error, NeedsTensors):
-            raise TraceError(f"{error} {WAYS_OUT}") from symbolic_error
-    return _trace_around(model, example, leaves, symbolic_error)
+    """:func:`trace`, without a look at hooks that hang on the model itself.
+
+    Code that neither front end can record, but that runs in a module which is kept whole, makes its module whole.
+    """
+    asked = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
+    whole: dict[str, str] = {}  # path -> why
+    while True:
+        leaves = asked | find_leaves(model, whole)
+        try:
+            traced = _trace_symbolically(model, example, leaves)
+            break
+        except TraceError as error:
+            symbolic_error = error
+        if root:
+            return _trace_root(model, example, leaf_modules, root)
+        try:
+            traced = _trace_by_export(model, example, leaves)
+            break
+        except TraceError as export_error:
+            both = f"{symbolic_error} torch.export cannot record it either: {export_error}"
+            reason = symbolic_error if isinstance(symbolic_error, NeedsTensors) else both
+            opaque = next((e for e in (export_error, symbolic_error) if isinstance(e, NeedsTensors)), None)
+            if opaque is None:
+                raise TraceError(f"{both} {WAYS_OUT}") from symbolic_error
+            if not opaque.path or opaque.path in whole:
+                raise TraceError(
+                    f"{reason} Put these lines into a module of their own, which is kept whole then, with no cut "
+                    "inside of it; or decouple only a part of the model with root='...'."
+                ) from symbolic_error
+            whole[opaque.path] = str(reason)
+    for path, reason in whole.items():
+        log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
+    return traced
 
 
 def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Module]) -> Traced:
@@ -124,63 +141,23 @@ def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Mo
     return _record_both(model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True)
 
 
-def _trace_by_export(model: nn.Module, example: Args, symbolic_error: TraceError) -> Traced:
-    """Trace by the second front end.
-
-    Args:
-        model, example: as for :func:`trace`.
-        symbolic_error: why the first one cannot do it.
-
-    Raises:
-        TraceError: the second one cannot either; with both reasons.
-    """
+def _trace_by_export(model: nn.Module, example: Args, leaves: frozenset[nn.Module]) -> Traced:
+    """Trace by the second front end; if it cannot, the state of the model is as before."""
     inputs = example.bind(model.forward)
     watch, registrations = _settle(model, example)
     free_batches: list[bool] = []  # of the recordings made so far
 
     def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        gm, mode_readers, free_batch = record_by_export(model, inputs)
+        gm, mode_readers, free_batch = record_by_export(model, inputs, leaves)
         free_batches.append(free_batch)
         return gm, mode_readers
 
     try:
         return _record_both(model, example, record, "export", lambda: all(free_batches))
-    except TraceError as error:
+    except TraceError:
         registrations.remove()
         watch.restore()
-        raise TraceError(f"{symbolic_error} torch.export cannot record it either: {error}") from error
-
-
-def _trace_around(
-    model: nn.Module, example: Args, leaves: frozenset[nn.Module], symbolic_error: NeedsTensors
-) -> Traced:
-    """Trace symbolically with the modules whole whose code needs tensors with numbers.
-
-    Args:
-        model, example: as for :func:`trace`.
-        leaves: modules that the user keeps whole.
-        symbolic_error: names the first of the modules.
-
-    Raises:
-        TraceError: the model's own forward has such code, or cannot be recorded for another reason.
-    """
-    reasons: dict[str, str] = {}
-    while symbolic_error.path and symbolic_error.path not in reasons:
-        reasons[symbolic_error.path] = str(symbolic_error)
-        try:
-            traced = _trace_symbolically(model, example, leaves | find_leaves(model, reasons))
-        except NeedsTensors as error:
-            symbolic_error = error
-        except TraceError as error:
-            raise TraceError(f"{error} {WAYS_OUT}") from error
-        else:
-            for path, reason in reasons.items():
-                log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
-            return traced
-    raise TraceError(
-        f"{symbolic_error} Put these lines into a module of their own, which is kept whole then, with no cut inside "
-        "of it; or decouple only a part of the model with root='...'."
-    ) from symbolic_error
+        raise
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
@@ -216,12 +193,15 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
     )
 
 
-def _tell_of_silent_hooks(model: nn.Module, front_end: FrontEnd) -> None:
-    """Say which hooks will never run: those of the model itself and, in an exported program, those of all modules.
+def _tell_of_silent_hooks(model: nn.Module, traced: Traced) -> None:
+    """Say which hooks will never run: those of the model itself and, in an exported program, of what is not whole.
 
-    In symbolic graphs other modules with hooks stay whole, so that the hooks run; what that costs is logged.
+    In symbolic graphs modules with hooks stay whole, so that the hooks run; what that costs is logged.
     """
-    hooked = hooked_modules(model, "forward")
+    front_end = traced.capture.front_end
+    calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
+    hooked = hooked_modules(model, "forward", [model.get_submodule(path) for path in calls])
+    hooked = hooked if front_end == "export" else hooked_modules(model, "forward")
     if silent := hooked if front_end == "export" else hooked[:1] if hooks_of(model) else []:
         where = ", which torch.export has recorded as one flat program" if front_end == "export" else ""
         warnings.warn(

@@ -9,16 +9,14 @@ left to :mod:`sedona_fx.passes.crossings`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from sedona_fx.capture.graph_module import with_record
-from sedona_fx.capture.whole.reasons import BACKWARD
+from sedona_fx.capture.whole.reasons import BACKWARD, GRAD
 from sedona_fx.ir.flow import input_graph
 from sedona_fx.ir.grad_calls import grad_calls, nodes_of, stretch
 from sedona_fx.ir.graph import info
@@ -66,15 +64,27 @@ def _follow_requires_grad(graph: fx.Graph) -> None:
                     user.replace_input_with(node.args[0], node)
 
 
-@contextmanager
-def backward_refused() -> Iterator[None]:
-    """Raise TypeError where code in the body calls ``backward``.
+class DerivativeWatch(TorchFunctionMode):
+    """Sees the derivatives that code takes in the body of a ``with`` statement.
 
-    With tensors without numbers it would leave such tensors in the ``.grad`` of the model's parameters.
+    Args:
+        refuse: raise TypeError instead. ``torch.export`` records no derivative, and ``backward`` on tensors without
+            numbers would leave such tensors in the ``.grad`` of the model's parameters.
+
+    Attributes:
+        seen: whether one was taken.
     """
 
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError(BACKWARD)
+    def __init__(self, *, refuse: bool = False) -> None:
+        super().__init__()
+        self.refuse, self.seen = refuse, False
 
-    with mock.patch.object(Tensor, "backward", refuse), mock.patch.object(torch.autograd, "backward", refuse):
-        yield
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DERIVATIVES:
+            if self.refuse:
+                raise TypeError(GRAD if func is torch.autograd.grad else BACKWARD)
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)

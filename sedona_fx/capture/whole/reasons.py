@@ -7,6 +7,7 @@ import traceback
 from typing import Any
 
 import torch
+from torch import nn
 
 from sedona_fx.errors import TraceError
 
@@ -15,6 +16,15 @@ BACKWARD = (
     "returns the gradient as one"
 )
 """Why a forward that calls ``backward`` cannot be recorded."""
+
+GRAD = "torch.autograd.grad needs a graph of autograd, and torch.export keeps none"
+"""Why ``torch.export`` cannot record a derivative."""
+
+METHOD = "it calls a method of a TorchScript module other than by calling the module"
+"""Why a call of a method of TorchScript is not recorded."""
+
+TRANSFORM = "a transform such as torch.vmap runs a function on tensors of its own, and no block can run a part of that"
+"""Why a program with a part of a transform in it is refused."""
 
 _TORCH = os.path.dirname(torch.__file__)
 _TRANSFORMS = os.path.join(_TORCH, "_functorch", "")
@@ -42,7 +52,7 @@ class NeedsTensors(TraceError):
 
 def is_opaque(error: BaseException) -> bool:
     """Whether an error was raised by code that has to run on real tensors: a transform, or ``backward``."""
-    return bool(_transform(error)) or str(error) == BACKWARD
+    return bool(_transform(error)) or str(error) in (BACKWARD, GRAD, METHOD)
 
 
 def reason_of(error: BaseException) -> str:
@@ -56,6 +66,13 @@ def reason_of(error: BaseException) -> str:
     if "InplaceProxy" in str(error):
         return f"it calls compiled code, which takes tensors with numbers, {_NO_NUMBERS}"
     return reason
+
+
+def module_of(error: BaseException, model: nn.Module) -> str:
+    """Return the path of the innermost module of a model in whose code an error was raised; ``""`` for the model."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((paths[id(owner)] for owner in reversed(owners) if id(owner) in paths), "")
 
 
 def is_transform(target: Any) -> bool:

@@ -184,7 +184,22 @@ def test_a_model_that_is_scripted_itself():
         sedona_fx.decouple(scripted(Inner()), (torch.randn(4, 8), Y[:4]), blocks=1)
 
 
+class Helper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h
+
+    @torch.jit.export
+    def squashed(self, h: torch.Tensor) -> torch.Tensor:
+        return self.linear(h).tanh()
+
+
 class Method(nn.Module):
+    """Calls a method of a scripted module, and not the module."""
+
     def __init__(self):
         super().__init__()
         self.a, self.helper, self.d = nn.Linear(4, 8), scripted(Helper()), nn.Linear(8, 3)
@@ -193,23 +208,15 @@ class Method(nn.Module):
         return self.d(self.helper.squashed(self.a(x)))
 
 
-class Helper(nn.Module):
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return h
-
-    @torch.jit.export
-    def squashed(self, h: torch.Tensor) -> torch.Tensor:
-        return h.tanh()
-
-
-def test_a_method_of_a_scripted_module():
-    """No call of the module: recorded by torch.export, or refused with the reason."""
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_method_of_a_scripted_module(inside):
+    """A node would hide whose weights it reads: its weights train, by the other front end or in a whole module."""
     torch.manual_seed(0)
-    model = Method().double()
-    try:
-        net = sedona_fx.decouple(model, (X, Y), blocks=1)
-    except sedona_fx.errors.TraceError as error:
-        assert "compiled code" in str(error)
-        assert "helper.squashed" in str(error)
-    else:
-        torch.testing.assert_close(net(X), model(X), rtol=1e-12, atol=0)
+    model = nn.Sequential(nn.Linear(4, 4), Method(), nn.Tanh()).double() if inside else Method().double()
+    net = sedona_fx.decouple(model, (X, Y), blocks=1)
+    torch.testing.assert_close(net(X), model(X), rtol=1e-12, atol=0)
+    net.backward(X, Y)
+    F.cross_entropy(model(X), Y).backward()
+    assert gradients(net.model).keys() == gradients(model).keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradients(net.model)[name], gradient, rtol=1e-12, atol=1e-14)

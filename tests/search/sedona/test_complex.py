@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sedona_fx
 from sedona_fx.errors import CutError, HeadError
 from sedona_fx.search import Sedona
-from sedona_fx.search.relaxed.hypergradient import hypergradient
+from sedona_fx.search.relaxed.hypergradient import hypergradient, validation_loss
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
 from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
@@ -88,7 +88,7 @@ def test_hypergradient(kind, steps):
         for batch in train:
             grads = relaxed_gradients(net, stepped, logits, batch, create_graph=False).grads
             stepped = sgd_momentum_step(stepped, grads, **SGD, in_place=True)
-        return hypergradient(net, stepped, logits, [], val, **SGD).val_loss.item()
+        return validation_loss(net, stepped, val).item()
 
     for tensor, name in ((logits.alpha, "alpha"), (logits.beta[0], "beta")):
         wanted = central_difference(value, tensor)
@@ -139,10 +139,14 @@ def test_a_cut_at_a_complex_activation():
     x = torch.randn(4, 4)
     torch.manual_seed(0)
     model = Complex()
-    with pytest.raises((HeadError, CutError), match=r"complex"):
-        sedona_fx.decouple(model, (x, Y), cuts=["a"])
-    with pytest.raises((HeadError, CutError), match=r"complex"):
-        sedona_fx.decouple(model, (x, Y), blocks=2, search="balanced")
+    for heads in (None, "linear"):
+        with pytest.raises(
+            HeadError, match=r"no built-in head reads complex numbers, and the activation behind 'a' is"
+        ):
+            sedona_fx.decouple(model, (x, Y), cuts=["a"], heads=heads)
+        assert sedona_fx.decouple(model, (x, Y), blocks=2, search="balanced", heads=heads).plan.cuts == (":abs",)
+        with pytest.raises(CutError):
+            sedona_fx.decouple(model, (x, Y), blocks=3, search="balanced", heads=heads)
     net = sedona_fx.decouple(model, (x, Y), cuts=["a", "b"], heads=False)
     twin = copy.deepcopy(model)
     schedule = sedona_fx.train.Backprop(net, lambda p: torch.optim.SGD(p, lr=0.1))
