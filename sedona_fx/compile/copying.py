@@ -34,7 +34,7 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
     Of a wrapped model it is the model inside (:func:`~sedona_fx.ir.modules.unwrapped`).
 
     Raises:
-        DataError: `model` is not a module, or cannot be copied.
+        DataError: `model` is not a module, has parameters without a shape, or cannot be copied.
         TraceError: a function among the attributes of the copy would use layers of the original.
     """
     if not isinstance(model, nn.Module):
@@ -50,6 +50,12 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
         )
     if isinstance(model, Net):
         raise DataError("the model is a net already: decouple the model that it holds, decouple(net.model, ...).")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None):
+        raise DataError(
+            f"{lazy!r} of {type(model).__name__} is lazy: it gets its shape when the model runs for the first time, and an "
+            "optimizer needs it before. Run the model once on a batch, model(x), and decouple it then."
+        )
     try:
         with copied_right(model):
             owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
