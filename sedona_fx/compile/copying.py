@@ -53,7 +53,7 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
     tensors = (*model.named_parameters(), *model.named_buffers())
     if lazy := next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None):
         raise DataError(
-            f"{lazy!r} of {type(model).__name__} is lazy: it gets its shape when the model runs for the first time, and an "
+            f"{lazy!r} of {type(model).__name__} is lazy: it gets its shape when the model first runs, and an "
             "optimizer needs it before. Run the model once on a batch, model(x), and decouple it then."
         )
     try:
