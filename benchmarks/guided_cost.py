@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import torchvision
+from captured import captured
 from common import goal, options, report
 from page import fill, markdown
-from plan_table import HEADS, SETTINGS, Capture
+from plan_table import HEADS, SETTINGS
 from torch import Tensor, nn
 
 import sedona_fx
@@ -67,12 +68,8 @@ def row_of(net: Net, repeats: int) -> dict[str, Any]:
     """Search once, and time plain steps before and after it."""
     torch.manual_seed(0)
     data = [(torch.randn(net.shape), torch.randint(10, net.shape[:1])) for _ in range(BATCHES)]
-    model, capture = net.make(), Capture()
-    sedona_fx.decouple(
-        model, data, blocks=net.blocks, search=capture, heads=net.heads, val_data=[(x.clone(), y) for x, y in data],
-        progress=False,
-    )  # fmt: skip
-    problem = capture.problem
+    model, val_data = net.make(), [(x.clone(), y) for x, y in data]
+    problem = captured(model, data, val_data=val_data, blocks=net.blocks, heads=net.heads)
     allowed = 4 * Effort.of(problem, problem.places(), 1).least
     steps = plain_steps(model, data, repeats)
     began = time.process_time()

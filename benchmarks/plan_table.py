@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from captured import captured
 from cifar import Batches, Images, cifar10
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import sedona_fx
 from sedona_fx.files import replacing
 from sedona_fx.heads.context import HeadContext
-from sedona_fx.search import Search
-from sedona_fx.search.problem.problem import Choice, Decision, Problem
+from sedona_fx.search.problem.problem import Choice, Problem
 from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
 from sedona_fx.train import block_seed
@@ -139,27 +138,10 @@ SETTINGS = {
 }
 
 
-class Capture(Search):
-    """A search that hands its problem over and decides nothing of interest."""
-
-    needs_data = True
-    problem: Problem
-
-    def decide(self, problem: Problem) -> Decision:
-        """Keep the problem."""
-        self.problem = problem
-        places = problem.places()[: problem.blocks - 1]
-        return Decision(places, [problem.candidates[place][0] for place in places])
-
-
 def problem_of(setting: Setting, images: Images, seed: int) -> Problem:
     """Return the problem of cutting the net of a setting."""
-    capture = Capture()
     batches = [(images[0][k : k + BATCH], images[1][k : k + BATCH]) for k in (0, BATCH)]
-    sedona_fx.decouple(
-        setting.model(seed), batches, blocks=BLOCKS, search=capture, heads=HEADS, seed=seed, progress=False
-    )
-    return capture.problem
+    return captured(setting.model(seed), batches, blocks=BLOCKS, heads=HEADS, seed=seed)
 
 
 def learning_rate(step: int, steps: int) -> float:

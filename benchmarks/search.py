@@ -28,9 +28,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from captured import captured
 from common import goal, options, report
 from page import fill, markdown
-from plan_table import Capture
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
@@ -56,9 +56,8 @@ def ways(small: bool) -> Ways:
     batch, validation = (16, 64) if small else (128, 1024)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
     val_x, val_y = torch.randn(validation, 3, 32, 32), torch.randint(10, (validation,))
-    model, keep = sedona_fx.models.vgg19(num_classes=10, width=0.25), Capture()
-    sedona_fx.decouple(model, [(x, y), (x, y)], loss=cross_entropy, search=keep, heads=HEADS, progress=False)
-    problem = keep.problem
+    model = sedona_fx.models.vgg19(num_classes=10, width=0.25)
+    problem = captured(model, [(x, y), (x, y)], loss=cross_entropy, heads=HEADS)
     blocks = relaxed_blocks(problem, problem.places())
     state, cuts = State.of(blocks), len(blocks) - 1
     (name,) = (str(n.target) for n in problem.train.graph.nodes if n.op == "placeholder")

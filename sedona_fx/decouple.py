@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import analyse, check_target
+from sedona_fx.compile.analyse import analyse
 from sedona_fx.compile.build import build
+from sedona_fx.compile.check_loss import check_target
 from sedona_fx.compile.choices import Cuts, Heads, with_free_heads
 from sedona_fx.compile.decide import decide
 from sedona_fx.compile.provenance import plan_of
@@ -20,6 +21,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLosses
 from sedona_fx.ir.outputs import Key, Loss
 from sedona_fx.net.net import Net
+from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
 from sedona_fx.search import Search
 from sedona_fx.search.problem.limits import Limits
@@ -44,6 +46,7 @@ def decouple(
     leaf_modules: Collection[str] = (),
     no_cut: Collection[str] = (),
     max_live: int | None = None,
+    dynamic: Dynamic = None,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -64,12 +67,15 @@ def decouple(
             ``DataParallel``, ``DistributedDataParallel`` and what ``torch.compile`` returns, it is the model inside.
         data: an iterable of (inputs, target) batches, or one such pair as a tuple. Inputs are a tuple of positional
             arguments, a mapping of keyword arguments, or else the single argument; ``sedona_fx.Args(...)`` states them
-            explicitly. Tensors have the batch as their first dimension and are moved to the model's device. Costs and
-            the `budget` are those of a batch like the first. A search that trains iterates over the data many times and
-            needs several batches in a ``DataLoader``, a list or another re-iterable; all other ways to choose the cuts
-            read the first batch only, so that one pair is enough.
-        blocks: number of blocks K, at least 1 (1 is backpropagation). `cuts` and `plan` determine the number
-            themselves, and this is ignored.
+            explicitly. Tensors have the batch as their first dimension (or all of them as their second, steps first)
+            and are moved to the model's device. Costs and the `budget` are those of a batch like the first. A search
+            that trains iterates over the data many times and needs several batches in a ``DataLoader``, a list or
+            another re-iterable; all other ways to choose the cuts read the first batch only, so that one pair is
+            enough.
+        blocks: number of blocks K, at least 1 (1 is backpropagation). Searches choose among the ends of base layers; if
+            these are too few, the fewest other places are added, those that split the largest blocks best, and none
+            that would leave a block without parameters. `cuts` and `plan` determine the number themselves, and this is
+            ignored.
         loss: ``loss(output, target)``, which returns a scalar tensor. It is called with what the model returns, and
             with each head's output in the same form, where every field but the primary output is None. None: no
             schedule can train the net, and no search that trains can choose its cuts.
@@ -112,16 +118,22 @@ def decouple(
         leaf_modules: module paths that are kept whole while tracing, with no cut inside. Only symbolic tracing can do
             that: ``torch.export`` is not tried then.
         no_cut: module paths inside of which there is no cut; they are traced as usual.
-        max_live: how many activations may cross at a cut. None: as few as give the number of blocks asked for. More
-            allow cuts inside of residual blocks and past the skips of a U-Net; each one is held until the last block
-            that reads it has run.
+        max_live: how many activations may cross at a cut, at least 1. Each one is held until the last block that reads
+            it has run; more allow cuts inside of residual blocks and past the skips of a U-Net. None: as few as give
+            the number of blocks, and let these share the work evenly: with balanced cuts the largest block has at most
+            1.2 times an even share, or, where no number allows that, 1.1 times the least possible.
+        dynamic: sizes of inputs that must not be fixed, besides the batch: ``{"ids": [1]}`` for sequences of any
+            length. In models that only ``torch.export`` can record, sizes are free where the program and the heads
+            allow it (``print(net)`` lists them); a size that is named here and cannot be free is an error, with the
+            line that fixes it. False: all are fixed, which compiles faster.
         seed: seeds the search, the initial weights of the heads, and the random draws of the blocks in training.
         progress: whether a search shows progress bars.
         inplace: share the model's Parameter objects and buffers instead of copying them. That saves the memory of the
             copy, and training the net trains the model.
 
     Returns:
-        The net, in the model's mode. ``print(net)`` shows its blocks with their costs; ``net.plan`` is the decision.
+        The net, in the model's mode. ``print(net)`` shows its blocks with their costs, and which of them is largest; if
+        it has more than 1.5 times an even share, why, and what would help. ``net.plan`` is the decision.
 
     Raises:
         SedonaError: bad input of any kind. Its subclass says which (:mod:`sedona_fx.errors`), its message the place in
@@ -145,6 +157,7 @@ def decouple(
         leaf_modules=leaf_modules,
         no_cut=no_cut,
         max_live=max_live,
+        dynamic=dynamic,
         seed=seed,
         progress=progress,
         inplace=inplace,
@@ -202,9 +215,16 @@ def load(
 
 def _make(request: Request) -> Net:
     """Analyse the model, decide, and build: the steps that both functions have in common."""
-    analysed = analyse(request.model, request.example, request.output, request.leaf_modules, request.where)
+    analysed = analyse(
+        request.model,
+        request.example,
+        request.output,
+        request.leaf_modules,
+        where=request.where,
+        dynamic=request.dynamic,
+    )
     if request.tries_loss:
-        check_target(analysed, request.target, request.loss, heads=request.trains_heads)
+        check_target(request.model, analysed, request.target, request.loss, heads=request.trains_heads)
     if request.devices is not None and analysed.capture.hosted:
         raise PlanError(f"the code around root={request.root!r} runs as it is, on one device: leave out devices=.")
     if request.own_heads:

@@ -10,6 +10,11 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_AT_ZERO = (
+    "The gradient of a root, logarithm, norm or quotient at 0 is such a one (torch.autograd.detect_anomaly() finds the "
+    "line): keep it away from 0."
+)
+
 
 class SedonaError(Exception):
     """Base of all errors that sedona_fx raises on purpose; catch it to catch them all."""
@@ -103,9 +108,9 @@ class PlanError(SedonaError):
 class CheckpointError(SedonaError):
     """A file of weights, of a training run or of a search cannot be read, or belongs to another net, plan or schedule.
 
-    Raised by ``load``, ``net.load_weights``, ``net.load_state_dict``, ``net.save`` (extra state that could not be read
-    again), ``fit`` with a checkpoint, a schedule's ``load_state_dict``, and a search with ``folder=``, which another
-    search may be using.
+    Raised by ``load``, ``net.load_weights``, ``net.load_state_dict``, ``net.save`` and ``fit`` with a checkpoint
+    (weights that have turned infinite or NaN, extra state that could not be read again), a schedule's
+    ``load_state_dict``, and a search with ``folder=``, which another search may be using.
     """
 
 
@@ -121,6 +126,14 @@ class ExportError(SedonaError):
     """The net cannot be exported or pickled, or the exported file does not compute what the net computes.
 
     Raised by ``net.to_onnx``, and by ``pickle`` and ``torch.save`` of a whole net.
+    """
+
+
+class ParallelError(SedonaError):
+    """A net is wrapped for training in several processes or on several devices, by something that would not train it.
+
+    Raised where a net is put into ``DataParallel``, ``DistributedDataParallel`` or ``FullyShardedDataParallel``, or
+    given to ``fully_shard``; and by the next step of a net whose ``net.model`` was. The message has the way that works.
     """
 
 
@@ -170,9 +183,8 @@ class NonFiniteGradientError(NonFiniteLossError):
         SedonaError.__init__(
             self,
             f"the gradient of block {block} is {where} although the losses are finite. The parameters, optimizer state "
-            f"and BatchNorm statistics of block {block} keep their values from before this step. The gradient of a "
-            "root, logarithm, norm or quotient at 0 is such a one (torch.autograd.detect_anomaly() finds the line): "
-            "keep it away from 0. If the numbers grew too large, lower the learning rate or clip.",
+            f"and BatchNorm statistics of block {block} keep their values from before this step. {_AT_ZERO} If the "
+            "numbers grew too large, lower the learning rate or clip.",
         )
 
 
@@ -183,12 +195,16 @@ class SearchDivergedError(SedonaError):
 
     Attributes:
         plan: the :class:`~sedona_fx.Plan` decoded from what was learned until then; None if there is none yet.
+        fault: the first loss or gradient that was not finite, in words; empty where it is not known.
     """
 
-    def __init__(self, where: str, plan: Any) -> None:
-        self.plan = plan
+    def __init__(self, where: str, plan: Any, fault: str = "") -> None:
+        self.plan, self.fault = plan, fault
         kept = "the plan found so far is kept in `error.plan`" if plan is not None else "no plan had been found yet"
-        super().__init__(f"the search's loss is not finite {where}; {kept}. Lower `lr`, or check the data.")
+        super().__init__(
+            f"a loss or a gradient of the search is not finite {where}{f': {fault}' if fault else ''}; {kept}. "
+            f"Lower `lr`, or check the data. Where losses are finite and gradients are not: {_AT_ZERO}"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:

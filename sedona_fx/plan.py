@@ -10,42 +10,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sedona_fx.errors import PlanError, did_you_mean
 from sedona_fx.files import json_digest, parse_json, replacing
-from sedona_fx.plan_values import check_seconds, check_spec, finite, inputs_from_json, inputs_to_json
+from sedona_fx.plan_values import (
+    Capture,
+    check_seconds,
+    check_spec,
+    finite,
+    inputs_from_json,
+    inputs_to_json,
+    read_capture,
+)
 
 FORMAT = 2
 """Version of the JSON. Version 1 kept `capture`, `seed` and `block_seconds` in the provenance; it is still read."""
 
 _ADVICE = "Make the plan again with decouple(...) and plan.save(path)."
-
-FrontEnd = Literal["symbolic", "export"]
-
-
-@dataclass(frozen=True)
-class Capture:
-    """How the model's forward became a graph: what the code that runs the graph has to know about it.
-
-    Attributes:
-        front_end: ``"symbolic"`` (``torch.fx``) or ``"export"`` (``torch.export``, which fixes all sizes except that of
-            the batch).
-        free_batch: whether the graph takes batches of any size.
-        hosted: whether the code around the plan's `root` could not be captured and runs as Python.
-        left_out: the fields of the model's output that the graph cannot give, each with its class, such as
-            ``"past_key_values (DynamicCache)"``; they are None in the net's output.
-    """
-
-    front_end: FrontEnd = "symbolic"
-    free_batch: bool = True
-    hosted: bool = False
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def fixed_sizes(self) -> bool:
-        """Whether inputs must have the sizes that the model was captured with, except for a free batch."""
-        return self.front_end == "export" and not self.hosted
 
 
 @dataclass(frozen=True)
@@ -63,6 +45,8 @@ class Plan:
         model: name of the model's class, for messages.
         base_layers: names of the cut points that end base layers, except for the last base layer; searches choose among
             them.
+        max_live: how many activations may cross at a cut that is not the user's own, as it was given or chosen; what
+            ends base layers depends on it. None: not known (a plan from before it was noted).
         inputs: argument name -> ``{"shape": [...], "dtype": "float32"}`` for each tensor of the example batch, or the
             value of an argument without tensors.
         seed: seed of the search, of the heads' initial weights and of the blocks' random draws in training.
@@ -88,6 +72,7 @@ class Plan:
     root: str = ""
     model: str = ""
     base_layers: tuple[str, ...] = ()
+    max_live: int | None = None
     inputs: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     loss: str | None = None
@@ -227,6 +212,9 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
     elif name in ("model", "root"):
         if not isinstance(value, str):
             raise wrong("a name")
+    elif name == "max_live":
+        if value is not None and (type(value) is not int or not 0 < value < 2**31):
+            raise wrong("a number of activations or null")
     elif name == "loss":
         if not isinstance(value, (str, type(None))):
             raise wrong("a name or null")
@@ -240,7 +228,7 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
     elif not isinstance(value, dict):
         raise wrong("an object")
     elif name == "capture":
-        return _read_capture(value, source)
+        return read_capture(value, source)
     elif name == "block_seconds":
         if not value.keys() >= {"places", "stretches", "heads"}:
             raise PlanError(f"{source}: the field 'block_seconds' should have places, stretches and heads.")
@@ -250,21 +238,3 @@ def _checked_field(name: str, value: Any, source: str) -> Any:
             check_spec(f"{source}: the input {argument!r}", spec)
         return inputs_from_json(value)
     return value
-
-
-def _read_capture(value: dict[str, Any], source: str) -> Capture:
-    """Return the record of the capture; entries that are missing have their defaults."""
-    entries = {f.name for f in dataclasses.fields(Capture)}
-    for name in value:
-        if name not in entries:
-            near = did_you_mean(name, entries)
-            raise PlanError(f"{source}: the field 'capture' has the unknown entry {name!r}{near}. Rename or remove it.")
-    left_out = value.get("left_out", [])
-    flags = [value.get(name, True) for name in ("free_batch", "hosted")]
-    are_names = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
-    if not are_names or not all(isinstance(flag, bool) for flag in flags):
-        raise PlanError(f"{source}: the field 'capture' should have two flags and a list of names: {value!r}.")
-    capture = Capture(**{**value, "left_out": tuple(left_out)})
-    if capture.front_end not in ("symbolic", "export"):
-        raise PlanError(f"{source}: the front end {capture.front_end!r} is neither 'symbolic' nor 'export'.")
-    return capture

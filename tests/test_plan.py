@@ -13,7 +13,7 @@ import sedona_fx
 from sedona_fx import Plan
 from sedona_fx.errors import PlanError
 from sedona_fx.net.signature import example_like
-from sedona_fx.plan import Capture
+from sedona_fx.plan_values import Capture
 
 PLAN = Plan(
     cuts=("layer1", "layer2.0"),

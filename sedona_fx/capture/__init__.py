@@ -13,6 +13,8 @@ checkpoints     Reentrant checkpoints (``torch.utils.checkpoint``, ``use_reentra
 convert         Rewrite an exported program in the graph dialect, so that no later pass need know which front end
                 made a graph
 exported        The second front end: ``torch.export``, for models that symbolic tracing cannot record
+free_sizes      Which sizes of inputs an exported program leaves free: found out by the program's own guards, on
+                meta tensors
 graph_module    What the front ends share: records of nodes, and the module that runs a recorded graph, without dead
                 code
 hooks           Hooks: those that a forward registers while it runs, and those that hang on modules before it does

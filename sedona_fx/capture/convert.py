@@ -44,6 +44,7 @@ class Converter:
         model_output: what the model returned while it was exported, without objects. Its leaves are what the program
             returns, in the same order.
         calls: of the modules that stay whole.
+        inside: what the paths of the program begin with, and those of the graph do not.
     """
 
     def __init__(
@@ -54,14 +55,14 @@ class Converter:
         program: torch.export.ExportedProgram,
         arguments: Mapping[str, Any],
         model_output: Any,
+        inside: str,
         calls: Sequence[WholeCall] = (),
     ) -> None:
         self.model, self.calls = model, calls
         self.source, self.program, self.arguments, self.model_output = source, program, arguments, model_output
-        self.tensors: dict[str, Any] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self.inside = inside
+        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Any] = {f"{inside}{name}": tensor for name, tensor in named}
         self.graph = new_graph()
         self.env: dict[fx.Node, Any] = {}  # node of the program -> its value in the new graph
         self.constants: dict[str, str] = {}  # name in the program -> name in the graph
@@ -77,12 +78,12 @@ class Converter:
                 leaves = iter(fx.map_arg(node.args[0], self._converted))
                 with_record(self.graph.output(self._build_output(self.model_output, leaves)))
                 continue
+            path = self._own(_module_path(node))
             if is_transform(node.target):
-                path, line = _module_path(node), recorded_line(str(node.meta.get("stack_trace")))
+                line = recorded_line(str(node.meta.get("stack_trace")))
                 raise NeedsTensors(f"{path or type(self.model).__name__}{line}: {TRANSFORM}", path)
             if self._is_part_of_whole_call(node):
                 continue
-            path = _module_path(node)
             convert_argument = functools.partial(self._converted, path=path)
             args, kwargs = fx.map_arg(node.args, convert_argument), fx.map_arg(node.kwargs, convert_argument)
             target = _RESHAPE if node.target is torch.ops.aten.view.default else node.target
@@ -90,14 +91,14 @@ class Converter:
             self.env[node] = with_record(new, path, region=node.meta.get(REGION))
         for node, paths in _returning_modules(self.source.graph).items():
             if node in self.env:
-                info(self.env[node]).returned_by = paths
+                info(self.env[node]).returned_by = tuple(filter(None, map(self._own, paths)))
         return self.graph, self.attributes
 
     def _is_part_of_whole_call(self, node: fx.Node) -> bool:
         """Whether a node calls a module that stays whole, or takes a tensor out of its result; it is rewritten then."""
         arguments: Any = node.args
         if node.target is WHOLE:
-            call, path = self.calls[arguments[1]], _module_path(node)
+            call, path = self.calls[arguments[1]], self._own(_module_path(node))
             tensors: Any = fx.map_arg(arguments[0], functools.partial(self._converted, path=path))
             args, kwargs = call.arguments(tensors)
             self.env[node] = with_record(self.graph.call_module(call.path, tuple(args), kwargs), path)
@@ -110,6 +111,10 @@ class Converter:
             value = with_record(self.graph.call_function(*_access(value, key)))
         self.env[node] = value
         return True
+
+    def _own(self, path: str) -> str:
+        """Return the path in the model that a path in the program stands for."""
+        return f"{path}.".removeprefix(self.inside).removesuffix(".")
 
     def _add_placeholders(self) -> None:
         """Add one placeholder per argument, and the calls that take the program's flat inputs out of it."""
@@ -136,7 +141,7 @@ class Converter:
             return self.env[node]
         target = str(node.target)
         if target in self.tensors:
-            name = target
+            name = self._own(target)
             self.attributes[name] = self.tensors[target]
         else:
             name = self.constants.setdefault(target, f"_tensor_constant{len(self.constants)}")

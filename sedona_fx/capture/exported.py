@@ -11,23 +11,27 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.convert import Converter
+from sedona_fx.capture.free_sizes import GuardedProgram
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
 from sedona_fx.capture.inline_regions import inline_regions, mark_regions
+from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
+from sedona_fx.capture.state_watch import StateWatch, keep_gradients, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.capture.whole.derivatives import DerivativeWatch
 from sedona_fx.capture.whole.kinds import whole_in_export
@@ -35,26 +39,48 @@ from sedona_fx.capture.whole.operators import whole_calls
 from sedona_fx.capture.whole.reasons import NeedsTensors, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
+from sedona_fx.plan_values import FreeSize
 from sedona_fx.rng import seed_all
 
-_OTHER_BATCH_SIZES = (2, 3, 4, 5, 7, 8, 16, 32, 64, 100, 128, 1000, 1024)
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A recording.
+
+    Attributes:
+        graph: the graph, in the graph dialect.
+        mode_readers: the modules that read their own ``training`` flag.
+        free_batch: whether the graph serves every batch size.
+        free_sizes: the other sizes of inputs that are free.
+    """
+
+    graph: fx.GraphModule
+    mode_readers: list[nn.Module]
+    free_batch: bool
+    free_sizes: tuple[FreeSize, ...] = ()
+
+
 def record_by_export(
-    model: nn.Module, arguments: Mapping[str, Any], leaves: Collection[nn.Module] = ()
-) -> tuple[fx.GraphModule, list[nn.Module], bool]:
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    leaves: Collection[nn.Module] = (),
+    *,
+    free_sizes: bool = True,
+    told: list[str] | None = None,
+) -> Exported:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
-        arguments: name -> value. All sizes are fixed to those of the values, except the batch where possible.
+        arguments: name -> value. The batch is left free where possible.
         leaves: modules that become one node each, besides those that cannot be looked into.
-
-    Returns:
-        The graph, the modules that read their own ``training`` flag, and whether the graph serves every batch size.
+        free_sizes: whether to leave the other sizes of inputs free, too, where possible.
+        told: as for :func:`~sedona_fx.capture.regions.watch_regions`.
 
     Raises:
         TraceError: the program cannot be captured, or the forward changed state, drew numbers outside of the graph or
@@ -67,39 +93,94 @@ def record_by_export(
             "Remove them before the model is decoupled."
         )
     free_batch = Args(**arguments).batch_size() is not None
+    capture: _Capture | None = None
+    sizes: tuple[FreeSize, ...] = ()
     with whole_calls(model, whole) as calls:
-        capture = _capture(model, arguments, free_batch=free_batch)
-        if free_batch and not _serves_every_batch(capture, arguments):
-            free_batch = False
-            capture = _capture(model, arguments, free_batch=False)
+        if free_batch and free_sizes:
+            with suppress(TraceError):  # with fewer sizes free it may go
+                capture = _capture(model, arguments, free=_all_sizes, told=told)
+                sizes = GuardedProgram(capture.program, capture.source, arguments).free_sizes()
+        if capture is None:
+            capture = _capture(model, arguments, free=_batch_size if free_batch else None, told=told)
+        if free_batch and not GuardedProgram(capture.program, capture.source, arguments).serves_every_batch():
+            free_batch, sizes = False, ()
+            capture = _capture(model, arguments, free=None, told=told)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
         program=capture.program,
         arguments=arguments,
         model_output=capture.model_output,
+        inside=capture.inside,
         calls=calls,
     ).convert()
-    return build_graph_module(model, graph, attributes), capture.mode_reads, free_batch
+    gm = build_graph_module(model, graph, attributes)
+    return Exported(gm, capture.mode_reads, free_batch=free_batch, free_sizes=sizes)
+
+
+def why_fixed(model: nn.Module, arguments: Mapping[str, Any], name: str, dim: int) -> str:
+    """Return what fixes a size of an input in an exported program, with the line of the user's code; ``""`` if nothing.
+
+    PyTorch notes each condition on a symbol when the forward comes upon it; the line is the one that runs then.
+    """
+    lines: dict[str, str] = {}
+    note = getattr(ShapeEnv, "_log_guard", None)  # not public: without it there is no line
+
+    def noting(self: ShapeEnv, prefix: str, guard: Any, *rest: Any, **options: Any) -> Any:
+        lines.setdefault(str(guard), current_line())
+        return note(self, prefix, guard, *rest, **options) if note is not None else None
+
+    try:
+        noted = mock.patch.object(ShapeEnv, "_log_guard", noting) if note is not None else nullcontext()
+        with noted, whole_calls(model, whole_in_export(model, ())):
+            source = _capture(model, arguments, free=_all_sizes).source
+    except TraceError as error:
+        return str(error)
+    values = [node.meta.get("val") for node in source.graph.nodes if node.op == "placeholder"]
+    env = next((value.fake_mode.shape_env for value in values if hasattr(value, "fake_mode")), None)
+    symbol = env.source_to_var.get(f"L['{name}'].size()[{dim}]") if env is not None else None
+    if env is None or symbol is None:
+        return ""
+    conditions = [guard.expr for guard in env.guards]
+    equal = {symbol}
+    for condition in conditions:  # ids.shape[1] == mask.shape[1], say
+        if condition.is_Equality and condition.free_symbols & equal and all(side.is_Symbol for side in condition.args):
+            equal |= condition.free_symbols
+    for condition in conditions:
+        if condition.free_symbols and condition.free_symbols <= equal and len(condition.free_symbols) == 1:
+            text = str(condition.subs(dict.fromkeys(equal, type(symbol)("size"))))
+            return f"{text} has to hold{lines.get(str(condition), '')}"
+    return ""
 
 
 @dataclass(frozen=True)
 class _Capture:
-    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile."""
+    """One run of torch.export: its program, the program's graph, and what was observed of the model meanwhile.
+
+    Attributes:
+        inside: what the paths of the program begin with.
+    """
 
     program: torch.export.ExportedProgram
     source: fx.GraphModule
     model_output: Any
     mode_reads: list[nn.Module]
+    inside: str
 
 
-def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool) -> _Capture:
-    """Export the model, with a symbolic batch size if `free_batch`, else with the example's.
+def _capture(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    *,
+    free: Callable[[Tensor], dict[int, Any]] | None,
+    told: list[str] | None = None,
+) -> _Capture:
+    """Export the model, with symbols for the sizes that `free` gives of a tensor, else with the example's sizes.
 
     The program returns the flat list of the tensors in the model's output, so torch.export need not know the types
     around them.
     """
-    example = _repeat_to_unusual_batch(arguments) if free_batch else dict(arguments)
+    example = _repeat_to_unusual_batch(arguments) if free is not None else dict(arguments)
     watch, registrations = StateWatch(model), Registrations()
     mode_reads: dict[nn.Module, None] = {}
     changes: list[str] = []
@@ -116,12 +197,16 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
         model_output, _ = without_objects(output)
         return list(leaves(model_output))
 
+    # The program is a graph module, at whose top no tensor may have a name that fx has there.
+    inside = INSIDE if has_own_names(model) else ""
+    outermost = Inside(model) if inside else model
     handle = model.register_forward_hook(observe)
     try:
-        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watch_regions(strict=False) as regions:
-            shapes = _dynamic_shapes(example) if free_batch else None
+        watched = watch_regions(strict=False, told=told)
+        with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watched as regions:
+            shapes = _dynamic_shapes(example, free) if free is not None else None
             with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions), DerivativeWatch(refuse=True):
-                program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
     except Exception as error:
@@ -143,36 +228,7 @@ def _capture(model: nn.Module, arguments: Mapping[str, Any], *, free_batch: bool
         raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
     assert isinstance(source, fx.GraphModule)
     inline_regions(source)
-    return _Capture(program, source, model_output, list(mode_reads))
-
-
-def _serves_every_batch(capture: _Capture, arguments: Mapping[str, Any]) -> bool:
-    """Whether a program is right for other batch sizes too.
-
-    The program of a forward that branches on the batch size is right for some sizes only. The program's own guards
-    tell for which; they are run on meta tensors of several sizes.
-    """
-    inputs = [node.meta.get("val") for node in capture.source.graph.nodes if node.op == "placeholder"]
-    if any(isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], int) for value in inputs):
-        return False
-    guards = getattr(capture.source, "_guards_fn", None)
-    if guards is None:  # older versions of PyTorch keep them elsewhere
-        return True
-    # The guards take the inputs in the order of the forward's signature, which may differ from that of `arguments`.
-    spec = capture.program.call_spec.in_spec
-    ordered_names = pytree.tree_unflatten(list(range(len(inputs))), spec)[1]
-    values = pytree.tree_leaves({name: arguments[name] for name in ordered_names})
-
-    def resized(value: Any, size: int) -> Any:
-        has_batch = isinstance(value, Tensor) and value.dim()
-        return value[:1].expand(size, *value.shape[1:]).to("meta") if has_batch else value
-
-    for size in _OTHER_BATCH_SIZES:
-        try:
-            guards(*(resized(value, size) for value in values))
-        except AssertionError:
-            return False
-    return True
+    return _Capture(program, source, model_output, list(mode_reads), inside)
 
 
 def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:
@@ -200,6 +256,21 @@ def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[
             return False
 
 
+def settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
+    """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
+
+    Returns:
+        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
+    """
+    watch, registrations = StateWatch(model), Registrations()
+    with keep_parameters(model), keep_gradients(model):
+        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
+            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
+        if not watch.settle():
+            registrations.remove()
+    return watch, registrations
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep torch.export from printing the whole program and its warnings: the error says what went wrong."""
@@ -222,10 +293,18 @@ def _repeat_to_unusual_batch(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return args.map(lambda t: t[torch.arange(unusual, device=t.device) % size] if t.dim() else t).kwargs
 
 
-def _dynamic_shapes(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Tell torch.export that the first dimension of every input tensor is the batch, of any size."""
+def _dynamic_shapes(example: Mapping[str, Any], free: Callable[[Tensor], dict[int, Any]]) -> dict[str, Any]:
+    """Tell torch.export which dimensions of the input tensors may have any size."""
 
-    def batch_first(value: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+    def of(value: Any) -> Any:
+        return free(value) if isinstance(value, Tensor) and value.dim() else None
 
-    return {name: pytree.tree_map(batch_first, value) for name, value in example.items()}
+    return {name: pytree.tree_map(of, value) for name, value in example.items()}
+
+
+def _batch_size(tensor: Tensor) -> dict[int, Any]:
+    return {0: torch.export.Dim.AUTO}
+
+
+def _all_sizes(tensor: Tensor) -> dict[int, Any]:
+    return dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO)

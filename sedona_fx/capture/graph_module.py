@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.capture.inplace import WRITES
 from sedona_fx.ir.graph import INFO, NodeInfo, TensorSpec, operation
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import Region
 
 _PURE_PACKAGES = ("", "torch", "_operator", "operator", "builtins", "math", "collections")
@@ -44,7 +45,7 @@ def build_graph_module(model: nn.Module, graph: fx.Graph, attributes: nn.Module 
     """
     graph.eliminate_dead_code(is_impure)
     root = attributes if isinstance(attributes, nn.Module) else dict(attributes)
-    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    gm = Program(root, graph, class_name=type(model).__name__)
     gm.meta["base_layers"] = tuple(getattr(model, "base_layers", ()))
     return gm
 

@@ -23,22 +23,29 @@ from torch import fx, nn
 from sedona_fx.capture.graph_module import with_record
 from sedona_fx.capture.host_calls import Enter, HostCall, Leave, outside, recorded, replaced_forward
 from sedona_fx.capture.proof import autograd_nodes
+from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.errors import CutError
 from sedona_fx.ir.graph import info, output_node
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
-from sedona_fx.ir.region import new_graph
+from sedona_fx.ir.program import Program, attribute
+from sedona_fx.ir.region import Region, new_graph
 from sedona_fx.rng import seed_all
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One run of the host in one mode: the sub-module's arguments by name, and what the host returned."""
+    """One run of the host in one mode: the sub-module's arguments by name, and what the host returned.
+
+    Attributes:
+        region: the autocast or no-grad region in which the host calls the sub-module.
+    """
 
     given: dict[str, Any]
     output: Any
+    region: Region | None
 
 
 def watch_root(model: nn.Module, example: Args, root: str, *, training: bool) -> Seen:
@@ -53,23 +60,25 @@ def watch_root(model: nn.Module, example: Args, root: str, *, training: bool) ->
     Raises:
         CutError: the sub-module is called never or several times.
     """
-    submodule, calls = model.get_submodule(root), list[dict[str, Any]]()
+    submodule, calls, regions = model.get_submodule(root), list[dict[str, Any]](), list[Region | None]()
     original = submodule.forward
 
     def observe(*args: Any, **kwargs: Any) -> Any:
         calls.append(Args(*args, **kwargs).bind(original))
+        regions.append(watch.current())
         return original(*args, **kwargs)
 
     with keep_state(model), keep_modes(model), torch.enable_grad(), replaced_forward(submodule, observe):
         model.train(training)
         seed_all(0)
-        output = model(**map_tensors(torch.clone, example.bind(model.forward)))
+        with watch_regions(strict=False) as watch:
+            output = model(**map_tensors(torch.clone, example.bind(model.forward)))
     if len(calls) != 1:
         raise CutError(
             f"root={root!r} is called {len(calls)} times in a forward of {type(model).__name__}, and the code around "
             "it cannot be traced: name a sub-module that is called once, on the way from the inputs to the output."
         )
-    return Seen(calls[0], output)
+    return Seen(calls[0], output, regions[0])
 
 
 @dataclass(frozen=True)
@@ -139,19 +148,20 @@ def graph_around(
         if node.op == "placeholder":
             env[node] = with_record(graph.call_function(operator.getitem, (entered, len(env) + 1)), root)
         elif node.op != "output":
-            env[node] = with_record(graph.node_copy(node, env.__getitem__), path, returned_by, region=record.region)
+            region = record.region.inside(seen.region) if record.region is not None else seen.region
+            env[node] = with_record(graph.node_copy(node, env.__getitem__), path, returned_by, region=region)
             if node.op in ("call_module", "get_attr"):
                 target = str(node.target)
                 full_name = f"{root}.{target}"
                 # What the model has no name for is a constant that the forward made.
                 env[node].target = full_name if full_name in names_in_model else target
-                attributes[str(env[node].target)] = fx.graph_module._get_attr(sub, target)
+                attributes[str(env[node].target)] = attribute(sub, target)
     output = fx.map_arg(output_node(sub.graph).args[0], env.__getitem__)
     if isinstance(output, fx.Node):
         info(output).returned_by = (*info(output).returned_by, root)
     left = with_record(graph.call_function(leave, (visit, inputs, read(reads.after), output)))
     with_record(graph.output(left))
-    gm = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    gm = Program(attributes, graph, class_name=type(model).__name__)
     gm.meta["base_layers"] = tuple(f"{root}.{path}" for path in sub.meta.get("base_layers", ()))
     return gm
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
+from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.tracer import holds_tensor
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import TensorSpec
-from sedona_fx.ir.late_buffers import overwrite
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.rng import random_states, restore_random
@@ -69,9 +70,13 @@ class HostCall:
         self.recorded: Any = None
 
     def run(self, inputs: Sequence[Any], stub: Callable[..., Any]) -> Any:
-        """Run the host in the mode of its graph, with `stub` in place of the sub-module's forward."""
+        """Run the host in the mode of its graph, with `stub` in place of the sub-module's forward.
+
+        What the host has switched in the process when the stub ends it is switched back.
+        """
         arguments = {name: value for name, value in zip(self.names, inputs, strict=True) if value is not None}
-        with _mode(self.host, self.training), replaced_forward(self.host.get_submodule(self.root), stub):
+        stubbed = replaced_forward(self.host.get_submodule(self.root), stub)
+        with _mode(self.host, self.training), keep_process_state(), stubbed:
             return self.host(**arguments, **self.fixed)
 
 

@@ -19,6 +19,7 @@ from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import device_of, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
+from sedona_fx.ir.program import attribute
 from sedona_fx.ir.region import region_of
 from sedona_fx.ir.same_numbers import near, same_bits
 from sedona_fx.rng import seed_all
@@ -272,6 +273,9 @@ def _first_difference(runs: _Runs) -> str:
         return hook
 
     class Compare(fx.Interpreter):
+        def fetch_attr(self, target: str) -> Any:
+            return attribute(self.module, target)
+
         def run_node(self, n: fx.Node) -> Any:
             region = region_of(n)
             with nullcontext() if region is None else region.entered():

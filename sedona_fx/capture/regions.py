@@ -18,10 +18,12 @@ import torch
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.region import Cast, Region
 
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _ASKED = "_sedona_fx_asked"
 """Attribute of an autocast object: what its maker asked for, as a :class:`Cast`."""
 _BEFORE = "_sedona_fx_before"
 """Attribute of a grad mode's object: whether the code around it runs without gradients."""
+_ASKS = ("is_autocast_enabled", "is_autocast_cpu_enabled")
 _STATE = ("set_autocast_enabled", "set_autocast_dtype", "is_autocast_enabled", "get_autocast_dtype")
 _STATE_OF_ONE_DEVICE = (
     *("set_autocast_cpu_enabled", "set_autocast_cpu_dtype", "is_autocast_cpu_enabled", "get_autocast_cpu_dtype"),
@@ -34,29 +36,32 @@ class RegionWatch:
 
     Attributes:
         casts: the autocast regions, innermost last.
-        without_grad: whether the code has turned gradients off. The interpreter's own state does not tell: gradients
-            are off in the forward pass of a ``torch.autograd.Function``, too, which has a backward pass nevertheless.
+        grad: whether the code has turned gradients off, or on whatever its caller does (``torch.enable_grad``); None:
+            neither. The interpreter's own state does not tell: gradients are off in the forward pass of a
+            ``torch.autograd.Function``, too, which has a backward pass nevertheless.
     """
 
     def __init__(self) -> None:
         self.casts: list[Cast] = []
-        self.without_grad = False
+        self.grad: bool | None = None
 
     def current(self) -> Region | None:
         """Return the region of what is recorded now, or None outside of all regions."""
         casts = {cast.device_type: cast for cast in self.casts}
-        region = Region(False if self.without_grad else None, tuple(casts.values()))
+        region = Region(self.grad, tuple(casts.values()))
         return region if region != Region() else None
 
 
 @contextmanager
-def watch_regions(*, strict: bool) -> Iterator[RegionWatch]:
+def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[RegionWatch]:
     """Yield a watch of the autocast and no-grad regions that are entered in the body.
 
     ``torch.inference_mode`` is ``torch.no_grad`` meanwhile: tensors made in it would be of no use for backward.
 
     Args:
         strict: refuse code that reads or sets the state of autocast by functions.
+        told: tell code that asks whether autocast is on that it is (much of Hugging Face's opens a region that turns it
+            off only then), and add the name of the function to this list. None: tell the truth.
 
     Raises:
         TraceError: such code ran in the body.
@@ -84,10 +89,14 @@ def watch_regions(*, strict: bool) -> Iterator[RegionWatch]:
 
     def starting(original: Callable[..., Any], keep: bool, mode: bool | None = None) -> Callable[..., Any]:
         def start(self: Any, *args: Any) -> Any:
-            before, enabled = watch.without_grad, torch.is_grad_enabled()
+            before, enabled = watch.grad, torch.is_grad_enabled()
             result = original(self, *args)
             vars(self).setdefault(_BEFORE, before) if keep else vars(self).update({_BEFORE: before})
-            watch.without_grad = (enabled or before) and not (self.mode if mode is None else mode)
+            if mode or (self.mode if mode is None else mode):
+                # A function that sets the mode to True may only set it back to what the caller has.
+                watch.grad = True if mode else None if before is False else before
+            elif enabled or before is False:
+                watch.grad = False
             return result
 
         return start
@@ -95,7 +104,7 @@ def watch_regions(*, strict: bool) -> Iterator[RegionWatch]:
     def ending(original: Callable[..., Any]) -> Callable[..., Any]:
         def end(self: Any, *error: Any) -> Any:
             result = original(self, *error)
-            watch.without_grad = vars(self)[_BEFORE]
+            watch.grad = vars(self)[_BEFORE]
             return result
 
         return end
@@ -125,18 +134,56 @@ def watch_regions(*, strict: bool) -> Iterator[RegionWatch]:
         ):
             stack.enter_context(mock.patch.object(owner, name, function))
         for name in (*_STATE, *_STATE_OF_ONE_DEVICE) if strict else ():
-            stack.enter_context(mock.patch.object(torch, name, _refused(name, getattr(torch, name))))
+            stack.enter_context(mock.patch.object(torch, name, _outside(getattr(torch, name), _refused(name))))
+        if told is not None:
+            for name in _ASKS:
+                telling = _outside(getattr(torch, name), _telling(name, told))
+                stack.enter_context(mock.patch.object(torch, name, telling))
         yield watch
 
 
-def _refused(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that raises where code outside of PyTorch calls it."""
+def _outside(function: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is another one where code outside of PyTorch calls it."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         caller = str(sys._getframe(1).f_globals.get("__name__"))
-        if caller.partition(".")[0] == "torch":
-            return function(*args, **kwargs)
-        raise TraceError(f"torch.{name} is called, whose result is another one when the net runs under autocast")
+        return (function if caller.partition(".")[0] == "torch" else other)(*args, **kwargs)
 
     return call
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise TraceError(f"torch.{name} is called, whose result is another one when the net runs under autocast")
+
+    return refuse
+
+
+def _telling(name: str, told: list[str]) -> Callable[..., bool]:
+    def tell(*_: Any, **__: Any) -> bool:
+        told.append(name)
+        return True
+
+    return tell
+
+
+@contextmanager
+def keep_process_state() -> Iterator[None]:
+    """Restore on exit whether gradients are on, and what autocast is set to.
+
+    A forward may switch them by functions (``torch.set_grad_enabled(False)``, ``torch.set_autocast_enabled``) and
+    switch them back at its end, to which it does not come if an error, or whoever records it, stops it in between.
+    """
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    types = [kind for kind in _DEVICE_TYPES if torch.amp.is_autocast_available(kind)]
+    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types]
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_autocast_cache_enabled(cache)
+        for kind, enabled, dtype in casts:
+            if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (enabled, dtype):
+                torch.set_autocast_enabled(kind, enabled)
+                torch.set_autocast_dtype(kind, dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from sedona_fx.ir.graph import info, operation
+from sedona_fx.ir.program import attribute
 
 
 def name_sites(graph: fx.Graph, taken: Collection[str] = ()) -> None:
@@ -77,7 +78,7 @@ def same_graphs(train: fx.GraphModule, evaluation: fx.GraphModule) -> bool:
         return False
     for node in train.graph.nodes:
         if node.op == "get_attr" and "." not in str(node.target):
-            first, second = getattr(train, str(node.target)), getattr(evaluation, str(node.target))
+            first, second = attribute(train, str(node.target)), attribute(evaluation, str(node.target))
             if first is not second and not (isinstance(first, torch.Tensor) and torch.equal(first, second)):
                 return False
     return True

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sedona_fx.ir.late_buffers import overwrite
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.rng import random_states, restore_random, same_random_states
 
 _CONTAINERS = (dict, list, set, deque)
@@ -192,17 +192,26 @@ class StateWatch:
 def keep_state(model: nn.Module) -> Iterator[None]:
     """Restore on exit the model's attributes, buffers and gradients, and the states of the global random generators."""
     watch = StateWatch(model)
+    with keep_gradients(model):
+        try:
+            yield
+        finally:
+            watch.restore()
+
+
+@contextmanager
+def keep_gradients(model: nn.Module) -> Iterator[None]:
+    """Let parameters have no gradients in the body, where a forward may call ``backward``, and theirs on exit."""
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     for parameter, gradient in gradients:
         if gradient is not None:
-            parameter.grad = None  # a forward that calls backward() adds to it
+            parameter.grad = None
     try:
         yield
     finally:
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        watch.restore()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, is_o
 from sedona_fx.capture.whole.scripted import scripted_calls_recorded
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
+from sedona_fx.ir.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.ir.outputs import without_objects
 
 
@@ -43,14 +45,20 @@ class Tracer(fx.Tracer):
         self.leaves, self.values = leaves, values
         self.mode_reads: dict[nn.Module, None] = {}
         self._regions = RegionWatch()
+        self._packing: list[PackingStack | None] = [None]  # of the encoders whose forward runs now, innermost last
         self._path_stack: list[str] = [""]  # paths of the modules whose forward runs now, innermost last
         self._failed_in: str | None = None  # path of the innermost module that raised
         self._asked_for: fx.Node | None = None  # the node whose value Python code needed
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph of a model's forward."""
-        regions, flags = watch_regions(strict=True), watch_training_flags(self.mode_reads)
-        with torch.enable_grad(), flags, scripted_calls_recorded(), regions as self._regions:
+        with (
+            torch.enable_grad(),
+            watch_training_flags(self.mode_reads),
+            watch_regions(strict=True) as self._regions,
+            enter_stacks(self._packing),
+            scripted_calls_recorded(),
+        ):
             return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -64,9 +72,10 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one node."""
-        if m in self.leaves or super().is_leaf_module(m, module_qualified_name):
+        if m in self.leaves or hooks_of(m) or stays_whole(m):
             return True
-        return stays_whole(m) or bool(hooks_of(m))
+        known = is_leaf(m)
+        return super().is_leaf_module(m, module_qualified_name) if known is None else known
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that records in-place operators."""
@@ -77,7 +86,12 @@ class Tracer(fx.Tracer):
         path = self.path_of_module(m)
         self._path_stack.append(path)
         try:
-            result = super().call_module(m, forward, args, kwargs)
+            call = functools.partial(super().call_module, m, forward)
+            stack = self._packing[-1]
+            if stack is not None and m in stack.layers:
+                result = stack.record(call, path, args[0], kwargs)
+            else:
+                result = call(args, kwargs)
         except Exception:
             self._failed_in = path if self._failed_in is None else self._failed_in
             raise

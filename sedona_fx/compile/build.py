@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from sedona_fx import passes
+from sedona_fx.capture.free_sizes import resized
+from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.request import Request
+from sedona_fx.compile.uneven import why_uneven
+from sedona_fx.errors import HeadError
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import block_costs, cost_of_head
-from sedona_fx.ir.modules import first_float_parameter
+from sedona_fx.ir.modules import first_float_parameter, keep_modes
+from sedona_fx.ir.outputs import pick
 from sedona_fx.net.net import Net
 from sedona_fx.net.parts import NetParts
 from sedona_fx.passes.cuts import resolve
@@ -45,12 +52,16 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
     lowered[False] = lowered[True] if same else passes.lower_at(analysed.eval, heads_by_cut, devices)
     blocks = {True: passes.partition(lowered[True])}
     blocks[False] = blocks[True] if same else passes.partition(lowered[False])
+    if analysed.capture.free_sizes:
+        placeless = lowered[True] if devices is None else passes.lower_at(analysed.train, heads_by_cut)
+        analysed, plan = _with_sizes_of_heads(request, analysed, placeless, plan)
     cut_nodes = resolve(analysed.train.graph)
     ends = [cut_nodes[cut] for cut in plan.cuts]
     head_costs = [
         cost_of_head(analysed.head_costs, spec, analysed.contexts[cut], end) if spec is not None else None
         for spec, cut, end in zip(heads, plan.cuts, ends, strict=True)
     ]
+    costs = block_costs(analysed.train, ends, head_costs)
     return Net(
         NetParts(
             model=request.model,
@@ -58,12 +69,49 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
             lowered=lowered,
             blocks=blocks,
             heads=list(modules.values()),
-            costs=block_costs(analysed.train, ends, head_costs),
+            costs=costs,
+            uneven=why_uneven(request, analysed, plan.cuts, costs, head_costs),
             plan=plan,
             loss=request.loss,
             objectives=request.objectives,
         )
     )
+
+
+def _with_sizes_of_heads(
+    request: Request, analysed: Analysed, lowered: fx.GraphModule, plan: Plan
+) -> tuple[Analysed, Plan]:
+    """Return the record and the plan with all sizes fixed if a head gives something else than the model at others.
+
+    Raises:
+        HeadError: it does, at sizes that the user wants free.
+    """
+    fixed = replace(analysed.capture, free_sizes=())
+    few = resized(analysed.example.first(2).kwargs, analysed.capture.free_sizes)
+    fault = "no other size is possible" if few is None else _fault_of_heads(request, analysed, lowered, few)
+    if not fault:
+        return analysed, plan
+    if request.dynamic:
+        raise HeadError(
+            f"sizes cannot be free: {fault}, at other sizes than those of the first batch. Leave out dynamic=, or give "
+            "heads that follow the sizes."
+        )
+    return replace(analysed, capture=fixed), replace(plan, capture=fixed)
+
+
+def _fault_of_heads(request: Request, analysed: Analysed, lowered: fx.GraphModule, few: Mapping[str, Any]) -> str:
+    """Return what is wrong with the output of a head for these inputs; empty if nothing is."""
+    inputs = [few[str(node.target)] for node in lowered.graph.nodes if node.op == "placeholder"]
+    with keep_modes(request.model, lowered), keep_state(lowered), torch.no_grad():
+        try:
+            *locals_, output = lowered.train()(*inputs)
+        except RuntimeError as error:
+            return f"a head does not run ({str(error).splitlines()[0]})"
+    shape = pick(output, analysed.output.key).shape
+    for index, (local, objective) in enumerate(zip(locals_, request.objectives, strict=True)):
+        if objective is None and local is not None and local.shape != shape:
+            return f"the head of block {index} gives {tuple(local.shape)} where the model gives {tuple(shape)}"
+    return ""
 
 
 def _build_heads(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
 from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names, reads
 from sedona_fx.ir.analysed import Analysed
-from sedona_fx.ir.grad_calls import derivatives
 from sedona_fx.ir.graph import describe, info
 from sedona_fx.passes.cuts import follow_one_another, resolve
 from sedona_fx.plan import Plan
@@ -198,8 +198,9 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
         if elsewhere:
             raise error(
                 f"{who} names {name!r}, which is in the model ({describe(elsewhere[0])}) but no legal cut: it is no "
-                "float activation, or only the output follows it, or later code writes into it through a view, or it "
-                "is not there in evaluation, or weights in front of it would get no gradient (a detach lies between)"
+                "float activation, or its rows are no examples of the batch, or only the output follows it, or later "
+                "code writes into it through a view, or it is not there in evaluation, or weights in front of it would "
+                "get no gradient (a detach lies between)"
                 f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones.{derivatives(traced.train.graph)}"
             )
         if inside := [other for other in legal if other.startswith(f"{name}.")]:

@@ -23,6 +23,7 @@ from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import share_copy, unwrapped
 from sedona_fx.net.net import Net
+from sedona_fx.net.parallel import warn_of_replicas
 
 _INTERNALS = frozenset(vars(nn.Module()))
 _MOST = 10_000  # objects that are looked at behind one attribute
@@ -42,6 +43,7 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
             f"decouple takes an nn.Module, not {type(model).__name__}. Wrap a function in a module whose forward calls "
             "it."
         )
+    warn_of_replicas(model)
     model = unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise DataError(

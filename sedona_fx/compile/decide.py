@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from sedona_fx.compile.analyse import check_validation
+from sedona_fx.compile.check_loss import check_validation
 from sedona_fx.compile.choices import by_name, candidates, from_names, from_plan, with_objectives
 from sedona_fx.compile.request import Request
+from sedona_fx.compile.uneven import too_few
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Mapped, Source, search_sources, to_device
 from sedona_fx.errors import CutError, DataError, HeadError, PlanError
@@ -44,6 +46,7 @@ def decide(request: Request, analysed: Analysed) -> Decision:
         seconds=dict(request.limits.measured or {}) if request.limits is not None else {},
         seed=request.seed,
         progress=request.progress,
+        remedy=functools.partial(too_few, request, analysed),
     )
     with as_trained(request.model):
         if request.plan is not None:

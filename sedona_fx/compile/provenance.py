@@ -19,8 +19,9 @@ from sedona_fx.search.problem.problem import Decision
 def plan_of(request: Request, analysed: Analysed, decision: Decision) -> Plan:
     """Return the plan of a decision, with everything that is needed to build the net again.
 
-    What depends on this model and this run (capture, seed, losses, inputs, base layers) is always recorded anew, even
-    if an older plan is applied. The provenance is the decision's, so an applied plan keeps its history.
+    What depends on this model and this run (capture, seed, losses, inputs, base layers, crossing activations) is always
+    recorded anew, even if an older plan is applied. The provenance is the decision's, so an applied plan keeps its
+    history.
 
     Args:
         request: what the user asked for.
@@ -37,6 +38,7 @@ def plan_of(request: Request, analysed: Analysed, decision: Decision) -> Plan:
         root=request.root,
         model=type(request.model).__name__,
         base_layers=tuple(base_layers(analysed.train)),
+        max_live=analysed.offered.chosen.max_live,
         inputs=described(request.example),
         seed=request.seed,
         loss=loss_name(request.loss),

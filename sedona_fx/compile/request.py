@@ -10,20 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import Where
+from sedona_fx.compile.arguments import device_names, dynamic_of, given_plan, search_of
 from sedona_fx.compile.choices import Cuts, Heads, named_cuts
 from sedona_fx.compile.copying import owned_copy
 from sedona_fx.compile.saved_loss import check_objectives, loss_to_load
+from sedona_fx.compile.where import Where
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
-from sedona_fx.errors import CutError, DataError, PlanError, did_you_mean
+from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
 from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import Key, Loss
+from sedona_fx.ir.shares import Measure
 from sedona_fx.net.signature import example_like
+from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan
-from sedona_fx.search import SEARCHES, Balanced, Search
+from sedona_fx.search import Balanced, Search
 from sedona_fx.search.problem.limits import Limits
 
 
@@ -49,7 +52,7 @@ class Request:
         limits: what the plan may cost; None: anything.
         devices: one device name for each block. None: all blocks are on the model's device.
         output: key of the primary output; None: by rule.
-        root, leaf_modules, no_cut, max_live, seed, progress: as in :func:`sedona_fx.decouple`.
+        root, leaf_modules, no_cut, max_live, dynamic, seed, progress: as in :func:`sedona_fx.decouple`.
     """
 
     model: nn.Module
@@ -75,6 +78,7 @@ class Request:
     max_live: int | None
     seed: int
     progress: bool
+    dynamic: Dynamic = None
 
     @property
     def own_heads(self) -> list[HeadSpec]:
@@ -85,7 +89,24 @@ class Request:
     def where(self) -> Where:
         """Where the user allows cuts."""
         named = self.plan.cuts if self.plan is not None else self.cuts or ()
-        return Where(self.blocks, self.max_live, root=self.root, no_cut=self.no_cut, named=tuple(named))
+        return Where(
+            self.blocks,
+            self.max_live,
+            root=self.root,
+            no_cut=self.no_cut,
+            named=tuple(named),
+            measure=self.measure,
+            default_heads=(self.heads is None or self.heads is True) and not self.own_heads,
+        )
+
+    @property
+    def measure(self) -> Measure | None:
+        """What the blocks should share evenly; None: their cuts are named."""
+        if self.plan is not None or self.cuts is not None:
+            return None
+        limits = self.limits.given() if self.limits is not None else {}
+        in_bytes = "activation_bytes" in limits and "block_flops" not in limits
+        return "activation_bytes" if in_bytes else self.search.balances
 
     @property
     def trains_heads(self) -> bool:
@@ -118,6 +139,7 @@ def read_request(
     leaf_modules: Collection[str],
     no_cut: Collection[str],
     max_live: int | None,
+    dynamic: Dynamic,
     seed: int,
     progress: bool,
     inplace: bool,
@@ -129,24 +151,28 @@ def read_request(
     """
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
         raise CutError(f"blocks={blocks!r}: give a whole number, at least 1 (1 is backpropagation).")
+    if max_live is not None and (isinstance(max_live, bool) or not isinstance(max_live, int) or max_live < 1):
+        raise CutError(f"max_live={max_live!r}: give a whole number of activations, at least 1, or leave it out.")
     if loss is not None and not callable(loss):
         raise DataError(f"loss={loss!r} cannot be called: give a function loss(output, target) or None.")
-    search_object = _search_of(search)
-    plan = _plan_of(plan)
+    search_object = search_of(search)
+    plan = given_plan(plan)
     limits = Limits.of(budget, plan)
     cut_specs = named_cuts(cuts)
     if plan is not None:
         blocks, devices = plan.blocks, devices if devices is not None else plan.devices
+        max_live = max_live if max_live is not None else plan.max_live
         output, root = output if output is not None else plan.output, root or plan.root
     elif cut_specs is not None:
         blocks = len(cut_specs) + 1
-    device_names = _device_names(devices, blocks)
+    names = device_names(devices, blocks)
     owned = owned_copy(model, inplace=inplace)
     device = device_of(owned)
     inputs, target = first_pair(data)
+    example = Args(**to_device(inputs.bind(owned.forward), device))
     return Request(
         model=owned,
-        example=Args(**to_device(inputs.bind(owned.forward), device)),
+        example=example,
         target=to_device(target, device),
         tries_loss=True,
         blocks=blocks,
@@ -160,12 +186,13 @@ def read_request(
         objectives=one_a_block(local_loss, blocks),
         plan=plan,
         limits=limits,
-        devices=device_names,
+        devices=names,
         output=output,
         root=root,
         leaf_modules=leaf_modules,
         no_cut=(no_cut,) if isinstance(no_cut, str) else tuple(no_cut),
         max_live=max_live,
+        dynamic=dynamic_of(dynamic, example),
         seed=seed,
         progress=progress,
     )
@@ -215,60 +242,12 @@ def request_to_load(
         objectives=objectives,
         plan=plan,
         limits=None,
-        devices=_device_names(plan.devices, plan.blocks),
+        devices=device_names(plan.devices, plan.blocks),
         output=plan.output,
         root=plan.root,
         leaf_modules=leaf_modules,
         no_cut=(),
-        max_live=None,
+        max_live=plan.max_live,
         seed=plan.seed,
         progress=False,
     )
-
-
-def _plan_of(plan: Any) -> Plan | None:
-    if isinstance(plan, (str, Path)):
-        return Plan.load(plan)
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    raise PlanError(
-        f"plan={plan!r} is neither a Plan nor the path of one: give net.plan, or a file that plan.save(path) wrote."
-    )
-
-
-def _device_names(devices: Sequence[str | torch.device] | None, blocks: int) -> tuple[str, ...] | None:
-    """Return the devices as a plan names them, after trying each of them.
-
-    Raises:
-        PlanError: there is not one device for each block, or one cannot be used.
-    """
-    if devices is None:
-        return None
-    if isinstance(devices, (str, torch.device)) or len(devices) != blocks:
-        count = "one device" if isinstance(devices, (str, torch.device)) else f"{len(devices)} devices"
-        raise PlanError(f"devices={devices!r} names {count} for {blocks} blocks: give a list with one a block.")
-    for device in devices:
-        try:
-            torch.empty(0, device=device)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise PlanError(
-                f"devices names {str(device)!r}, which cannot be used here: {reason.rstrip('.')}. Name devices of this "
-                "machine, or leave out devices=."
-            ) from None
-    return tuple(str(device) for device in devices)
-
-
-def _search_of(search: str | Search) -> Search:
-    if isinstance(search, str):
-        if search not in SEARCHES:
-            raise CutError(
-                f"search={search!r} is not known{did_you_mean(search, SEARCHES)}; one of {sorted(SEARCHES)}."
-            )
-        return SEARCHES[search]()
-    if not isinstance(search, Search):
-        raise CutError(
-            f"search={search!r} is no search: one of {sorted(SEARCHES)}, or an object with decide(problem), made of a "
-            "subclass of sedona_fx.search.Search."
-        )
-    return search

@@ -2,8 +2,13 @@
 
 Files
 
-attention  Attention in plain operators, because the ONNX exporter fails on some uses of PyTorch's fused operator
-onnx       Export of the inference graph to an ONNX file, which is checked with ONNX Runtime before it gets its name
+attention     Attention in plain operators, because the ONNX exporter fails on some uses of PyTorch's fused operator
+flat          A graph as a function of tensors alone, each with a name: what an ONNX file holds
+model         What is changed in an exported ONNX model before it is written: its names, and operators on short
+              floats
+onnx          Export of the inference graph to an ONNX file, which is checked with ONNX Runtime before it gets its
+              name
+parametrized  Parametrized weights (weight norm, spectral norm, orthogonal) as the plain weights that they give
 """
 
 __all__: list[str] = []  # internal

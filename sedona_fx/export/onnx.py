@@ -6,20 +6,25 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.data.args import Args
-from sedona_fx.errors import ExportError
+from sedona_fx.errors import ExportError, shape_text
 from sedona_fx.export.attention import unfuse_attention
+from sedona_fx.export.flat import Flat, flat
+from sedona_fx.export.model import compute_in_float32, rename, short_floats
+from sedona_fx.export.parametrized import bake_parametrizations
 from sedona_fx.extras import require
 from sedona_fx.files import replacing
+from sedona_fx.ir.graph import copy_info
 
 TOLERANCE = 1e-5
 """Largest difference from PyTorch that a float32 file may have, as a fraction of the largest output."""
@@ -30,13 +35,17 @@ ROUNDING = 10.0
 def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str, free_batch: bool) -> Path:
     """Export an inference graph (without heads and boundaries) with a dynamic batch size.
 
+    Inputs of the file are the tensors in the arguments, ``x`` or ``batch.ids``; its outputs those in what the model
+    returns, ``logits`` or ``hidden.0``, or ``output`` if it returns a bare tensor. Other values are left out. Weights
+    have the names that they have in the net, and parametrized ones (weight norm) the values that they have now.
+
     ONNX Runtime runs the file on batches of 1, 2 and 5 examples, made from `example`, and the outputs are compared with
     PyTorch's. They may differ by 1e-5 of the largest output, or, for nets that magnify rounding errors, by ten times
     PyTorch's own rounding error. (Untrained nets often do; PyTorch then differs as much from itself on another batch
     size.) Only after this does the file replace what was at `path`.
 
     Args:
-        graph: in eval mode; it is left as it is.
+        graph: in eval mode, on the CPU; a copy of the caller's, which is changed.
         example: a batch, every input as a keyword under the name of its placeholder.
         path: of the file.
         name: of the model, for messages.
@@ -50,51 +59,126 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
         MissingExtraError: the packages of the extra ``onnx`` are not installed.
         ExportError: the graph cannot be exported, or the file does not compute what PyTorch computes.
     """
-    for package in ("onnx", "onnxscript"):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="onnx", purpose="exporting to ONNX")
-    onnxruntime = require("onnxruntime", extra="onnx", purpose="checking an exported ONNX file")
-    # A copy, because `cpu()` moves parameters in place, and the inference graph holds the net's own.
-    module = copy.deepcopy(graph).cpu()
-    inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, value) for key, value in example.kwargs.items()}
-    batch = torch.export.Dim("batch", min=1)
+    with torch.autocast("cpu", enabled=False):  # none of the caller's
+        return _checked(graph, example, Path(path), name=name, free_batch=free_batch)
+
+
+def _checked(graph: fx.GraphModule, example: Args, path: Path, *, name: str, free_batch: bool) -> Path:
+    bake_parametrizations(graph)
+    order = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, example.kwargs[key]) for key in order}
     size = Args(**inputs).batch_size() if free_batch else None
-    shapes = {
-        key: pytree.tree_map(
-            lambda t: {0: batch} if size is not None and isinstance(t, Tensor) and t.dim() > 0 else None, value
-        )
-        for key, value in inputs.items()
-    }
-    order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+    module = Flat(graph, inputs)
+    counts = (2, 1, 5) if size is not None else (None,)
+    samples = [flat({key: _resized(value, size, count) for key, value in inputs.items()}) for count in counts]
+    _check_dtypes(module, samples[0], name)
     with replacing(path) as temporary:
-        sample = tuple(_resized(inputs[key], size, 2) for key in order)
         try:
             with _quiet():
-                _export(module, sample, tuple(shapes[key] for key in order), temporary)
+                exported = _export(module, samples[0], free_batch=size is not None)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise ExportError(
                 f"{name} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
                 "torch.onnx.export on net.inference_module() shows the whole story."
             ) from error
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        for count in (1, 2, 5) if size is not None else (None,):
-            _compare(module, session, [_resized(inputs[key], size, count) for key in order], str(path))
-    return Path(path)
+        file = _File(exported, temporary, name)
+        for sample in samples:
+            _compare(module, file, sample, str(path))
+    return path
 
 
-def _export(module: fx.GraphModule, inputs: tuple[Any, ...], shapes: tuple[Any, ...], path: Path) -> None:
-    """Write a graph, or, if that fails and it has fused attention, a copy with attention in plain operators."""
+def _export(module: Flat, inputs: tuple[Tensor, ...], *, free_batch: bool) -> Any:
+    """Return the ONNX program of a graph, or, if that fails and it has fused attention, of one in plain operators."""
     try:
-        _write(module, inputs, shapes, path)
+        return _exported(module, inputs, free_batch=free_batch)
     except Exception:
         unfused = copy.deepcopy(module)
-        if not unfuse_attention(unfused):
+        assert isinstance(unfused.program, fx.GraphModule)
+        if not unfuse_attention(unfused.program):
             raise
-        _write(unfused, inputs, shapes, path)
+        return _exported(unfused, inputs, free_batch=free_batch)
 
 
-def _write(module: fx.GraphModule, inputs: tuple[Any, ...], shapes: tuple[Any, ...], path: Path) -> None:
-    torch.onnx.export(module, inputs, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False)
+def _exported(module: Flat, inputs: tuple[Tensor, ...], *, free_batch: bool) -> Any:
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch} if free_batch and tensor.dim() > 0 else None for tensor in inputs)
+    program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=(shapes,), verbose=False)
+    assert program is not None
+    rename(program.model, inputs=module.inputs, outputs=module.outputs, inside="program.")
+    return program
+
+
+class _File:
+    """A written file, as ONNX Runtime runs it.
+
+    Args:
+        exported: the program that is written. If ONNX Runtime cannot run it, what it computes in short floats is
+            computed in float32 and rounded, as PyTorch does on a CPU.
+        path: of the file.
+        name: of the model, for messages.
+
+    Attributes:
+        tolerance: the largest difference from PyTorch that it may have, as a fraction of the largest output: 1e-5, or
+            the precision of the shortest floats in it.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run it.
+    """
+
+    def __init__(self, exported: Any, path: Path, name: str) -> None:
+        onnxruntime = require("onnxruntime", extra="onnx", purpose="checking an exported ONNX file")
+        self.tolerance = max([TOLERANCE, *(torch.finfo(getattr(torch, f)).eps for f in short_floats(exported.model))])
+
+        def session() -> Any:
+            exported.save(str(path), external_data=False)
+            return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+        try:
+            try:
+                self._session = session()
+            except Exception:
+                if not compute_in_float32(exported.model):
+                    raise
+                self._session = session()
+        except Exception as error:
+            raise ExportError(f"{name} was exported, but ONNX Runtime cannot run it: {_first_line(error)}.") from error
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs for inputs.
+
+        Raises:
+            ExportError: ONNX Runtime cannot run them.
+        """
+        names = [entry.name for entry in self._session.get_inputs()]
+        try:
+            values = self._session.run(None, {name: t.numpy() for name, t in zip(names, inputs, strict=True)})
+        except Exception as error:
+            shapes = ", ".join(shape_text(t.shape) for t in inputs)
+            raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {_first_line(error)}.") from error
+        return [torch.from_numpy(value) for value in values]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _check_dtypes(module: Flat, inputs: Sequence[Tensor], name: str) -> None:
+    """Raise an ExportError if an input or output has a dtype that NumPy lacks, as the file could not be checked."""
+    given, returned = (
+        zip(module.inputs, inputs, strict=True),
+        zip(module.outputs, _outputs(module, inputs), strict=True),
+    )
+    for what, (key, tensor) in [*(("input", pair) for pair in given), *(("output", pair) for pair in returned)]:
+        try:
+            tensor.numpy()
+        except TypeError:
+            raise ExportError(
+                f"the {what} {key!r} of {name} is {tensor.dtype}, which NumPy does not have, so that the file could "
+                "not be checked. Let the model take and return float32; inside, it may compute in other dtypes."
+            ) from None
 
 
 def _resized(value: Any, size: int | None, count: int | None) -> Any:
@@ -109,45 +193,66 @@ def _resized(value: Any, size: int | None, count: int | None) -> Any:
     )
 
 
-def _compare(module: fx.GraphModule, session: Any, inputs: list[Any], path: str) -> None:
+def _compare(module: Flat, file: _File, inputs: tuple[Tensor, ...], path: str) -> None:
     """Run a graph and the exported file on the same inputs, and raise an ExportError if the outputs differ."""
     expected = _outputs(module, inputs)
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    names = [entry.name for entry in session.get_inputs()]
-    actual = session.run(None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)})
-    for index, (want, value) in enumerate(zip(expected, map(torch.from_numpy, actual), strict=True)):
-        if want.shape != value.shape:
-            raise ExportError(f"{path!r} gives the shape {tuple(value.shape)} where the net gives {tuple(want.shape)}.")
-        if want.dtype.is_floating_point and want.numel():
-            difference, allowed = _difference(value, want), TOLERANCE
-            if not difference <= allowed:  # a NaN is too large as well
-                allowed = max(allowed, ROUNDING * _rounding_error(module, inputs, index, want))
-            if not difference <= allowed:
-                raise ExportError(
-                    f"{path!r} differs from the net by {difference:.1e} of its largest output (allowed: "
-                    f"{allowed:.0e}) on {tuple(tensors[0].shape)}. It was not kept."
-                )
+    for index, (want, value) in enumerate(zip(expected, file.run(inputs), strict=True)):
+        what = f"{path!r} gives the output {module.outputs[index]!r} "
+        if (want.shape, want.dtype) != (value.shape, value.dtype):
+            raise ExportError(
+                f"{what} as {value.dtype} {tuple(value.shape)} where the net gives {want.dtype} {tuple(want.shape)}."
+            )
+        difference, allowed = _difference(value, want), file.tolerance
+        if not difference <= allowed:  # a NaN is too large as well
+            allowed = max(allowed, ROUNDING * _rounding_error(module, inputs, index, want))
+        if not difference <= allowed:
+            raise ExportError(
+                f"{path!r} differs from the net by {difference:.1e} of its largest output (allowed: "
+                f"{allowed:.0e}) on {tuple(inputs[0].shape)}. It was not kept."
+            )
 
 
-def _outputs(module: fx.GraphModule, inputs: list[Any]) -> list[Tensor]:
+def _outputs(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return [t for t in pytree.tree_leaves(module(*inputs)) if isinstance(t, Tensor)]
+        return tuple(module(*inputs))
 
 
 def _difference(value: Tensor, reference: Tensor) -> float:
-    """Return the largest difference as a fraction of the largest magnitude in `reference`."""
-    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
-    return ((value.to(reference.dtype) - reference).abs().max() / scale).item()
+    """Return the largest difference as a fraction of the largest magnitude in `reference`; integers have to be equal.
+
+    Infinite numbers have to be equal, too.
+    """
+    if not reference.is_floating_point():
+        return 0.0 if torch.equal(value, reference) else math.inf
+    gap = (value.to(reference.dtype) - reference).abs().masked_fill(value == reference, 0.0)
+    scale = reference[reference.isfinite()].abs()
+    tiny = torch.finfo(reference.dtype).tiny
+    return (gap.max() / scale.max().clamp_min(tiny)).item() if gap.numel() and scale.numel() else gap.sum().item()
 
 
-def _rounding_error(module: fx.GraphModule, inputs: list[Any], index: int, output: Tensor) -> float:
-    """Return how far PyTorch's output `index` is from the same in float64; 0 if the net cannot run in float64."""
-    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-    try:
-        exact = _outputs(copy.deepcopy(module).double(), wide)[index]
-    except RuntimeError:
-        return 0.0
-    return _difference(output, exact)
+def _rounding_error(module: Flat, inputs: Sequence[Tensor], index: int, output: Tensor) -> float:
+    """Return how far PyTorch's output `index` is from the same with less rounding; 0 if the net cannot run so.
+
+    That is in float64, and, if it has autocast regions, without casts.
+    """
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    errors = [0.0]
+    for exact, values in ((copy.deepcopy(module).double(), wide), (_without_casts(module), inputs)):
+        try:
+            errors.append(_difference(output, _outputs(exact, values)[index].to(output.dtype)))
+        except RuntimeError:
+            continue
+    return max(errors)
+
+
+def _without_casts(module: Flat) -> Flat:
+    """Return a copy of a graph without its regions."""
+    plain = copy.deepcopy(module)
+    assert isinstance(plain.program, fx.GraphModule)
+    for node in plain.program.graph.nodes:
+        copy_info(node, node, region=None)
+    plain.program.recompile()
+    return plain
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from sedona_fx.fake.key import PLAIN_TYPES, KeyReader, NoKey, is_pure, operation_key, tensor_key
+from sedona_fx.fake.meter import Work
 from sedona_fx.fake.tensors import Abstract, Geometry, Storage, Storages, geometry
 
 
@@ -33,7 +34,7 @@ class Effect:
         fresh: sizes in bytes of the storages that the operation allocated, including those kept for backward.
         saved: storages kept for backward, each with its size in bytes.
         mutates: storages written to.
-        flops: floating-point operations.
+        work: what its operators did.
     """
 
     leaves: tuple[_Argument | _New | _Value, ...]
@@ -42,7 +43,7 @@ class Effect:
     fresh: tuple[int, ...]
     saved: tuple[tuple[int, int], ...]
     mutates: tuple[int, ...]
-    flops: int
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Run:
     value: Any
     saved: Mapping[Storage, int]
     mutates: Iterable[Storage]
-    flops: int
+    work: Work
     known: int
 
 
@@ -167,7 +168,7 @@ def effect_of(call: Call, run: Run, storages: Storages) -> Effect | None:
         fresh=tuple(storage.size for storage in list(numbers)[len(call.storages) :]),
         saved=saved,
         mutates=mutates,
-        flops=run.flops,
+        work=run.work,
     )
 
 

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from sedona_fx.fake.flops import formula_of, is_free, name_of
+
+
+@dataclass
+class Work:
+    """What operators did.
+
+    Attributes:
+        flops: floating-point operations of those with a formula (:mod:`sedona_fx.fake.flops`), two a multiply-add.
+        traffic: bytes that those read and wrote.
+        uncounted: name of an operator that reads weights and has no formula -> bytes that it read and wrote.
+    """
+
+    flops: int = 0
+    traffic: int = 0
+    uncounted: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Work) -> None:
+        """Add what other operators did."""
+        self.flops += other.flops
+        self.traffic += other.traffic
+        for name, size in other.uncounted.items():
+            self.uncounted[name] = self.uncounted.get(name, 0) + size
+
+    @property
+    def flops_a_byte(self) -> float:
+        """FLOPs for each byte read and written by operators with a formula; 1 if there are none."""
+        return self.flops / self.traffic if self.flops and self.traffic else 1.0
+
+    def estimated(self, flops_a_byte: float) -> int:
+        """Return the FLOPs, those of uncounted operators estimated from their bytes."""
+        return self.flops + round(flops_a_byte * sum(self.uncounted.values()))
 
 
 class Meter(TorchDispatchMode):
@@ -22,15 +56,18 @@ class Meter(TorchDispatchMode):
         ignore: tensors whose storages are not recorded (parameters, buffers).
 
     Attributes:
-        flops: floating-point operations so far, by PyTorch's formulas (two per multiply-add).
+        work: of the operators so far, since it was last replaced.
         saved: address -> bytes of the storages kept since the dictionary was last replaced.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, ignore: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.flops = 0
+        self.work = Work()
         self.saved: dict[int, int] = {}
         self._ignore: set[int] = set()
+        self._weights: dict[int, torch.UntypedStorage] = {}  # by address; alive, as an address is used again otherwise
         self._alive: list[torch.UntypedStorage] = []  # an address identifies a storage while it is alive
         self.ignore(ignore)
 
@@ -45,10 +82,38 @@ class Meter(TorchDispatchMode):
         result = rule(*args, **(kwargs or {})) if rule is not None else NotImplemented
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = formula_of(func)
         if formula is not None:
-            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+            self.work.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+            self.work.traffic += _bytes(args, kwargs, result)
+        if self._weights:
+            self._look_for_weights(func, (args, kwargs), result, counted=formula is not None)
         return result
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the operators with a formula."""
+        return self.work.flops
+
+    def watch_weights(self, weights: Iterable[Tensor]) -> None:
+        """Take these tensors, and no others, for weights: what reads them should have a formula."""
+        self._weights = {storage._cdata: storage for storage in (w.untyped_storage() for w in weights)}
+
+    def _look_for_weights(self, func: Any, arguments: Any, result: Any, *, counted: bool) -> None:
+        """Note an operator that reads weights and has no formula; what is made of weights alone are weights, too."""
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        others = [
+            t for t in tensors if t.layout is not torch.strided or t.untyped_storage()._cdata not in self._weights
+        ]
+        if len(others) == len(tensors):
+            return
+        if not others:
+            made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+            self._weights |= {s._cdata: s for s in (t.untyped_storage() for t in made)}
+        # What PyTorch's own operators make of weights alone costs the same however large the batch is.
+        elif not counted and not is_free(func):
+            name, size = name_of(func), _bytes(*arguments, result)
+            self.work.uncounted[name] = self.work.uncounted.get(name, 0) + size
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor among those that autograd keeps; return what it may keep."""
@@ -75,6 +140,11 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._hooks.__enter__()
+
+
+def _bytes(*values: Any) -> int:
+    """Return the bytes of all tensors in nested values."""
+    return sum(leaf.numel() * leaf.itemsize for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _batch_norm_shapes(input: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *_: Any) -> Any:

@@ -14,6 +14,7 @@ pointwise_pool  1x1 convolution, BatchNorm, ReLU and global average pool as one 
 pooled_relu     Mean over positions of relu(W x + b), twice differentiable, without ever storing what is averaged
 registry        The registry of auxiliary heads: small nets that map the activation at a cut to the model's primary
                 output
+rows            Where a tensor holds the examples of a batch, and a head that gets them first wherever they are
 """
 
 __all__: list[str] = []  # internal

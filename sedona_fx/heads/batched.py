@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedona_fx.heads.layers import HeadBatchNorm, InvertedResidual
+from sedona_fx.heads.rows import ArrangedHead
 
 Layers = Sequence[nn.Module]
 
@@ -35,6 +36,10 @@ def run_together(heads: Sequence[nn.Module], activation: Tensor) -> list[Tensor]
     Returns:
         The outputs, in the order of `heads`.
     """
+    arranged = [head for head in heads if isinstance(head, ArrangedHead) and not _has_hooks(head)]
+    if arranged and len(arranged) == len(heads) and len({head.arrangement for head in arranged}) == 1:
+        outputs_inside = run_together([head.head for head in arranged], arranged[0].arrangement.enter(activation))
+        return [head.leave(output) for head, output in zip(arranged, outputs_inside, strict=True)]
     layers = [list(head) if type(head) is nn.Sequential and not _has_hooks(head) else [head] for head in heads]
     outputs: dict[int, Tensor] = {}
     keys = [_batch_key(own_layers[0], first=True) if own_layers else None for own_layers in layers]

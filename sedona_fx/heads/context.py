@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sedona_fx.heads.rows import Arrangement
+
 
 class HeadDtypes(NamedTuple):
     """The dtypes of the activation, of the head's own weights, and of the model's primary output."""
@@ -18,11 +20,19 @@ class HeadDtypes(NamedTuple):
     output: torch.dtype
 
 
+class NoOutput(NamedTuple):
+    """Why no head can give what the model gives, and what can be done instead; both for messages."""
+
+    reason: str
+    instead: str
+
+
 @dataclass(frozen=True)
 class HeadContext:
     """The activation that an auxiliary head reads and the output that it must produce.
 
-    The batch is the first dimension of both shapes. Its size is an example: a head must accept any batch size.
+    The batch is the first dimension of both shapes, wherever the model itself has it: a head gets its activation so,
+    and what it gives is put into the model's form. The size of the batch is an example: a head must accept any.
 
     Attributes:
         shape: shape of the activation at the cut.
@@ -34,6 +44,9 @@ class HeadContext:
             class token, -1 for the last token); None if the output does not depend on a single token.
         dtypes: the dtypes that the head reads, computes in and gives; None: all are that of the model.
         free_output: whether the head's output may have any type and shape, since a loss of the user's own reads it.
+        arrangement: what is done before and behind the head, since the model does not have the batch first; a head need
+            not look at it. None: nothing.
+        no_output: why no head can give the model's output, whatever the head; None if one may.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +56,8 @@ class HeadContext:
     token: int | None = None
     free_output: bool = False
     dtypes: HeadDtypes | None = None
+    arrangement: Arrangement | None = None
+    no_output: NoOutput | None = None
 
     @property
     def channels(self) -> int:

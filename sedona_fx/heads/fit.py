@@ -17,6 +17,8 @@ from sedona_fx.heads import nets
 from sedona_fx.heads.context import HeadContext, HeadFactory
 from sedona_fx.heads.layers import MoveDim, Resize, TokenGrid
 
+EMBEDDING = 128
+"""Number of features that the head ``embedding`` gives."""
 Refusal = Callable[[HeadContext], str]
 """Returns the reason why a kind of head cannot be used in a context, or an empty text if it can."""
 
@@ -43,9 +45,11 @@ def built_in() -> dict[str, tuple[HeadFactory, Refusal]]:
         ("tokens-attention", functools.partial(_token_head, attention=True), refuses_attention),
         ("dense", _dense_head, refuses_dense),
         ("logits", _logits_head, refuses_logits),
+        ("resample", _resample_head, refuses_resampling),
     ):
         for depth in range(1, 4):
             table[f"{name}-{depth}"] = functools.partial(build, depth=depth), refuses
+    table["embedding"] = _embedding_head, refuses_embedding
     return table
 
 
@@ -65,6 +69,8 @@ def ladder(context: HeadContext) -> tuple[str, ...]:
     for name in kinds if context.channels_first else reversed(kinds):
         if not kinds[name](context):
             return _depths(name, 3)
+    if not refuses_resampling(context):
+        return _depths("resample", 3)
     return ()
 
 
@@ -109,6 +115,16 @@ def refuses_logits(context: HeadContext) -> str:
     return _refuses_one_feature(context) or _refuses_batch(context)
 
 
+def refuses_resampling(context: HeadContext) -> str:
+    """Return why a head cannot give token logits, (N, T, V), from an activation of another number of positions."""
+    if not context.positions or len(context.output_shape) != 3:
+        return "it gives token logits, (N, T, V), from an activation with positions, (N, S, D)"
+    for kind, refuses in (("logits", refuses_logits), ("dense", refuses_dense)):
+        if not refuses(context):
+            return f"it is for outputs of another length, and the output's positions are the activation's: take {kind}"
+    return _refuses_one_feature(context) or _refuses_batch(context)
+
+
 def refuses_dense(context: HeadContext) -> str:
     """Return why a head cannot give dense maps: (N, K, H, W), or one or three dimensions after K."""
     sizes, output_sizes = context.positions, context.output_shape[2:]
@@ -138,7 +154,12 @@ def refuses_dense(context: HeadContext) -> str:
     return _refuses_batch(context)
 
 
-KINDS = {"linear": refuses_scores, "dense-1": refuses_dense, "logits-1": refuses_logits}
+KINDS = {
+    "linear": refuses_scores,
+    "dense-1": refuses_dense,
+    "logits-1": refuses_logits,
+    "resample-1": refuses_resampling,
+}
 """For each kind of output, the head that requires least of the activation."""
 
 
@@ -146,7 +167,14 @@ def _depths(name: str, count: int) -> tuple[str, ...]:
     return tuple(f"{name}-{depth}" for depth in range(1, count + 1))
 
 
+def refuses_embedding(context: HeadContext) -> str:
+    """Return why a head cannot give an embedding, (N, features), whatever the model gives."""
+    return "" if context.free_output else "it gives embeddings, for an objective of your own (local_loss=)"
+
+
 def _refuses_batch(context: HeadContext) -> str:
+    if context.no_output is not None:
+        return context.no_output.reason
     if context.output_shape[0] != context.shape[0]:
         return (
             f"the activation holds {context.shape[0]} examples and the output {context.output_shape[0]}, so it cannot "
@@ -208,6 +236,10 @@ def _linear_head(context: HeadContext) -> nn.Module:
     return _with_scores(nets.linear_head(context.channels, _classes(context), **_layout(context)), context)
 
 
+def _embedding_head(context: HeadContext) -> nn.Module:
+    return nets.linear_head(context.channels, EMBEDDING, **_layout(context))
+
+
 def _token_head(context: HeadContext, *, depth: int, attention: bool = False) -> nn.Module:
     pool: dict[str, Any] = {"attention": True} if attention else {"token": _token(context)}
     head = nets.token_head(context.channels, _classes(context), depth, **_layout(context), **pool)
@@ -216,6 +248,11 @@ def _token_head(context: HeadContext, *, depth: int, attention: bool = False) ->
 
 def _logits_head(context: HeadContext, *, depth: int) -> nn.Module:
     return nets.logits_head(context.channels, context.output_shape[-1], depth, **_layout(context))
+
+
+def _resample_head(context: HeadContext, *, depth: int) -> nn.Module:
+    _, length, vocabulary = context.output_shape
+    return nets.resample_head(context.channels, vocabulary, length, depth, **_layout(context))
 
 
 def _dense_head(context: HeadContext, *, depth: int) -> nn.Module:

@@ -115,6 +115,46 @@ class AttentionPool(nn.Module):
         return (weights.unsqueeze(1) @ tokens).squeeze(1)
 
 
+class Resample(nn.Module):
+    """Cross-attention of `length` positions to all tokens, whose number differs: (N, ..., D) to (N, length, D).
+
+    Queries and keys hold sinusoids (Vaswani et al. 2017) of the place as a share of the way, so that at first each
+    position reads the tokens about the same share of the way. The queries are learned, and so is what the tokens
+    themselves add to the keys, which begins at 0.
+
+    Args:
+        features: D.
+        length: number of positions. The number of tokens may change from batch to batch.
+    """
+
+    def __init__(self, features: int, length: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(_sinusoids(length, features))
+        self.key = nn.Parameter(torch.zeros(features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens read by each position."""
+        tokens = x.flatten(1, -2)
+        keys = tokens @ self.key + _sinusoids(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens.dtype)
+        # Written out, since PyTorch's fused attention has no second derivative, which a search may need.
+        weights = (self.query @ keys.transpose(1, 2) * self.query.shape[1] ** -0.5).softmax(-1)
+        return weights @ tokens
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"features={self.query.shape[1]}, length={self.query.shape[0]}"
+
+
+def _sinusoids(length: int, features: int, device: torch.device | None = None) -> Tensor:
+    """Return sines and cosines of the middle of each of `length` equal parts of the way, (length, D), in float32.
+
+    The frequencies grow from half a turn over the whole way to 64 turns.
+    """
+    waves = torch.pi * 128.0 ** torch.linspace(0, 1, (features + 1) // 2, device=device)
+    angles = (torch.arange(length, device=device) + 0.5)[:, None] / length * waves
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :features]
+
+
 class Token(nn.Module):
     """Token `index` of (N, T, D), as (N, D)."""
 

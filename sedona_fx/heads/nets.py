@@ -22,6 +22,7 @@ from sedona_fx.heads.layers import (
     InvertedResidual,
     Mean,
     MoveDim,
+    Resample,
     ResidualMLP,
     Token,
     conv_bn_relu,
@@ -156,6 +157,20 @@ def logits_head(channels: int, vocabulary: int, depth: int, *, channel_dim: int,
     vocabulary comes last.
     """
     layers = _per_token(channels, depth, channel_dim=channel_dim, rank=rank)
+    return _initialised([*layers, nn.Linear(channels, vocabulary)])
+
+
+def resample_head(
+    channels: int, vocabulary: int, length: int, depth: int, *, channel_dim: int, rank: int
+) -> nn.Sequential:
+    """Return a head for token logits of another length than the activation's: (N, ..., D) to (N, length, V).
+
+    LayerNorm, cross-attention of the output's positions to all of the activation's
+    (:class:`~sedona_fx.heads.layers.Resample`), ``depth - 1`` residual MLPs, linear. An encoder's block learns from
+    what the decoder behind it will have to say (our choice; the papers have no such models).
+    """
+    layers = [*_per_token(channels, 1, channel_dim=channel_dim, rank=rank), Resample(channels, length)]
+    layers += [ResidualMLP(channels) for _ in range(depth - 1)]
     return _initialised([*layers, nn.Linear(channels, vocabulary)])
 
 

@@ -11,6 +11,8 @@
 | ``tokens-attention-1`` to ``-3`` | the same, a learned query attends over the tokens | all but vectors | scores |
 | ``dense-1`` to ``-3`` | 1x1 and 3x3 convolutions, resized to the output | spatial, grids of tokens | dense maps |
 | ``logits-1`` to ``-3`` | LayerNorm, residual MLPs, linear, token by token | tokens of 2+ features | token logits |
+| ``resample-1`` to ``-3`` | LayerNorm, cross-attention to all positions, MLPs, linear | positions | token logits |
+| ``embedding`` | global average pool, linear | everything | (N, 128), for a ``local_loss`` of your own |
 
 Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
 are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
@@ -32,6 +34,7 @@ from torch._subclasses import fake_tensor
 from sedona_fx.errors import HeadError, did_you_mean, shape_text
 from sedona_fx.heads import fit as head_fit
 from sedona_fx.heads.context import HeadContext, HeadFactory, HeadSpec
+from sedona_fx.heads.rows import ArrangedHead
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,16 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     name = head_name(spec)
     if entry.refuses is not None:
         _check_real(context)
-        if reason := entry.refuses(context):
-            fitting = fitting_heads(context)
-            advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_INSTEAD}"
-            raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
-        return entry.factory(context)
+    if entry.refuses is not None and (reason := entry.refuses(context)):
+        fitting = fitting_heads(context)
+        advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
+        raise HeadError(f"head {name!r} cannot stand{_after(context)}: {reason}. {_shapes(context)}. {advice}.")
     head = entry.factory(context)
-    _check_users_head(name, head, context)
-    return head
+    if entry.refuses is None:
+        _check_users_head(name, head, context)
+    if context.arrangement is None:
+        return head
+    return ArrangedHead(head, context.arrangement, free_output=context.free_output)
 
 
 def reads(spec: HeadSpec, context: HeadContext) -> bool:
@@ -114,7 +119,8 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
     """Return the names of the heads that a search chooses from by default: one kind, in growing depth.
 
     For class scores these are SEDONA's four heads on spatial activations and the token heads elsewhere (``linear`` if
-    there is only one feature), for dense maps the dense heads, and for token logits the logits heads.
+    there is only one feature), for dense maps the dense heads, and for token logits the logits heads, or those that
+    resample where the activation has another number of positions than the output.
 
     Raises:
         HeadError: no built-in head fits. The message has both shapes and says why each kind does not fit.
@@ -124,7 +130,9 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
     if ladder := head_fit.ladder(context):
         return ladder
     reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
-    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_INSTEAD}.")
+    if context.no_output is not None:
+        reasons = context.no_output.reason
+    raise HeadError(f"no built-in head fits{_after(context)}. {_shapes(context)} ({reasons}). {_instead(context)}.")
 
 
 def default_head(context: HeadContext) -> str:
@@ -135,7 +143,7 @@ def default_head(context: HeadContext) -> str:
     would grow as 195 C^2. Everything else gets the second of :func:`default_candidates`, with one exception: a
     projection of D features to V token logits costs D V, which for V of 12 D and more exceeds the 12 D^2 of a
     transformer block. No head for such a vocabulary can be small compared with the block, so it gets the smallest,
-    ``logits-1``; a factory of your own can project through fewer features.
+    ``logits-1`` or ``resample-1``; a factory of your own can project through fewer features.
 
     Raises:
         HeadError: no built-in head fits.
@@ -144,7 +152,7 @@ def default_head(context: HeadContext) -> str:
     smallest = candidates[0]
     if smallest == "sedona-1":
         return "mlp-sr" if len(context.positions) < 3 and context.channels <= 128 else smallest
-    if smallest == "logits-1" and context.output_shape[-1] >= 12 * context.channels:
+    if smallest in ("logits-1", "resample-1") and context.output_shape[-1] >= 12 * context.channels:
         return smallest
     return candidates[min(1, len(candidates) - 1)]
 
@@ -264,6 +272,10 @@ def _check_users_head(name: str, head: object, context: HeadContext) -> None:
             f"{where} turns {shape_text(shape)} into {shape_text(output.shape)}, but the model's primary output "
             f"would be {shape_text(output_shape)}: make the factory read `context.output_shape`."
         )
+
+
+def _instead(context: HeadContext) -> str:
+    return _INSTEAD if context.no_output is None else context.no_output.instead
 
 
 def _after(context: HeadContext) -> str:

@@ -45,13 +45,13 @@ def channel_dim(gm: fx.GraphModule, node: fx.Node) -> int | None:
         return None
     source = next((candidate for candidate in sources if len(candidate.value.shape) == rank), sources[0])
     assert source.channel_dim is not None
-    permutation = _permutation(gm, node, rank)
-    if permutation is not None:
-        return permutation.index(source.channel_dim)
+    order = permutation(gm, node, rank)
+    if order is not None:
+        return order.index(source.channel_dim)
     return _followed(source.value.shape, source.channel_dim, record.value.shape)
 
 
-def _permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
+def permutation(gm: fx.GraphModule, node: fx.Node, rank: int) -> list[int] | None:
     """Return the source dimension of each dimension of the result if the node permutes dimensions, else None."""
     name = operation(node)
     if node.op == "call_module":

@@ -22,20 +22,24 @@ class Cost:
     """Cost of a part of a net for one batch.
 
     Attributes:
-        flops: of the forward pass, by PyTorch's formulas (two per multiply-add).
+        flops: of the forward pass (two per multiply-add).
         parameters: number of parameter elements.
         activation_bytes: bytes that autograd keeps for the backward pass.
+        uncounted: names of the operators that read weights and have no formula. `flops` holds an estimate for them: as
+            many for a byte read or written as the operators of the net that have one.
     """
 
     flops: int = 0
     parameters: int = 0
     activation_bytes: int = 0
+    uncounted: tuple[str, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             flops=self.flops + other.flops,
             parameters=self.parameters + other.parameters,
             activation_bytes=self.activation_bytes + other.activation_bytes,
+            uncounted=tuple(dict.fromkeys((*self.uncounted, *other.uncounted))),
         )
 
 
@@ -50,10 +54,16 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
         head = make()
     sample = torch.empty(activation.shape, dtype=activation.dtype, device="meta", requires_grad=True)
     meter = Meter([*head.parameters(), *head.buffers(), sample])
+    meter.watch_weights(parameter for parameter in head.parameters() if parameter.dim() >= 2)
     dtype = activation.dtype.to_real() if activation.dtype.is_complex else activation.dtype
     with torch.enable_grad(), meter.measuring():
         converted(head, sample.device, dtype)(sample)
-    return Cost(meter.flops, sum(p.numel() for p in head.parameters()), sum(meter.saved.values()))
+    return Cost(
+        flops=meter.work.estimated(meter.work.flops_a_byte),
+        parameters=sum(p.numel() for p in head.parameters()),
+        activation_bytes=sum(meter.saved.values()),
+        uncounted=tuple(meter.work.uncounted),
+    )
 
 
 def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cost], list[int]]:
@@ -76,14 +86,16 @@ def stretch_costs(gm: fx.GraphModule, ends: Sequence[fx.Node]) -> tuple[list[Cos
     flops = [0] * (len(ends) + 1)
     saved: list[dict[int, int]] = [{} for _ in flops]  # storage -> bytes
     names: list[set[str]] = [set() for _ in flops]
+    uncounted: list[dict[str, None]] = [{} for _ in flops]
     for node, block in blocks.items():
         record = info(node)
         flops[block] += record.flops
         if reach.get(node, block) == block:
             saved[block].update(record.saved)
         names[block].update(record.parameters)
+        uncounted[block].update(dict.fromkeys(record.work.uncounted))
     costs = [
-        Cost(flops[k], sum(elements.get(name, 0) for name in names[k]), sum(saved[k].values()))
+        Cost(flops[k], sum(elements.get(name, 0) for name in names[k]), sum(saved[k].values()), tuple(uncounted[k]))
         for k in range(len(flops))
     ]
     shared = [

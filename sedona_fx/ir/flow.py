@@ -18,15 +18,24 @@ from sedona_fx.ir.graph import info, output_node
 def dependency_graph(graph: fx.Graph) -> nx.DiGraph:
     """Return what must run before what: an edge from each node's inputs, and from the last earlier writes to them.
 
-    Predecessors of a node are in the reverse order of the program, so that where several will do, an algorithm that
-    takes the first one takes the latest.
+    Predecessors of a node are in the order of :func:`predecessors`.
     """
-    position = {node: k for k, node in enumerate(graph.nodes)}
     needs = nx.DiGraph()
     needs.add_nodes_from(graph.nodes)
-    for node, sources in needed_before(graph).items():
-        needs.add_edges_from((source, node) for source in sorted(sources, key=position.__getitem__, reverse=True))
+    for node, sources in predecessors(graph).items():
+        needs.add_edges_from((source, node) for source in sources)
     return needs
+
+
+def predecessors(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return for each node, in the order of the program, its inputs and the last earlier writes to them, latest first.
+
+    So where several will do, an algorithm that takes the first one takes the latest.
+    """
+    position = {node: k for k, node in enumerate(graph.nodes)}
+    return {
+        node: sorted(sources, key=position.__getitem__, reverse=True) for node, sources in needed_before(graph).items()
+    }
 
 
 def needed_before(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
@@ -72,19 +81,32 @@ def ancestors(root: fx.Node, needs: nx.DiGraph) -> set[fx.Node]:
     return {root, *nx.ancestors(needs, root)}
 
 
-def longest_chain(graph: fx.Graph, candidates: Iterable[fx.Node]) -> list[fx.Node]:
+def longest_chain(
+    graph: fx.Graph, candidates: Iterable[fx.Node], needs: Mapping[fx.Node, Sequence[fx.Node]] | None = None
+) -> list[fx.Node]:
     """Return the longest sequence of candidates in which each needs all earlier ones, in the order of the program.
 
-    It lies on the path through the dependencies that meets most candidates: an edge to a candidate weighs 1, any other
-    edge 0. Of chains of one length the one that keeps to the latest nodes is taken.
+    It lies on the path through the dependencies that meets most candidates. Of chains of one length the one that keeps
+    to the latest nodes is taken. It is asked for many times a graph, so it is counted here, and not by networkx.
+
+    Args:
+        graph: annotated.
+        candidates: nodes of it.
+        needs: its :func:`predecessors`, where these are at hand.
     """
     wanted = set(candidates)
-    needs = dependency_graph(graph)
-    start = object()  # before all nodes, so that a candidate without predecessors counts too
-    needs.add_edges_from([(start, node) for node in graph.nodes if not needs.pred[node]])
-    nx.set_edge_attributes(needs, {edge: int(edge[1] in wanted) for edge in needs.edges}, "weight")
-    path = nx.dag_longest_path(needs, weight="weight", topo_order=[start, *graph.nodes])
-    return [node for node in path if node in wanted]
+    needs = predecessors(graph) if needs is None else needs
+    lengths: dict[fx.Node, int] = {}
+    before: dict[fx.Node, fx.Node | None] = {}
+    for node in graph.nodes:
+        source = max(needs[node], key=lengths.__getitem__, default=None)
+        lengths[node] = (node in wanted) + (lengths[source] if source is not None else 0)
+        before[node] = source
+    chain, at = list[fx.Node](), max(lengths, key=lengths.__getitem__, default=None)
+    while at is not None:
+        chain += [at] if at in wanted else []
+        at = before[at]
+    return chain[::-1]
 
 
 def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:

@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.fake.meter import Work
+from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.region import INFO as INFO
 from sedona_fx.ir.region import Region, new_graph
 
@@ -50,6 +52,7 @@ class NodeInfo:
     site: str = ""  # trace: a name that is the same in the train graph and the eval graph
     returned_by: tuple[str, ...] = ()  # trace: the modules that return this node's value, innermost first
     order: int = 0  # trace: position in the program
+    sealed: bool = False  # trace: no block can end here: in evaluation the value has another form
     region: Region | None = None  # trace: the autocast or no_grad region that it runs in; None: as the caller runs
     line: str = ""  # trace: the user's line, of a call of torch.autograd.grad
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
@@ -59,13 +62,16 @@ class NodeInfo:
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs
     derives: str = ""  # annotate: how a module kept whole takes derivatives: by "autograd", by a "transform", or not
-    flops: int = 0  # annotate: FLOPs of the forward pass
+    flops: int = 0  # annotate: FLOPs of the forward pass, estimated where an operator has no formula
+    work: Work = dataclasses.field(default_factory=Work)  # annotate: what its operators did, from which `flops` follows
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
     storages: frozenset[int] = frozenset()  # annotate: storages of the value
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
     channel_dim: int | None = None  # annotate: the dimension of the channels; None if unknown
     training_only: bool = False  # crossings: it is used only by outputs that exist in training
     crossing: int = 0  # crossings: activations that cross if a block ends here; 0 if no block can
+    grown: Any = None  # batch: the value for a batch three times as large; None if the batch is where it always is
+    rows: Rows | None = None  # batch: where the value holds the examples, if `grown` is known and a head may ask for it
     cut: str | None = None  # cuts: name of the cut point after this node, where a cut is legal
     base_layer: bool = False  # cuts: the cut point ends a base layer
     block: int | None = None  # lower: the block that runs this node

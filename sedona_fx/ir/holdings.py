@@ -8,7 +8,7 @@ Sets of parameters are bit sets (integers), because a net has thousands of nodes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -62,6 +62,10 @@ class Holdings:
             self._held[node] = self._gathered(node, self._held, self._own(node))
         self.total = self._held[output_node(graph)]
 
+    def of(self, node: fx.Node) -> Held:
+        """Return what a block would hold that begins at the inputs and ends at a node."""
+        return self._held[node]
+
     def select(self, ends: Collection[fx.Node], keeps: Callable[[fx.Node, Held, Held], bool]) -> list[fx.Node]:
         """Return those nodes at which blocks shall end, decided one by one in the order of the program.
 
@@ -70,12 +74,22 @@ class Holdings:
             keeps: ``keeps(node, block, rest)`` says whether a block shall end at a node, where the block would begin at
                 the nodes kept before that it needs; `rest` is what is left behind it.
         """
-        kept = []
+        wanted, kept = set(ends), list[fx.Node]()
         covered: dict[fx.Node, Held] = {}  # what the kept ones that a node needs hold, itself included
         for node, held in self._held.items():
             covered[node] = self._gathered(node, covered)
-            if node in ends and keeps(node, held.without(covered[node]), self.total.without(held)):
+            if node in wanted and keeps(node, held.without(covered[node]), self.total.without(held)):
                 covered[node] = held
+                kept.append(node)
+        return kept
+
+    def select_of_chain(self, ends: Sequence[fx.Node], keeps: Callable[[fx.Node, Held, Held], bool]) -> list[fx.Node]:
+        """Return what :meth:`select` does for ends in the order of the program of which each needs all earlier ones."""
+        kept, covered = list[fx.Node](), _NOTHING
+        for node in ends:
+            held = self._held[node]
+            if keeps(node, held.without(covered), self.total.without(held)):
+                covered = held
                 kept.append(node)
         return kept
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+from sedona_fx.ir.program import OWN
 
 _INNER = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
 """Classes of PyTorch that wrap a model -> the attribute that holds it."""
@@ -33,7 +35,8 @@ def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
     """
     for module in gm.modules():
         if type(module) is torch.nn.Module or module is gm:  # containers made by fx, never a module of the user
-            vars(module).update(module._modules)
+            own = OWN if module is gm else ()
+            vars(module).update({name: child for name, child in module._modules.items() if name not in own})
     return gm
 
 
@@ -67,3 +70,45 @@ def first_float_parameter(module: nn.Module) -> torch.Tensor | None:
     parameters = [parameter for _, parameter in module.named_parameters()]
     real = next((p for p in parameters if p.is_floating_point()), None)
     return real if real is not None else next((p.detach().real for p in parameters if p.is_complex()), None)
+
+
+@contextmanager
+def holding(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module hold other parameters and buffers while the body runs.
+
+    As ``torch.func.functional_call``, but recurrent layers, which keep a list of their weights besides, see them as
+    well, and the tensors may have the names that fx keeps for itself.
+
+    Args:
+        module: of which the tensors are parameters and buffers.
+        tensors: name -> tensor; a tied one under all its names.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    owners = dict(module.named_modules(remove_duplicate=False))
+    recurrent = [layer for layer in owners.values() if isinstance(layer, nn.RNNBase)]
+    try:
+        for name, tensor in tensors.items():
+            path, _, last = name.rpartition(".")
+            registry: dict[str, Any] = owners[path]._parameters
+            registry = registry if last in registry else owners[path]._buffers
+            before.append((registry, last, registry[last]))
+            registry[last] = tensor
+        _list_weights(recurrent)
+        yield
+    finally:
+        for registry, last, tensor in reversed(before):
+            registry[last] = tensor
+        _list_weights(recurrent)
+
+
+def _list_weights(layers: Iterable[nn.RNNBase]) -> None:
+    """Let recurrent layers list the weights that they have now."""
+    for layer in layers:
+        vars(layer)["_flat_weights"] = [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+
+def like_of(module: nn.Module) -> Tensor:
+    """Return the parameter of a net whose device and dtype new heads get; one without any has nothing to train."""
+    parameter = first_float_parameter(module)
+    assert parameter is not None
+    return parameter

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,11 @@ class Cast:
     device_type: str
     enabled: bool
     dtype: torch.dtype | None = None
+
+    @property
+    def possible(self) -> bool:
+        """Whether PyTorch has autocast for such devices (not for ``meta``); where not, nothing is cast anyway."""
+        return torch.amp.is_autocast_available(self.device_type)
 
     @property
     def code(self) -> str:
@@ -63,15 +68,15 @@ class Region:
 
     @property
     def code(self) -> str:
-        """What stands between ``with`` and the colon."""
+        """What stands between ``with`` and the colon; empty if nothing is to be set here."""
         grad = [] if self.grad is None else ["torch.enable_grad()" if self.grad else "torch.no_grad()"]
-        return ", ".join([*(cast.code for cast in self.casts), *grad])
+        return ", ".join([*(cast.code for cast in self.casts if cast.possible), *grad])
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Run the body in the region."""
         with ExitStack() as stack:
-            for cast in self.casts:
+            for cast in filter(lambda c: c.possible, self.casts):
                 stack.enter_context(cast.context())
             if self.grad is not None:
                 stack.enter_context(torch.enable_grad() if self.grad else torch.no_grad())
@@ -84,6 +89,17 @@ class Region:
         casts = {cast.device_type: cast for cast in (*outer.casts, *self.casts)}
         return Region(outer.grad if self.grad is None else self.grad, tuple(casts.values()))
 
+    def moved(self, before: str, after: str) -> Region:
+        """Return the region of a node that moves from devices of one type to those of another.
+
+        What it says of other types of devices stays, and so does everything if it says something of the new type.
+        """
+        if any(cast.device_type == after for cast in self.casts):
+            return self
+        return replace(
+            self, casts=tuple(replace(c, device_type=after) if c.device_type == before else c for c in self.casts)
+        )
+
 
 def region_of(node: fx.Node) -> Region | None:
     """Return the region that a node runs in; None: it runs as the caller runs the graph."""
@@ -92,15 +108,20 @@ def region_of(node: fx.Node) -> Region | None:
     return getattr(node.meta.get(INFO), "region", None)
 
 
+class Root(str):
+    """The text ``self`` in the code of a graph made here, so that whoever writes the code knows it from any other."""
+
+
 class RegionCode(fx.graph.CodeGen):
     """Generates the code of a graph with a ``with`` statement around the nodes of each region."""
 
-    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+    def _gen_python_code(self, nodes: Any, root_module: str, *args: Any, **kwargs: Any) -> Any:
+        root = Root(root_module)
         regions: list[Region | None] = []
         for node in nodes:  # reading an attribute is the same anywhere: it does not end a region
             regions.append(regions[-1] if node.op == "get_attr" and regions else region_of(node))
         if not any(regions):
-            return super()._gen_python_code(nodes, *args, **kwargs)
+            return super()._gen_python_code(nodes, root, *args, **kwargs)
         transform = self._body_transformer
 
         def add_regions(body: list[str]) -> list[str]:
@@ -108,7 +129,7 @@ class RegionCode(fx.graph.CodeGen):
 
         self._body_transformer = add_regions
         try:
-            return super()._gen_python_code(nodes, *args, **kwargs)
+            return super()._gen_python_code(nodes, root, *args, **kwargs)
         finally:
             self._body_transformer = transform
 
@@ -120,7 +141,9 @@ def _with_statements(body: Iterable[str], regions: list[Region | None]) -> list[
     lines, current = [before], None
     for number, code in zip(parts[::2], parts[1::2], strict=True):
         region = regions[int(number)]
-        if region != current and region is not None:
+        if region is not None and not region.code:
+            region = None
+        if region is not None and region != current:
             lines.append(f"with {region.code}:\n")
         current = region
         lines.append(f"# COUNTER: {number}\n")

@@ -13,7 +13,8 @@ from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children, share_copy
 from sedona_fx.ir.outputs import Key, pick
-from sedona_fx.plan import Capture
+from sedona_fx.ir.program import Program
+from sedona_fx.plan_values import Capture
 from sedona_fx.runtime.block import Block
 from sedona_fx.runtime.run import hand_on, last_readers
 
@@ -22,7 +23,8 @@ class Exit(NamedTuple):
     """What an :class:`EarlyExit` returns.
 
     Attributes:
-        output: the primary output, (N, ...), each example's from the block at which it left.
+        output: the primary output, (N, ...), each example's from the block at which it left; of dtypes that differ
+            between blocks, the more precise.
         blocks: index of that block, (N,) int64.
     """
 
@@ -35,8 +37,9 @@ class EarlyExit(nn.Module):
 
     A head is confident about an example if the largest probability of its softmax over classes is at least `threshold`
     (for dense maps and tokens: the mean over positions of the largest probability). Examples that have left are not
-    computed any further if every value that crosses a boundary has the batch as its first dimension; otherwise the
-    whole batch is computed until every example has left. At the last block all of them do.
+    computed any further if every value that crosses a boundary has a dimension of one row an example; otherwise the
+    whole batch is computed until every example has left. At the last block all of them do. Of a primary output with
+    several rows an example (one a token, say), each row leaves by itself.
 
     Made by ``net.early_exit(threshold)``. It is in eval mode, computes no gradients, and shares the net's tensors.
 
@@ -72,7 +75,7 @@ class EarlyExit(nn.Module):
         self._key, self._bind = key, bind
         self._last_reader = last_readers([graph] for graph in self._graphs)
         free_rows = capture.free_batch and not capture.hosted
-        self._batched = self._find_batched(example) if free_rows else None
+        self._batch_dim, self._batched = self._find_batched(example) if free_rows else (0, None)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Exit:
@@ -91,6 +94,7 @@ class EarlyExit(nn.Module):
         output = blocks = None
         for index in range(len(self.blocks)):
             primary = self._run(index, values)
+            primary = primary.movedim(self._batch_dim, 0) if self._batch_dim else primary
             if output is None or blocks is None:
                 output = torch.empty_like(primary)
                 blocks = torch.full((len(primary),), -1, device=primary.device)
@@ -98,6 +102,9 @@ class EarlyExit(nn.Module):
             if index == len(self.blocks) - 1:
                 confident = torch.ones_like(confident)
             primary, confident = primary.to(output.device), confident.to(output.device)
+            if primary.dtype != output.dtype:  # under autocast a head and the model may give different ones
+                dtype = torch.promote_types(output.dtype, primary.dtype)
+                output, primary = output.to(dtype), primary.to(dtype)
             if self._batched is None:
                 leaving = (blocks < 0) & confident
                 output[leaving], blocks[leaving] = primary[leaving], index
@@ -107,13 +114,14 @@ class EarlyExit(nn.Module):
                 output[rows[confident]], blocks[rows[confident]] = primary[confident], index
                 rows = rows[~confident]
                 done = not len(rows)
-                for name in self._batched & values.keys():
-                    values[name] = values[name][(~confident).to(values[name].device)]
+                for name in self._batched.keys() & values.keys():
+                    kept = (~confident).nonzero().flatten().to(values[name].device)
+                    values[name] = values[name].index_select(self._batched[name], kept)
             if done:
                 break
         assert output is not None
         assert blocks is not None
-        return Exit(output, blocks)
+        return Exit(output.movedim(0, self._batch_dim) if self._batch_dim else output, blocks)
 
     def _run(self, index: int, values: dict[str, Any]) -> Tensor:
         """Run a block, add its exports to `values`, and return the primary output of its head or of the model."""
@@ -122,31 +130,47 @@ class EarlyExit(nn.Module):
         hand_on(values, dict(zip(graph.exports, exports, strict=True)), index, self._last_reader)
         return local if isinstance(local, Tensor) else pick(local, self._key)
 
-    def _find_batched(self, example: Args) -> set[str] | None:
-        """Return the names of the values that hold one row per example.
+    def _find_batched(self, example: Args) -> tuple[int, dict[str, int] | None]:
+        """Return the dimension of the primary output that holds the batch, and where values hold one row per example.
 
-        They are found by running batches of two and of three examples. None if the shape of another value depends on
-        the number of examples as well: then no rows can be left out.
+        They are found by running batches of two and of three examples. None if the shape of another value, or of the
+        output, depends on the number of examples otherwise: then no rows can be left out.
         """
         if (example.batch_size() or 0) < 3:
             example = example.map(lambda t: t[:1].expand(3, *t.shape[1:]) if t.dim() else t)
         two, three = (self._shapes(example.first(count)) for count in (2, 3))
-        changing = {name for name in two if two[name] != three[name]}
-        batched = {n for n in changing if len(two[n]) == 1 and two[n][0][:1] == (2,) and three[n][0][:1] == (3,)}
-        same_rows = all(two[name][0][1:] == three[name][0][1:] for name in batched)
-        return batched if batched == changing and same_rows else None
+        growing = {name: _growing(two[name], three[name]) for name in two}
+        dims = {dim for name in self._outputs for dim, _ in growing[name]}
+        batch_dim = dims.pop() if len(dims) == 1 else 0
+        batched = {name: grown[0][0] for name, grown in growing.items() if grown and name not in self._outputs}
+        nested = [name for name, value in self._bind(example).items() if not isinstance(value, Tensor)]
+        one_row = not any(growing[name] for name in nested)
+        one_row = one_row and all(grown == [(grown[0][0], (2, 3))] for grown in growing.values() if grown)
+        one_row = one_row and all(growing[name] == [(batch_dim, (2, 3))] for name in self._outputs)
+        return batch_dim, batched if one_row else None
 
     @torch.no_grad()
     def _shapes(self, example: Args) -> dict[str, list[tuple[int, ...]]]:
-        """Return the shapes of the tensors in every value that a block reads."""
+        """Return the shapes of the tensors in every value that a block reads, and those of the outputs."""
         values: dict[str, Any] = self._bind(example)
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for index in range(len(self.blocks)):
             for name, value in values.items():
                 leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
                 shapes[name] = [tuple(leaf.shape) for leaf in leaves]
-            self._run(index, values)
+            shapes[self._outputs[index]] = [tuple(self._run(index, values).shape)]
         return shapes
+
+    @property
+    def _outputs(self) -> list[str]:
+        return [f"output of block {index}" for index in range(len(self.blocks))]  # no value has a blank in its name
+
+
+def _growing(two: Sequence[tuple[int, ...]], three: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[int, int]]]:
+    """Return the dimensions that differ between the shapes for two and for three examples, with both sizes."""
+    pairs = zip(two, three, strict=True)
+    sizes = [pair for first, second in pairs for pair in enumerate(zip(first, second, strict=True))]
+    return [(dim, pair) for dim, pair in sizes if pair[0] != pair[1]]
 
 
 def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: int) -> fx.GraphModule:
@@ -191,7 +215,7 @@ def ensemble(lowered: fx.GraphModule, blocks: Sequence[Block], key: Key, count: 
             graph.erase_node(node)
         elif is_head(node) and not node.users:
             graph.erase_node(node)
-    return direct_children(share_copy(fx.GraphModule(lowered, graph, class_name="Ensemble"))).eval()
+    return direct_children(share_copy(Program(lowered, graph, class_name="Ensemble"))).eval()
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from sedona_fx.data.args import same_plain
 from sedona_fx.errors import DataError, ScheduleError, TraceError
 from sedona_fx.ir.graph import HEADS
 from sedona_fx.ir.outputs import pick
+from sedona_fx.net.parallel import refuse_sharded
 from sedona_fx.net.placing import relink
 from sedona_fx.net.trial import Trial
 from sedona_fx.net.watch import MISSING, Change, Watch, noting_reads
@@ -103,6 +104,7 @@ class Follower:
             self._engine.misfit = self._misfit()
 
     def _take_over(self, changes: Sequence[Change]) -> None:
+        refuse_sharded(changes)
         for change in changes:
             if change.owner is self._net:
                 _refuse(change, f"the graphs run the modules that net.{change.name} had")
@@ -267,7 +269,7 @@ def _put(gm: fx.GraphModule, target: str, module: nn.Module) -> None:
         return
     if name in parent._modules:
         parent._modules[name] = module
-        if name in vars(parent):  # found there first
+        if isinstance(vars(parent).get(name), nn.Module):  # found there first
             vars(parent)[name] = module
 
 

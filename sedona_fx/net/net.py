@@ -5,35 +5,34 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.host import rehost
 from sedona_fx.data.args import Args
-from sedona_fx.errors import ExportError
-from sedona_fx.export.onnx import to_onnx
-from sedona_fx.ir.modules import device_of, direct_children, share_copy
+from sedona_fx.ir.modules import device_of, direct_children
 from sedona_fx.net.accident import Accident
-from sedona_fx.net.exits import EarlyExit, ensemble
 from sedona_fx.net.follow import Follower
+from sedona_fx.net.inference import Inference
+from sedona_fx.net.parallel import OneProcess, require_unwrapped
 from sedona_fx.net.parts import NetParts
 from sedona_fx.net.placing import block_devices, place, redirect, relink
-from sedona_fx.net.saved import Saved
+from sedona_fx.net.precision_proof import PrecisionProof
 from sedona_fx.net.signature import Signature, method_like
 from sedona_fx.net.trial import Trial
 from sedona_fx.net.variants import Variants
 from sedona_fx.passes import strip
-from sedona_fx.plan import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.report.text import net_report
-from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.block import Block, StepResult, users_of
 from sedona_fx.runtime.engine import Engine, OnBlock
 from sedona_fx.runtime.options import Batch, StepOptions
 
 
-class Net(Saved):
+class Net(OneProcess, Inference):
     """A decoupled net. Made by :func:`sedona_fx.decouple` or :func:`sedona_fx.load`.
 
     ``net(x)`` takes the arguments of the model and returns what the model returns; it runs no head. The net owns the
@@ -68,7 +67,7 @@ class Net(Saved):
         self.heads = nn.ModuleDict({str(k): head for k, head in enumerate(parts.heads) if head is not None})
         self.training = self.heads.training = model.training
         self.steps = 0
-        self.plan, self.costs = plan, list(parts.costs)
+        self.plan, self.costs, self._uneven = plan, list(parts.costs), parts.uneven
         self.example = parts.analysed.example
         self._graphs = dict(parts.lowered)
         self._placeholders = [str(n.target) for n in self._graphs[True].graph.nodes if n.op == "placeholder"]
@@ -98,6 +97,8 @@ class Net(Saved):
             relink(self._all_graphs(), model)
             redirect(self._own_graphs(), devices, traced_on)
         self._follower, self._accident = self._make_follower(parts.analysed.mode_paths), Accident(plan.blocks)
+        self._precision = PrecisionProof(self._signature.trial, self._plain, self._all_graphs)
+        self.note_finite()
 
     def _make_follower(self, flags: Mapping[str, tuple[bool, bool]]) -> Follower:
         trial, graphs = self._signature.trial, (self._plain, self._graphs[False], self._all_graphs)
@@ -127,6 +128,7 @@ class Net(Saved):
 
     def _run(self, args: Args, backprop: bool = False) -> Any:
         self.check()
+        self.check_precision()
         values = self.bind(args)
         if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
             output = self.model(**{name: value for name, value in values.items() if value is not None})
@@ -170,6 +172,7 @@ class Net(Saved):
             NonFiniteGradientError: the same for a gradient, with what earlier calls have added to it. With an enabled
                 `scaler` it is not raised: ``scaler.step`` skips the step.
         """
+        self.check_precision()
         scalers = [scaler] * len(self.blocks) if scaler is not None else None
         result = self.engine.backward(self.batch(x, y), StepOptions(weight=weight, scalers=scalers), on_block)
         self.engine.guard.release()
@@ -178,6 +181,7 @@ class Net(Saved):
 
     def losses(self, x: Any, y: Any) -> list[Tensor]:
         """Return the K local losses of a batch with their graphs; no gradient crosses between blocks."""
+        self.check_precision()
         return self.engine.local_losses(self.batch(x, y))
 
     def batch(self, x: Any, y: Any) -> Batch:
@@ -186,8 +190,10 @@ class Net(Saved):
         Raises:
             DataError: the net was traced with other arguments.
             ScheduleError: as for :meth:`check`.
+            ParallelError: ``net.model`` is in a wrapper that would not train the net.
         """
         self.check()
+        require_unwrapped(self.model)
         return Batch(self.bind(Args.of(x)), y, self.steps, self.training)
 
     def bind(self, args: Args) -> dict[str, Any]:
@@ -210,10 +216,21 @@ class Net(Saved):
         """
         return self._follower.check(self.training)
 
+    def check_precision(self, autocast: torch.dtype | None = None) -> None:
+        """Prove captured graphs in a precision that they have not run in yet; every call and step does it.
+
+        Args:
+            autocast: the dtype that a schedule casts to. None: as the caller's autocast state has it.
+
+        Raises:
+            ScheduleError: they do not compute there what the model computes.
+        """
+        self._precision.check(self.training, autocast)
+
     # ---- look -------------------------------------------------------------------------------------------------------
 
     @property
-    def capture(self) -> Capture:
+    def capture(self) -> Capture:  # type: ignore[override]
         """How the model became these graphs."""
         return self._signature.capture
 
@@ -228,49 +245,12 @@ class Net(Saved):
 
     def shared_parameters(self) -> dict[str, list[int]]:
         """Return name -> blocks for the parameters that several blocks use; the last of them steps the parameter."""
-        users: dict[nn.Parameter, list[int]] = {}
-        for block in self.blocks:
-            for parameter in block.base_parameters():
-                users.setdefault(parameter, []).append(block.index)
+        users = users_of(block.base_parameters() for block in self.blocks)
         return {name: users[p] for name, p in self.model.named_parameters() if len(users.get(p, ())) > 1}
 
     def __repr__(self) -> str:
         devices = [block.device for block in self.blocks]
-        return net_report(self.plan, self.costs, devices, self.shared_parameters())
-
-    # ---- export -----------------------------------------------------------------------------------------------------
-
-    def to_onnx(self, path: str | Path) -> Path:
-        """Write the inference graph with a dynamic batch, and check the file against PyTorch in ONNX Runtime.
-
-        Raises:
-            MissingExtraError: the packages of the extra ``onnx`` are not installed.
-            ExportError: the graph cannot be exported, or the file computes something else.
-        """
-        if self.capture.hosted:
-            raise ExportError(
-                f"the code around root={self.plan.root!r} runs as Python and cannot be exported: export the "
-                f"sub-module, net.model.get_submodule({self.plan.root!r}), by itself."
-            )
-        return to_onnx(
-            self.inference_module(), self.example, path, name=self.plan.model, free_batch=self.capture.free_batch
-        )
-
-    def inference_module(self) -> fx.GraphModule:
-        """Return the eval graph without heads and boundaries, in eval mode; it shares the net's tensors."""
-        self.check()
-        return direct_children(share_copy(strip(self._graphs[False]))).eval()
-
-    def early_exit(self, threshold: float) -> EarlyExit:
-        """Return a module in which each example leaves at the first head whose confidence reaches `threshold`."""
-        self.check()
-        key = self.engine.output.key
-        return EarlyExit(self.blocks, threshold, key=key, bind=self.bind, capture=self.capture, example=self.example)
-
-    def ensemble(self, n: int) -> fx.GraphModule:
-        """Return a graph of the summed log-softmax of the last `n` heads, the model's own output being one of them."""
-        self.check()
-        return ensemble(self._graphs[False], self.blocks, self.engine.output.key, n)
+        return net_report(self.plan, self.costs, devices, self.shared_parameters(), self._uneven)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 
@@ -283,9 +263,11 @@ class Net(Saved):
         self._follower.follow()
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "_follower"}, memo))
+        own = {k: v for k, v in vars(self).items() if k not in ("_follower", "_precision")}
+        vars(twin).update(copy.deepcopy(own, memo))
         rehost(twin._all_graphs(), twin.model)
         twin._follower = twin._make_follower(self._follower.flags)
+        twin._precision = PrecisionProof(twin._signature.trial, twin._plain, twin._all_graphs, like=self._precision)
         return twin
 
     def _apply(self, fn: Any, recurse: bool = True) -> Net:
@@ -301,6 +283,7 @@ class Net(Saved):
             redirect([*self._own_graphs(), *self.variants.graphs()], devices, before)
             self.variants.traced_on = devices[0]
         self._follower.take()
+        self._precision.converted()
         return self
 
     def _own_graphs(self) -> list[fx.GraphModule]:

@@ -26,6 +26,7 @@ class NetParts:
         blocks: mode -> the K block graphs.
         heads: the auxiliary head of each of the K-1 cuts, or None.
         costs: of the K blocks, heads included, for the example batch.
+        uneven: why the largest block is large, and what would help; empty if it is not.
         plan: what was decided.
         loss: ``loss(output, target)``. None: schedules cannot train the net.
         objectives: for each of the first K-1 blocks the user's own objective, or None for the model's loss.
@@ -37,6 +38,7 @@ class NetParts:
     blocks: Mapping[bool, Sequence[BlockGraph]]
     heads: Sequence[nn.Module | None]
     costs: Sequence[Cost]
+    uneven: str
     plan: Plan
     loss: Loss | None
     objectives: Sequence[LocalLoss | None]

@@ -8,6 +8,7 @@ name are part of the graph (:func:`redirect`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError
-from sedona_fx.ir.graph import info
+from sedona_fx.ir.graph import copy_info, info
 from sedona_fx.ir.modules import device_of
 from sedona_fx.plan import Plan
 from sedona_fx.runtime.block import Block
@@ -54,36 +55,53 @@ def relink(
                 in_graph._buffers[name] = changed_by_id.setdefault(id(constant), change(constant))
 
 
-def redirect(graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], before: torch.device) -> None:
+def redirect(
+    graphs: Iterable[fx.GraphModule], devices: Sequence[torch.device], before: torch.device | Sequence[torch.device]
+) -> None:
     """Replace the device that operators name by the device of their block, and move the constants there.
 
-    Captured programs contain such operators (``arange(device=cpu)``). Every graph has constants of its own.
+    Captured programs contain such operators (``arange(device=cpu)``). Every graph has constants of its own. Autocast
+    regions are about one type of device each: those for the type that the model was traced on follow their block, too.
 
     Args:
         graphs: graphs of one net, changed in place.
         devices: of the blocks. Nodes that belong to no block count as the first block's.
-        before: the device to be replaced; operators that name another one are left alone.
+        before: the device to be replaced, or that of each block; operators that name another one are left alone.
     """
 
-    def moved(value: Any, device: torch.device) -> Any:
-        return pytree.tree_map(
-            lambda leaf: device if leaf == before and isinstance(leaf, torch.device) else leaf, value
-        )
+    def moved(value: Any, old: torch.device, new: torch.device) -> Any:
+        return pytree.tree_map(lambda leaf: new if leaf == old and isinstance(leaf, torch.device) else leaf, value)
 
     for gm in {id(gm): gm for gm in graphs}.values():
         changed = False
         for node in gm.graph.nodes:
             record = info(node)
-            device = devices[record.block if record.block is not None else 0]
+            block = record.block if record.block is not None else 0
+            device, old = devices[block], before if isinstance(before, torch.device) else before[block]
             if _is_constant(str(node.target)) and node.op == "get_attr":
                 gm._buffers[str(node.target)] = getattr(gm, str(node.target)).to(device)
+            if record.region is not None and (region := record.region.moved(old.type, device.type)) != record.region:
+                copy_info(node, node, region=region)  # a copy of the net has the same record
+                changed = True
             if node.op != "call_function" or record.boundary:
                 continue
-            args, kwargs = moved(node.args, device), moved(node.kwargs, device)
+            args, kwargs = moved(node.args, old, device), moved(node.kwargs, old, device)
             if (args, kwargs) != (node.args, node.kwargs):
                 node.args, node.kwargs, changed = args, kwargs, True
         if changed:
             gm.recompile()
+
+
+def copy_on_cpu(gm: fx.GraphModule, devices: Sequence[torch.device]) -> fx.GraphModule:
+    """Return a copy of a graph of all blocks that runs on the CPU.
+
+    Args:
+        gm: a graph without boundaries.
+        devices: of the blocks.
+    """
+    copied = copy.deepcopy(gm).cpu()
+    redirect([copied], [torch.device("cpu")] * len(devices), devices)
+    return copied
 
 
 def block_devices(plan: Plan, model: nn.Module) -> list[torch.device]:

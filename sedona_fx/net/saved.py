@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sedona_fx.errors import ExportError
+from sedona_fx.net.finite import finite_constants, refuse_not_finite, tensors_to_check
 from sedona_fx.net.weights import check_blocks, load_weights, note_blocks, save_weights
 from sedona_fx.plan import Plan
 
@@ -26,13 +27,25 @@ class Saved(nn.Module):
     heads: nn.ModuleDict
     plan: Plan
     steps: int
+    _finite: frozenset[str]  # names of buffers and frozen parameters that have to stay finite
+
+    def note_finite(self) -> None:
+        """Note which buffers and frozen parameters are finite, before anything is trained."""
+        self._finite = finite_constants(self)
 
     def save(self, folder: str | Path) -> None:
         """Write ``plan.json`` and ``weights.pt`` (model and heads) to a folder; each file is replaced as a whole.
 
         Raises:
-            CheckpointError: a module's extra state could not be read again.
+            CheckpointError: a weight has turned infinite or NaN, or a module's extra state could not be read again; the
+                files of an earlier call are kept then.
         """
+        refuse_not_finite(
+            tensors_to_check(self, self._finite),
+            refusal=f"the net is not saved, and what is in {str(folder)!r} is kept as it is",
+            advice="Go on from the last good weights (net.load_weights, or a checkpoint of fit) with a lower learning "
+            "rate. To look at what there is now, torch.save(net.state_dict(), path) writes it all the same.",
+        )
         self.plan.save(Path(folder) / "plan.json")
         save_weights(Path(folder) / "weights.pt", self._parts(), self.steps, self.plan)
 

@@ -18,6 +18,7 @@ from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.data.args import Args, same_plain
 from sedona_fx.errors import DataError, PlanError, shape_text
 from sedona_fx.net.trial import Trial
+from sedona_fx.plan_values import FreeSize
 
 
 class Untouched:
@@ -88,7 +89,9 @@ class Signature:
                 )
         for name, value in values.items():
             if isinstance(value, Tensor):
-                self._check_tensor(name, value, device)
+                self._check_device(name, value, device)
+        if self.capture.fixed_sizes:
+            self._check_sizes({name: value for name, value in values.items() if isinstance(value, Tensor)})
         return values
 
     def _unknown(self, name: str, value: Any) -> str:
@@ -130,21 +133,49 @@ class Signature:
     def _has_default(self, name: str) -> bool:
         return self._default(name) is not inspect.Parameter.empty
 
-    def _check_tensor(self, name: str, tensor: Tensor, device: torch.device | None) -> None:
+    def _check_device(self, name: str, tensor: Tensor, device: torch.device | None) -> None:
         if device is not None and tensor.device != device:
             raise DataError(
                 f"the input {name!r} is on {tensor.device}, the model is on {device}: move the one with "
                 f"{name}.to({str(device)!r}), or the other with net.to(...)."
             )
-        if self.capture.fixed_sizes:
-            free, traced = int(self.capture.free_batch), list(self.inputs[name]["shape"])
-            if list(tensor.shape)[free:] != traced[free:]:
-                sizes = ", ".join(map(str, ["any"] * free + traced[free:]))
-                raise DataError(
-                    f"the input {name!r} has the shape {shape_text(tensor.shape)}, but the model was traced with "
-                    f"({sizes}): of a model captured by torch.export only the size of the batch is free. Pad or crop "
-                    "the input, or decouple the model anew for this size."
-                )
+
+    def _check_sizes(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check the sizes that an exported graph fixes, and that sizes which it takes for equal are equal."""
+        free = {(size.name, size.dim): size for size in self.capture.free_sizes}
+        known: dict[str, tuple[FreeSize, int]] = {}
+        for name, tensor in tensors.items():
+            shape, traced = tuple(tensor.shape), tuple(self.inputs[name]["shape"])
+            allowed = [
+                (size.least, size.most, size.text)
+                if (size := free.get((name, dim))) is not None
+                else (0, None, "any")
+                if dim == 0 and self.capture.free_batch
+                else (extent, extent, str(extent))
+                for dim, extent in enumerate(traced)
+            ]
+            wrong = -1 if len(shape) != len(traced) else None
+            for dim, ((least, most, _), extent) in enumerate(zip(allowed, shape, strict=False)):
+                if wrong is None and not (least <= extent and (most is None or extent <= most)):
+                    wrong = dim
+            if wrong is not None:
+                raise DataError(self._wrong_sizes(name, shape, [text for *_, text in allowed], wrong))
+            for size in (free[name, dim] for dim in range(len(shape)) if (name, dim) in free):
+                other, extent = known.setdefault(size.symbol, (size, shape[size.dim]))
+                if extent != shape[size.dim]:
+                    raise DataError(
+                        f"dimension {size.dim} of the input {name!r} has {shape[size.dim]} entries, and dimension "
+                        f"{other.dim} of {other.name!r} has {extent}: the model takes them for the same number."
+                    )
+
+    def _wrong_sizes(self, name: str, shape: tuple[int, ...], text: list[str], dim: int) -> str:
+        """Return the error for an input of another shape; `text` has in words what each size may be."""
+        where = f"its dimension {dim} has to be {text[dim]}" if dim >= 0 else f"it has to have {len(text)} dimensions"
+        return (
+            f"the input {name!r} has the shape {shape_text(shape)}, but the model was captured by torch.export with "
+            f"({', '.join(text)}): {where}. Pad or crop the input, or decouple the model anew for this size. "
+            f"decouple(..., dynamic={{{name!r}: [{max(dim, 0)}]}}) asks for a size to be free, and says what fixes it."
+        )
 
 
 def method_like(forward: Callable[..., Any], run: Callable[[Any, Args], Any]) -> Callable[..., Any]:

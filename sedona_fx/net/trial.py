@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import name_sites, same_graphs
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
@@ -19,7 +20,7 @@ from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.net.parts import NetParts
-from sedona_fx.plan import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.rng import seed_all
 
 
@@ -39,6 +40,7 @@ class Trial:
     ) -> None:
         self.model, self.example, self.capture = model, example, capture
         self.whole, self.spread = tuple(whole), spread
+        self._recorded_in = self._dtype()
 
     @classmethod
     def of(cls, parts: NetParts) -> Trial:
@@ -49,24 +51,34 @@ class Trial:
         return cls(parts.model, analysed.example, analysed.capture, whole=whole, spread=spread)
 
     def arguments(self, *, whole_batch: bool = False) -> Args:
-        """Return the examples, on the device and in the precision that the model has now.
+        """Return the examples, on the device that the model has now, and in its precision if that has changed.
 
         Args:
             whole_batch: return all of them, and not only a few.
         """
-        parameter, device = first_float_parameter(self.model), device_of(self.model)
+        dtype, device = self._dtype(), device_of(self.model)
 
         def moved(tensor: Tensor) -> Tensor:
-            floats = parameter is not None and tensor.is_floating_point()
-            return tensor.to(device, parameter.dtype if floats and parameter is not None else tensor.dtype)
+            converted = tensor.is_floating_point() and dtype != self._recorded_in
+            return tensor.to(device, dtype if converted else tensor.dtype)
 
         few = self.example.first(2) if self.capture.free_batch and not whole_batch else self.example
         return Args(**map_tensors(moved, few.kwargs))
 
+    def _dtype(self) -> torch.dtype | None:
+        parameter = first_float_parameter(self.model)
+        return parameter.dtype if parameter is not None else None
+
     @contextmanager
     def same_start(self, *, training: bool) -> Iterator[None]:
         """Set mode and seed for a run; modes, buffers, attributes and random states are as before afterwards."""
-        with keep_modes(self.model), keep_state(self.model), _keep_hooks(self.model), torch.enable_grad():
+        with (
+            keep_modes(self.model),
+            keep_state(self.model),
+            _keep_hooks(self.model),
+            keep_process_state(),
+            torch.enable_grad(),
+        ):
             self.model.train(training)
             seed_all(0)
             yield
@@ -110,7 +122,8 @@ class Trial:
                     if self.capture.front_end == "symbolic":
                         gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
                     else:
-                        gm, _, _ = record_by_export(self.model, values, find_leaves(self.model, self.whole))
+                        leaves = find_leaves(self.model, self.whole)
+                        gm = record_by_export(self.model, values, leaves, told=[]).graph
                 except TraceError:
                     return []
             name_sites(gm.graph)

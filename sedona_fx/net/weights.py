@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import late_buffers
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count, load_failure, read_torch_file, replacing, torch_save
-from sedona_fx.ir.late_buffers import late_buffers
 from sedona_fx.plan import Plan
 
 _EXTRA = "_extra_state"  # the name under which PyTorch keeps what a module's get_extra_state returned

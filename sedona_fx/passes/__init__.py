@@ -9,7 +9,6 @@ pass                  phases                       what for
 ===================== ============================ ====================================================================
 ``trace``             model -> TRACED              record the forward in both modes (with ``retype``)
 ``annotate``          TRACED -> TRACED             what nodes make, keep, overwrite and cost (with ``fake_run``)
-``derivative_inputs`` TRACED -> TRACED             modules that take derivatives get tensors that allow it
 ``explicit_writes``   TRACED -> TRACED             in-place writes become edges
 ``crossings``         TRACED -> TRACED             where a block can end, and how many activations cross there
 ``cuts``              TRACED -> ANALYSED           which of these places are offered, under which names
@@ -19,6 +18,22 @@ pass                  phases                       what for
 ``partition``         LOWERED, RELAXED -> BLOCK    one graph per block (``block_variants`` has other forms of these)
 ``strip``             LOWERED -> TRACED            back to the graph that was traced
 ===================== ============================ ====================================================================
+=================== ============================ ======================================================================
+pass                phases                       what for
+=================== ============================ ======================================================================
+``trace``           model -> TRACED              record the forward, in train mode and in eval mode (with ``retype``)
+``annotate``        TRACED -> TRACED             what every node makes, keeps, overwrites and costs (with ``fake_run``)
+``explicit_writes`` TRACED -> TRACED             in-place writes become edges
+``crossings``       TRACED -> TRACED             where a block can end, and how many activations cross there
+``batch``           TRACED -> TRACED             where activations hold the batch (with ``batch_doubt``, ``row_order``)
+``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names
+``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names (with ``places``)
+``relax``           ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
+``prune``           RELAXED -> PRUNED            only the chosen split points are left, each with one head
+``lower``           PRUNED -> LOWERED            split points become real boundaries: detach, head, device move
+``partition``       LOWERED, RELAXED -> BLOCK    one graph per block (``block_variants`` has other forms of these)
+``strip``           LOWERED -> TRACED            back to the graph that was traced
+=================== ============================ ======================================================================
 """
 
 from __future__ import annotations
@@ -33,9 +48,9 @@ from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.annotate import annotate
+from sedona_fx.passes.batch import batch
 from sedona_fx.passes.crossings import crossings
 from sedona_fx.passes.cuts import base_layers, cuts
-from sedona_fx.passes.derivative_inputs import derivative_inputs
 from sedona_fx.passes.explicit_writes import explicit_writes
 from sedona_fx.passes.lower import lower
 from sedona_fx.passes.partition import partition
@@ -65,9 +80,9 @@ __all__ = [
     "Traced",
     "annotate",
     "base_layers",
+    "batch",
     "crossings",
     "cuts",
-    "derivative_inputs",
     "explicit_writes",
     "graph_pass",
     "info",

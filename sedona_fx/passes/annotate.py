@@ -19,12 +19,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.whole.derivatives import let_modules_derive
+from sedona_fx.capture.whole.grad_calls import argument, grad_calls
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Memo
+from sedona_fx.fake.meter import Work
 from sedona_fx.fake.tensors import CannotMake
 from sedona_fx.ir.channels import channel_dim
-from sedona_fx.ir.grad_calls import argument, grad_calls
-from sedona_fx.ir.graph import info, operation
+from sedona_fx.ir.graph import TensorSpec, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.spec import Phase
@@ -39,10 +41,12 @@ def annotate(
 ) -> fx.GraphModule:
     """Fill in every node's value, parameters, FLOPs, bytes kept for backward, storages, writes and channel dimension.
 
-    Before: TRACED. After: the same graph; the fields of the records that belong to ``annotate`` are filled.
+    Before: TRACED. After: the same graph; the fields of the records that belong to ``annotate`` are filled. Modules
+    that take derivatives read what is differentiable in any block
+    (:func:`~sedona_fx.capture.whole.derivatives.let_modules_derive`).
 
     Args:
-        gm: only the records of its nodes change.
+        gm: only the records of its nodes change, where no module takes derivatives.
         inputs: placeholder name -> example value. Shapes, dtypes and devices are used. Numbers are used only where a
             module kept whole asks for integers (the lengths of padded sequences).
         training: the mode the graph belongs to.
@@ -61,6 +65,8 @@ def annotate(
             raise
         _run(gm, inputs, training=training, memo=None)  # what holds in case of doubt, errors included
     _follow_data_flow(gm)
+    let_modules_derive(gm)
+    _estimate_flops(gm)
     return gm
 
 
@@ -70,10 +76,27 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
         name: pytree.tree_map_only(Tensor, lambda t: fake_mode.from_tensor(t.detach()), value)
         for name, value in inputs.items()
     }
-    with keep_state(gm), keep_modes(gm), _numbers_for_momentum(gm), fake_mode, torch.enable_grad():
-        gm.train(training)
-        run = FakeRun(gm, fake_mode, memo, inputs)
-        run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    torch.clear_autocast_cache()  # in the user's autocast region: weights that were cast by a real run, ...
+    try:
+        with keep_state(gm), keep_modes(gm), _numbers_for_momentum(gm), fake_mode, torch.enable_grad():
+            gm.train(training)
+            run = FakeRun(gm, fake_mode, memo, inputs)
+            run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    finally:
+        torch.clear_autocast_cache()  # ... and fake ones, which the next real run would take
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, TensorSpec) or any(isinstance(leaf, TensorSpec) for leaf in pytree.tree_leaves(value))
+
+
+def _estimate_flops(gm: fx.GraphModule) -> None:
+    """Give operators without a formula the FLOPs that the others of the graph have for as many bytes."""
+    total = Work()
+    for node in gm.graph.nodes:
+        total.add(info(node).work)
+    for node in gm.graph.nodes if total.uncounted else ():
+        info(node).flops = info(node).work.estimated(total.flops_a_byte)
 
 
 @contextmanager
@@ -104,7 +127,8 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
             stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
             record.weighty = False
         depends = bool(record.parameters) or any(source.depends for source in sources)
-        record.depends = depends and not stops_gradient
+        # A size or a dtype of an activation takes no gradient to it, nor does what is made of it.
+        record.depends = depends and not stops_gradient and _holds_tensor(record.value)
         record.from_input = node.op == "placeholder" or any(source.from_input for source in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = channel_dim(gm, node)

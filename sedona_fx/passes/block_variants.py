@@ -14,6 +14,7 @@ from torch import fx
 
 from sedona_fx.ir.graph import INFO, BlockGraph, copy_graph, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.relax import boundary_record
 
@@ -76,5 +77,5 @@ def _exports_and_local(result: fx.Node) -> tuple[tuple[fx.Node, ...], Any]:
 
 
 def _module(block: BlockGraph, graph: fx.Graph) -> fx.GraphModule:
-    module = direct_children(fx.GraphModule(block.module, graph, class_name=f"Block{block.index}"))
+    module = direct_children(Program(block.module, graph, class_name=f"Block{block.index}"))
     return verify(module, Phase.BLOCK)

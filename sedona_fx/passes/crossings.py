@@ -22,9 +22,9 @@ import networkx as nx
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.whole.grad_calls import grad_calls, stretch
 from sedona_fx.errors import OutputError
 from sedona_fx.ir.flow import ancestors, dependency_graph
-from sedona_fx.ir.grad_calls import grad_calls, stretch
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.outputs import Key, fields, find_primary
@@ -44,8 +44,7 @@ def crossings(gm: fx.GraphModule, *, output: Key = None, whole: bool = False) ->
         output: the user's name for the primary output.
         whole: one node computes all that the graph returns, and the loss may be about any of it.
     """
-    (result,) = output_node(gm.graph).args
-    primary = result if whole and isinstance(result, fx.Node) else primary_node(gm.graph, output)
+    primary = loss_node(gm.graph, output, whole=whole)
     needs = dependency_graph(gm.graph)
     needed_by_primary = ancestors(primary, needs)
     needed_by_output = ancestors(output_node(gm.graph), needs)
@@ -56,6 +55,16 @@ def crossings(gm: fx.GraphModule, *, output: Key = None, whole: bool = False) ->
     for node, count in _count(gm.graph, needed_by_primary, primary, needs).items():
         info(node).crossing = count
     return gm
+
+
+def loss_node(graph: fx.Graph, output: Key = None, *, whole: bool = False) -> fx.Node:
+    """Return the node that the loss is about: of the primary output, or the one that computes all (`whole`).
+
+    Raises:
+        OutputError: as :func:`primary_node`.
+    """
+    (result,) = output_node(graph).args
+    return result if whole and isinstance(result, fx.Node) else primary_node(graph, output)
 
 
 def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
@@ -136,7 +145,8 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
 
     A block can end at a node if
 
-    - it is one live tensor, one row per example, and not just another view of the output;
+    - it is one live tensor, and not just another view of the output. Whether its rows are examples is asked by
+      :mod:`sedona_fx.passes.batch`;
     - no write that the edges do not show connects what the block holds with the rest;
     - no weight is left without a gradient. After a ``detach`` the gradient of the block's loss does not reach the
       weights before it, and the other output that trains them belongs to another block. So such weights must be used
@@ -177,7 +187,8 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
         record = info(node)
         # If only views lie between the node and the output, the next block would have nothing to do.
         is_output = node is primary or bool(record.storages & info(primary).storages)
-        if is_output or not (record.is_live and record.from_input and _is_batch(record.value, info(primary).value)):
+        is_activation = record.is_live and record.from_input and record.is_tensor and not record.sealed
+        if is_output or not is_activation:
             continue
         leaving = [node, *(value for value in crossing[node] if value is not node)]
         if any(not info(value).is_tensor or info(value).storages & written_opaquely for value in leaving):
@@ -201,13 +212,6 @@ def _weight_uses(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: nx.DiGraph)
                 uses[name] = uses.get(name, 0) | bit.get(node, 0)
             stack.extend(needs.pred[node])
     return list(uses.values())
-
-
-def _is_batch(value: object, primary: object) -> bool:
-    """Whether a value is a tensor with one row of features per example, and not, say, all windows of all images."""
-    if not isinstance(value, TensorSpec) or len(value.shape) < 2:
-        return False
-    return not isinstance(primary, TensorSpec) or not primary.shape or value.shape[0] == primary.shape[0]
 
 
 def _live_parts(node: fx.Node) -> Iterable[fx.Node]:

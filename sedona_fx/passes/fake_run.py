@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
@@ -32,10 +31,12 @@ from sedona_fx.capture.whole.derivatives import DerivativeWatch
 from sedona_fx.capture.whole.scripted import Scripted, scripted_modules
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
-from sedona_fx.fake.meter import Meter
+from sedona_fx.fake.meter import Meter, Work
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
+from sedona_fx.fake.values import is_float, made_up, mutable, tensors_in
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
+from sedona_fx.ir.program import attribute
 from sedona_fx.ir.region import region_of
 
 
@@ -58,6 +59,7 @@ class FakeRun(fx.Interpreter):
         self.model_tensors = [*gm.parameters(), *gm.buffers()]
         self.storages = Storages(fake_mode, self.model_tensors)
         self.meter = Meter()
+        self.made_of_weights = self._made_of_weights(gm.graph)
         if memo is None:
             self._locate_fakes(self.model_tensors)
 
@@ -80,16 +82,18 @@ class FakeRun(fx.Interpreter):
         if self.memo is not None and n.op in ("call_module", "call_function", "call_method"):
             module = self.submodules[str(n.target)] if n.op == "call_module" else None
             call = call_of(n, module, self.env, self.storages)
-            if call is not None and record.region is not None:
-                call = dataclasses.replace(call, key=(call.key, record.region))
+            if call is not None:  # the same operation on weights in the place of activations is another one
+                weights = tuple(source in self.made_of_weights for source in n.all_input_nodes)
+                call = dataclasses.replace(call, key=(call.key, record.region, any(weights) and weights))
         effect = self.memo.get(call.key) if self.memo is not None and call is not None else None
         if effect is not None and call is not None:
             result, saved, mutates = replay(effect, call, self.storages)
-            record.value, record.flops = effect.value, effect.flops
+            record.value, record.work = effect.value, effect.work
         else:
             result, saved, mutates = self._execute(n, record, call)
+        record.flops = record.work.flops
         record.saved = {storage.number: size for storage, size in saved.items()}
-        record.storages = frozenset(self.storages.of(t).number for t in _tensors(result))
+        record.storages = frozenset(self.storages.of(t).number for t in tensors_in(result))
         record.mutates = frozenset(storage.number for storage in mutates)
         parameters = list(self._parameters(n))
         record.parameters = tuple(self.parameter_names[parameter] for parameter in parameters)
@@ -100,7 +104,11 @@ class FakeRun(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return arguments with Python's own lists and dictionaries: a function kept whole may write to them."""
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._without_abstract(self.env[a]))
-        return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+        return tuple(map(mutable, args)), {name: mutable(value) for name, value in kwargs.items()}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Return the module or tensor at a path."""
+        return attribute(self.module, target)
 
     def _without_abstract(self, value: Any) -> Any:
         """Return a nested value with a fake tensor in place of every abstract one."""
@@ -118,19 +126,20 @@ class FakeRun(fx.Interpreter):
         Returns:
             The node's value, the storages that it keeps for backward with their bytes, and those that it writes to.
         """
-        inputs = [t for source in n.all_input_nodes for t in _tensors(self._without_abstract(self.env[source]))]
+        inputs = [t for source in n.all_input_nodes for t in tensors_in(self._without_abstract(self.env[source]))]
         before = [_Seen(t, t._version, _visible(t), self.storages.of(t)) for t in inputs]
         # The user's own code may read any of the model's tensors.
         reads_anything = call is None and not does_only_its_own(n)
         self._locate_fakes(self.model_tensors if reads_anything else (*inputs, *(call.tensors if call else ())))
         last_storage = self.storages.count
-        self.meter.saved, flops_before = {}, self.meter.flops
+        self.meter.saved, self.meter.work = {}, Work()
+        self.meter.watch_weights(self._weights_of(n))
         try:
             if self._is_scripted(n):  # compiled code learns the tensors that it is run on
                 raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
             result = as_recorded(n.target) if isinstance(n.target, HostCall) else self._observed(n, super().run_node, n)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            self.meter.saved, self.meter.flops, call = {}, flops_before, None
+            self.meter.saved, self.meter.work, call = {}, Work(), None
             try:
                 result = self._run_on_numbers(n)
             except Exception as error:
@@ -143,7 +152,9 @@ class FakeRun(fx.Interpreter):
             raise TraceError(
                 f"{describe(n)} cannot run on the shapes {[getattr(s, 'shape', s) for s in specs]}: {error}"
             ) from error
-        record.value, record.flops = _specs(result), self.meter.flops - flops_before
+        # A module that a call of the dialect looks at is no value.
+        record.value = None if isinstance(result, nn.Module) else _specs(result)
+        record.work = self.meter.work
         kept = {self.storages.at(address, size): size for address, size in self.meter.saved.items()}
         saved = {storage: size for storage, size in kept.items() if not storage.own}
         mutates = list(dict.fromkeys(seen.storage for seen in before if seen.tensor._version != seen.version))
@@ -153,7 +164,7 @@ class FakeRun(fx.Interpreter):
                 if not seen.storage.is_known_to_autograd:
                     raise CannotMake
         if self.memo is not None and call is not None:
-            run = Run(result, record.value, saved, mutates, flops=record.flops, known=last_storage)
+            run = Run(result, record.value, saved, mutates, work=record.work, known=last_storage)
             effect = effect_of(call, run, self.storages)
             if effect is not None:
                 self.memo[call.key] = effect
@@ -170,7 +181,6 @@ class FakeRun(fx.Interpreter):
 
         Functions of ``torch.func`` refuse that. Then all floats that leave are taken to be kept.
         """
-        flops_before = self.meter.flops
         try:
             if n.op != "call_module" or not _is_users(self.submodules[str(n.target)]):
                 return run(*args)
@@ -181,10 +191,10 @@ class FakeRun(fx.Interpreter):
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
-        info(n).derives, self.meter.saved, self.meter.flops = "transform", {}, flops_before
+        info(n).derives, self.meter.saved, self.meter.work = "transform", {}, Work()
         with self.meter.not_observing():
             result = run(*args)
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.requires_grad:
                 self.meter.keep(tensor)
         return result
@@ -207,23 +217,39 @@ class FakeRun(fx.Interpreter):
             if isinstance(value, nn.Parameter):
                 yield value
 
+    def _made_of_weights(self, graph: fx.Graph) -> set[fx.Node]:
+        """Return the nodes whose values are parameters, or are computed from nothing else."""
+        made: set[fx.Node] = set()
+        for node in graph.nodes:
+            sources = node.all_input_nodes
+            if list(self._parameters(node)) if node.op == "get_attr" else sources and made.issuperset(sources):
+                made.add(node)
+        return made
+
+    def _weights_of(self, n: fx.Node) -> list[Tensor]:
+        """Return the tensors of two or more dimensions that a node multiplies activations by."""
+        own = list(self._parameters(n)) if n.op == "call_module" else []
+        read = [self.env[source] for source in n.all_input_nodes if source in self.made_of_weights]
+        return [t for t in (*own, *map(self._without_abstract, read)) if isinstance(t, Tensor) and t.dim() >= 2]
+
     def _run_on_numbers(self, n: fx.Node) -> Any:
         """Run a node on real tensors, because the shape of its result depends on numbers; return fakes of the result.
 
-        Only a module kept whole can be such a node: tracing refuses all others. A copy of the module is run. Floats are
-        noise. Integers, which may not be arbitrary, are the example's, or zeros where they depend on more than the
-        inputs.
+        Only a module kept whole, or a call of the dialect's own, can be such a node: tracing refuses all others. A copy
+        of the module is run. Integers and masks, which may not be arbitrary, are the example's. What depends on more
+        than inputs and buffers is made up: noise for floats, else zeros.
         """
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with unset_fake_temporarily():
             generator = torch.Generator().manual_seed(0)
             sources = {source: self._without_abstract(self.env[source]) for source in n.all_input_nodes}
-            integers = {s: t for s, t in sources.items() if isinstance(t, Tensor) and not _is_float(t)}
-            numbers_of = {id(fake): self._numbers(source) for source, fake in integers.items()}
+            tensors = {source: t for source, t in sources.items() if isinstance(t, Tensor)}
+            known = {s: t for s, t in tensors.items() if not (is_float(t) and t.requires_grad)}
+            numbers_of = {id(fake): self._numbers(source) for source, fake in known.items()}
 
             def real(fake: Tensor) -> Tensor:
                 numbers = numbers_of.get(id(fake))
-                return numbers if numbers is not None else _made_up(fake, generator)
+                return numbers if numbers is not None else made_up(fake, generator)
 
             args, kwargs = pytree.tree_map_only(FakeTensor, real, (args, kwargs))
             if n.op == "call_module":
@@ -241,14 +267,16 @@ class FakeRun(fx.Interpreter):
         return pytree.tree_unflatten(fakes, spec)
 
     def _numbers(self, wanted: fx.Node) -> Tensor | None:
-        """Return a node's value for the example, in numbers; None if it depends on more than the inputs."""
+        """Return a node's value for the example, in numbers; None if it depends on more than inputs and buffers."""
         needed = ancestors(wanted, input_graph(self.graph))
-        if any(node.op not in ("placeholder", "call_function", "call_method") for node in needed):
+        if any(node.op == "call_module" or node in self.made_of_weights for node in needed):
             return None
         env: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if node in needed and node.op == "placeholder":
                 env[node] = pytree.tree_map_only(Tensor, torch.clone, self.inputs[str(node.target)])
+            elif node in needed and node.op == "get_attr":
+                env[node] = self.fetch_attr(str(node.target)).clone()
             elif node in needed:
                 env[node] = getattr(self, node.op)(node.target, *fx.map_arg((node.args, node.kwargs), env.__getitem__))
         return env[wanted]
@@ -272,37 +300,6 @@ def _visible(tensor: Tensor) -> tuple[Any, ...]:
 def _is_users(module: nn.Module) -> bool:
     """Whether the code of a module is not PyTorch's own."""
     return not type(module).__module__.startswith("torch.nn.")
-
-
-def _mutable(value: Any) -> Any:
-    """Return a nested value with Python's own containers in place of fx's immutable ones."""
-    if isinstance(value, list):
-        return [_mutable(item) for item in value]
-    if type(value) is tuple:
-        return tuple(map(_mutable, value))
-    if isinstance(value, immutable_dict):
-        return {key: _mutable(item) for key, item in value.items()}
-    return value
-
-
-def _made_up(fake: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a tensor with numbers like a fake one: noise if it holds floats, else zeros."""
-    if _is_float(fake):
-        kind = torch.complex64 if fake.dtype.is_complex else torch.float32
-        noise = torch.randn(fake.shape, generator=generator, dtype=kind).to(fake.dtype).to(fake.device)
-        return noise.requires_grad_(fake.requires_grad).clone()  # not an autograd leaf: the module may write to it
-    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
-def _tensors(value: Any) -> list[Any]:
-    """Return the tensors of a nested value, abstract ones included."""
-    if isinstance(value, Tensor | Abstract):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | Abstract)]
 
 
 def _specs(value: Any) -> Any:

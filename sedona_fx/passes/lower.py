@@ -26,6 +26,7 @@ from sedona_fx.ir.graph import (
     split_point_nodes,
 )
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint
 from sedona_fx.passes.prune import bypass
@@ -49,7 +50,7 @@ def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> 
         devices: one device per block, or None to move nothing.
     """
     graph, _ = copy_graph(gm.graph)
-    lowered = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    lowered = Program(gm, graph, class_name=type(gm).__name__)
     splits = split_point_nodes(graph)
     ends = [split.all_input_nodes[0] for split in splits]
     head_calls = [_replace_by_head(lowered, split, index) for index, split in enumerate(splits)]

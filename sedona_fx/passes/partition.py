@@ -25,6 +25,7 @@ from sedona_fx.ir.graph import (
     split_point_nodes,
 )
 from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import new_graph
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.ir.split_point import gated_value
@@ -124,7 +125,7 @@ def _block(whole: _WholeGraph, index: int) -> BlockGraph:
     else:
         result = env[local] if local is not None else None
     info(block_graph.output((tuple(env[node] for node in exports), result))).block = index
-    module = direct_children(fx.GraphModule(whole.gm, block_graph, class_name=f"Block{index}"))
+    module = direct_children(Program(whole.gm, block_graph, class_name=f"Block{index}"))
     return BlockGraph(
         index=index,
         module=verify(module, Phase.BLOCK),

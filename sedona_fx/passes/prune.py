@@ -12,6 +12,7 @@ from torch import fx
 
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_graph, info, output_node, split_point_nodes
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint, gated_value
 from sedona_fx.passes.relax import LOCAL_OUTPUT
@@ -29,7 +30,7 @@ def prune(gm: fx.GraphModule, chosen: Mapping[str, int]) -> fx.GraphModule:
         chosen: cut name -> index of the head that stays (ignored where there are no heads).
     """
     graph, _ = copy_graph(gm.graph)
-    pruned = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    pruned = Program(gm, graph, class_name=type(gm).__name__)
     kept: list[tuple[fx.Node, SplitPoint]] = []
     for split in split_point_nodes(graph):
         cut = str(info(split.all_input_nodes[0]).cut)

@@ -20,6 +20,7 @@ from torch import fx, nn
 from sedona_fx.ir.flow import block_of, is_unpacking, shown_late
 from sedona_fx.ir.graph import INFO, SPLIT_POINTS, NodeInfo, copy_graph, cut_points, info, output_node
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase
 from sedona_fx.ir.split_point import SplitPoint
 
@@ -45,7 +46,7 @@ def relax(gm: fx.GraphModule, heads: Mapping[str, Sequence[nn.Module]]) -> fx.Gr
             output.
     """
     graph, _ = copy_graph(gm.graph)
-    gm = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    gm = Program(gm, graph, class_name=type(gm).__name__)
     chosen = [node for node in cut_points(graph) if info(node).cut in heads]
     _detach_training_only(graph)
     _unpack_at_once(graph)

@@ -11,6 +11,7 @@ from torch import fx
 
 from sedona_fx.ir.graph import copy_graph, info, output_node
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase
 
 
@@ -40,4 +41,4 @@ def strip(gm: fx.GraphModule, *, keep_moves: bool = False) -> fx.GraphModule:
     body = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     for node in body if keep_moves else sorted(body, key=lambda n: info(n).order):
         result.prepend(node)
-    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    return Program(gm, graph, class_name=type(gm).__name__)

@@ -10,31 +10,29 @@ what changes them: in all exported programs, and wherever the model has hooks (:
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
-from sedona_fx.capture.exported import record_by_export
-from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, refusal, watch_hooks
+from sedona_fx.capture.exported import Exported, record_by_export, settle, why_fixed
+from sedona_fx.capture.free_sizes import in_both, resized
+from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
 from sedona_fx.capture.proof import check_equal_forward
+from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.capture.whole.reasons import NeedsTensors
 from sedona_fx.data.args import Args
-from sedona_fx.errors import TraceError
+from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
-from sedona_fx.plan import Capture, FrontEnd
+from sedona_fx.plan_values import Capture, FreeSize, FrontEnd
 
 WAYS_OUT = (
     "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
@@ -69,7 +67,18 @@ class Traced:
     capture: Capture
 
 
-def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = (), root: str = "") -> Traced:
+Dynamic = Mapping[str, Collection[int]] | Literal[False] | None
+"""Argument -> dimensions of any size, besides the batch; False: none; None: what an exported program leaves free."""
+
+
+def trace(
+    model: nn.Module,
+    example: Args,
+    *,
+    leaf_modules: Collection[str] = (),
+    root: str = "",
+    dynamic: Dynamic = None,
+) -> Traced:
     """Trace a model in train and in eval mode, and prove that both graphs compute what it computes.
 
     Before: an ``nn.Module``. After: TRACED graphs whose tensors *are* the model's, each node with its module path and
@@ -82,10 +91,11 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
         leaf_modules: module paths that are kept whole.
         root: module path of the part to be cut. If the code around it cannot be traced, it runs as Python
             (:mod:`sedona_fx.capture.host`).
+        dynamic: sizes of inputs that have to be free.
 
     Raises:
-        TraceError: the forward cannot be recorded, or the recording does not compute what the model computes; with the
-            line of the user's code or the first module that differs.
+        TraceError: a size cannot be free; or the forward cannot be recorded, or the recording does not compute what the
+            model computes; with the line of the user's code or the first module that differs.
         DataError: the model itself cannot run the example.
     """
     if "backward" in hooks_of(model):
@@ -94,13 +104,19 @@ def trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str] = ()
             "on the layers that it is about."
         )
     allow_names(model)
-    traced = _trace(model, example, leaf_modules=leaf_modules, root=root)
+    with keep_process_state():
+        traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
+    if dynamic and traced.capture.fixed_sizes:
+        _check_free(model, example, dynamic, traced.capture)
     if not traced.capture.hosted:
-        _tell_of_silent_hooks(model, traced)
+        calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
+        tell_of_silent_hooks(model, [model.get_submodule(path) for path in calls], traced.capture.front_end)
     return traced
 
 
-def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str) -> Traced:
+def _trace(
+    model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str, free_sizes: bool = True
+) -> Traced:
     """:func:`trace`, without a look at hooks that hang on the model itself.
 
     Code that neither front end can record, but that runs in a module which is kept whole, makes its module whole.
@@ -117,7 +133,7 @@ def _trace(model: nn.Module, example: Args, *, leaf_modules: Collection[str], ro
         if root:
             return _trace_root(model, example, leaf_modules, root)
         try:
-            traced = _trace_by_export(model, example, leaves)
+            traced = _trace_by_export(model, example, leaves, free_sizes)
             break
         except TraceError as export_error:
             both = f"{symbolic_error} torch.export cannot record it either: {export_error}"
@@ -141,23 +157,75 @@ def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Mo
     return _record_both(model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True)
 
 
-def _trace_by_export(model: nn.Module, example: Args, leaves: frozenset[nn.Module]) -> Traced:
+def _trace_by_export(model: nn.Module, example: Args, leaves: frozenset[nn.Module], free_sizes: bool) -> Traced:
     """Trace by the second front end; if it cannot, the state of the model is as before."""
-    inputs = example.bind(model.forward)
-    watch, registrations = _settle(model, example)
-    free_batches: list[bool] = []  # of the recordings made so far
-
-    def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-        gm, mode_readers, free_batch = record_by_export(model, inputs, leaves)
-        free_batches.append(free_batch)
-        return gm, mode_readers
-
+    watch, registrations = settle(model, example)
     try:
-        return _record_both(model, example, record, "export", lambda: all(free_batches))
+        return _export_both(model, example, leaves, free_sizes)
     except TraceError:
         registrations.remove()
         watch.restore()
         raise
+
+
+def _with_free_sizes(
+    model: nn.Module, inputs: Mapping[str, Any], traced: Traced, sizes: tuple[FreeSize, ...]
+) -> Traced:
+    """Return the recordings with the sizes that they leave free, if at other sizes they compute what the model does."""
+    other = resized(Args(**inputs).first(2).kwargs, sizes) if sizes and traced.capture.free_batch else None
+    if other is None:
+        return traced
+    try:
+        for gm, training in ((traced.train, True), (traced.eval, False)):
+            check_equal_forward(model, gm, Args(**other), training=training)
+    except (TraceError, DataError) as error:
+        log.info("sizes of inputs stay fixed: %s", error)
+        return traced
+    return replace(traced, capture=replace(traced.capture, free_sizes=sizes))
+
+
+def _check_free(model: nn.Module, example: Args, dynamic: Mapping[str, Collection[int]], capture: Capture) -> None:
+    """Raise TraceError unless the sizes that the user wants free are; says which is not, and what fixes it."""
+    free = {(size.name, size.dim) for size in capture.free_sizes}
+    free |= {(name, 0) for name in dynamic if capture.free_batch}
+    for name, dim in ((name, dim) for name, dims in dynamic.items() for dim in dims):
+        if (name, dim) not in free:
+            with keep_modes(model):
+                reasons = (why_fixed(model.train(mode), example.kwargs, name, dim) for mode in (True, False))
+                reason = next(filter(None, reasons), "the program is not right at every size")
+            raise TraceError(
+                f"dimension {dim} of the input {name!r} cannot be free in {type(model).__name__}: {reason}. Compute "
+                "what depends on the size from x.shape in forward, without int(...) and without branches on it; or "
+                "leave it out of dynamic=, then it is fixed to that of the first batch."
+            )
+
+
+def _export_both(model: nn.Module, example: Args, leaves: frozenset[nn.Module], free_sizes: bool) -> Traced:
+    """Record both modes by ``torch.export``.
+
+    Code that asks whether autocast is on is told so at first: if it only opens a region then, the graphs have that
+    region, and are right with and without autocast. Otherwise the proof fails, and the code is told the truth.
+    """
+
+    inputs = example.bind(model.forward)
+
+    def attempt(told: list[str] | None) -> Traced:
+        made: list[Exported] = []
+
+        def record() -> tuple[fx.GraphModule, list[nn.Module]]:
+            made.append(record_by_export(model, inputs, leaves, free_sizes=free_sizes, told=told))
+            return made[-1].graph, made[-1].mode_readers
+
+        traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
+        return _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
+
+    told: list[str] = []
+    try:
+        return attempt(told)
+    except TraceError:
+        if not told:
+            raise
+    return attempt(None)
 
 
 def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], root: str) -> Traced:
@@ -191,45 +259,6 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
         output=output,
         capture=replace(traced.capture, hosted=True),
     )
-
-
-def _tell_of_silent_hooks(model: nn.Module, traced: Traced) -> None:
-    """Say which hooks will never run: those of the model itself and, in an exported program, of what is not whole.
-
-    In symbolic graphs modules with hooks stay whole, so that the hooks run; what that costs is logged.
-    """
-    front_end = traced.capture.front_end
-    calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
-    hooked = hooked_modules(model, "forward", [model.get_submodule(path) for path in calls])
-    hooked = hooked if front_end == "export" else hooked_modules(model, "forward")
-    if silent := hooked if front_end == "export" else hooked[:1] if hooks_of(model) else []:
-        where = ", which torch.export has recorded as one flat program" if front_end == "export" else ""
-        warnings.warn(
-            f"hooks hang on {', '.join(silent)}{where}: they never run in the net. What they do to values while the "
-            "model is recorded is part of the net.",
-            stacklevel=2,
-        )
-    elif whole := [path for path, module in model.named_modules() if hooks_of(module) and any(module.children())]:
-        log.warning(
-            "hooks hang on %s: such modules stay whole, so that their hooks run, and there is no cut inside of them. "
-            "Remove the hooks before the model is decoupled for cuts there.",
-            ", ".join(map(repr, whole)),
-        )
-
-
-def _settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
-    """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
-
-    Returns:
-        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
-    """
-    watch, registrations = StateWatch(model), Registrations()
-    with keep_parameters(model):
-        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
-            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-        if not watch.settle():
-            registrations.remove()
-    return watch, registrations
 
 
 def _record_both(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sedona_fx.decouple import decouple
 from sedona_fx.errors import CutError, DataError, SearchDivergedError, did_you_mean
 from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.shares import Measure
 from sedona_fx.plan import Plan
 from sedona_fx.report.picture import front_picture
 from sedona_fx.report.text import in_units, table
@@ -127,7 +128,7 @@ def pareto(
     Raises:
         CutError: the cost or the search is not known, or there is a single block, no level, or no heads.
         DataError: there is no loss.
-        SearchDivergedError: the loss of every plan was not finite.
+        SearchDivergedError: a loss or gradient of every plan was not finite.
         SedonaError: whatever else ``decouple`` raises.
     """
     if cost not in MEASURES:
@@ -192,9 +193,14 @@ class _Trials(Search):
     levels: int
     plans_per_level: int
     steps: int = 0
+    fault: str = ""
     outcome: list[_Trial] = field(default_factory=list)
 
     needs_data: ClassVar[bool] = True
+
+    @property
+    def balances(self) -> Measure:
+        return "activation_bytes" if self.measure == "activation_bytes" else "flops"
 
     @property
     def val_batch_size(self) -> int | None:
@@ -215,7 +221,7 @@ class _Trials(Search):
             self.outcome.append(_Trial(decision, cost, loss))
         best = min(self.outcome, key=lambda trial: trial.loss)
         if not math.isfinite(best.loss):
-            raise SearchDivergedError(f"in every plan, within {self.steps} steps", None)
+            raise SearchDivergedError(f"in every plan, within {self.steps} steps", None, self.fault)
         return best.decision
 
     def _train(self, problem: Problem, data: SearchData, choices: Sequence[Choice]) -> dict[Choice, float]:
@@ -228,6 +234,7 @@ class _Trials(Search):
             tree = PlanTree(problem, choices, descent.optimizer, local_loss_of(problem), problem.device)
             for step in tqdm(range(self.steps), desc=f"front of {len(choices)} plans", disable=not problem.progress):
                 tree.train(next(train), step)
+            self.fault = tree.fault()
             return tree.evaluate(itertools.islice(val.epoch(), settings.val_batches))
 
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sedona_fx.compile.analyse import Where, analyse
+from sedona_fx.compile.analyse import analyse
 from sedona_fx.compile.copying import owned_copy
+from sedona_fx.compile.where import Where
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import first_pair, to_device
 from sedona_fx.errors import DataError, HeadError, PlanError, did_you_mean
@@ -121,7 +122,7 @@ def analyse_for_plan(
         example = Args(**example_like(plan.inputs, device).bind(owned.forward))
     else:
         raise DataError("the plan does not say what the model's inputs look like: hand one batch in data=(inputs, y).")
-    where = Where(plan.blocks, root=plan.root, named=tuple(named))
+    where = Where(plan.blocks, plan.max_live, root=plan.root, named=tuple(named))
     return analyse(owned, example, plan.output, leaf_modules, where), example
 
 

@@ -9,6 +9,9 @@ import torch
 from sedona_fx.ir.cost import Cost
 from sedona_fx.plan import Plan
 
+UNEVEN = 1.5
+"""A largest block with more than this many times an even share is told of."""
+
 
 def human(count: float, unit: str = "") -> str:
     """Return a number with three significant digits and a metric prefix: ``1.7 M``, ``33.6 MB``."""
@@ -35,8 +38,25 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
+def largest_block(costs: Sequence[Cost]) -> tuple[int, float, str]:
+    """Return the largest of some blocks, its share of them all, and of what: FLOPs, or where none are counted, bytes.
+
+    Args:
+        costs: of the blocks.
+    """
+    what, values = "FLOPs", [cost.flops for cost in costs]
+    if not any(values):
+        what, values = "activation bytes", [cost.activation_bytes for cost in costs]
+    largest = max(values)
+    return values.index(largest), largest / max(1, sum(values)), what
+
+
 def net_report(
-    plan: Plan, costs: Sequence[Cost], devices: Sequence[torch.device], shared: Mapping[str, Sequence[int]]
+    plan: Plan,
+    costs: Sequence[Cost],
+    devices: Sequence[torch.device],
+    shared: Mapping[str, Sequence[int]],
+    uneven: str = "",
 ) -> str:
     """Return a description of a net: a line per block with its cut, head, parameters, FLOPs, activations and device.
 
@@ -46,6 +66,7 @@ def net_report(
             saves of it for the backward pass, the head included.
         devices: of its K blocks.
         shared: names of the parameters that several blocks use -> the indices of these blocks.
+        uneven: why the largest block is large, and what would help.
     """
     batch = next(iter(plan.inputs.values()), None)
     shape = tuple(batch["shape"]) if isinstance(batch, dict) and "shape" in batch else "?"
@@ -65,17 +86,44 @@ def net_report(
         for index, (cost, device) in enumerate(zip(costs, devices, strict=True))
     ]
     titles = ["block", "ends", "head", "parameters", "FLOPs", "activations", "device"]
+    index, share, what = largest_block(costs)
+    even = f"; an even share is {1 / len(costs):.0%}" if len(costs) > 1 else ""
+    largest = f"largest block: {index}, with {share:.0%} of the {what}{even}" + (uneven and f"\n{uneven}")
     notes = "".join(f"\n{name} in blocks {', '.join(map(str, blocks))}" for name, blocks in shared.items())
     if shared:
         notes = f"\nshared parameters, stepped once, with the sum of their gradients, by their last block:{notes}"
     if plan.capture is not None and plan.capture.left_out:
         notes += f"\nNone in the output, as no graph gives it: {', '.join(plan.capture.left_out)}"
+    if plan.capture is not None and plan.capture.fixed_sizes:
+        notes += f"\nsizes: {_sizes(plan)}"
+    operators = dict.fromkeys(name for cost in costs for name in cost.uncounted)
+    for name in operators:
+        where = ", ".join(str(index) for index, cost in enumerate(costs) if name in cost.uncounted)
+        notes += (
+            f"\nFLOPs of {name} (block {where}) are estimated from its bytes, as there is no formula for it; "
+            "torch.utils.flop_counter.register_flop_formula takes one"
+        )
     loss = f", loss {plan.loss}" if plan.loss is not None else ""
     own = [f"\n  block {k}: {name}" for k, name in enumerate(plan.local_losses or ()) if name is not None]
     if own:
         notes += f"\nlocal losses in place of the net's:{''.join(own)}"
     title = f"{plan.model}: {plan.blocks} blocks, cut by {source}, inputs {shape}{loss}"
-    return f"{title}\n{table(titles, rows)}{notes}"
+    return f"{title}\n{table(titles, rows)}\n{largest}{notes}"
+
+
+def _sizes(plan: Plan) -> str:
+    """Return which sizes of the inputs of a captured model are free: ``"ids (any, 2 or more), image (any, 3, 8)"``."""
+    assert plan.capture is not None
+    free = {(size.name, size.dim): size for size in plan.capture.free_sizes}
+    texts = []
+    for name, spec in plan.inputs.items():
+        if isinstance(spec, dict) and spec.keys() == {"shape", "dtype"}:
+            sizes = ["any" if dim == 0 and plan.capture.free_batch else str(n) for dim, n in enumerate(spec["shape"])]
+            for dim in range(len(sizes)):
+                if (name, dim) in free:
+                    sizes[dim] = free[name, dim].text
+            texts.append(f"{name} ({', '.join(sizes)})")
+    return ", ".join(texts) + "; all others are fixed"
 
 
 def in_units(measure: str, values: Sequence[float]) -> tuple[list[float], str]:

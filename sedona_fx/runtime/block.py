@@ -101,6 +101,19 @@ def buffers_of(*blocks: Block) -> list[Tensor]:
     return list({id(buffer): buffer for block in blocks for buffer in block.buffers()}.values())
 
 
+def users_of(held: Iterable[Iterable[nn.Parameter]]) -> dict[nn.Parameter, list[int]]:
+    """Return, for each parameter, the indices of the blocks that use it, in order.
+
+    Args:
+        held: for each block, its parameters, each once.
+    """
+    users: dict[nn.Parameter, list[int]] = {}
+    for index, parameters in enumerate(held):
+        for parameter in parameters:
+            users.setdefault(parameter, []).append(index)
+    return users
+
+
 def parameter_names(blocks: Iterable[Block]) -> dict[nn.Parameter, str]:
     """Return the names of the parameters of these blocks: as in the user's model, those of heads with ``heads.``."""
     named = [pair for block in blocks for pair in block.module.named_parameters()]

@@ -51,11 +51,11 @@ def not_finite(tensors: list[Tensor]) -> Tensor:
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> tuple[str, float] | None:
     """Return the name of the first tensor that is not finite, and a number in it that is not; None if all are.
 
-    The host waits for every tensor; integers are finite.
+    The host waits for every tensor; integers are finite, and so is what has no data (meta).
     """
     for name, tensor in named:
         numbers = _numbers(tensor.detach())
-        if not numbers.is_floating_point() or not numbers.numel():
+        if not numbers.is_floating_point() or not numbers.numel() or numbers.is_meta:
             continue
         numbers = numbers.float() if numbers.dtype.itemsize == 1 else numbers
         for extreme in torch.aminmax(numbers):  # NaN if there is one

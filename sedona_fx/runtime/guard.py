@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.errors import NonFiniteGradientError, NonFiniteLossError
-from sedona_fx.ir.late_buffers import overwrite
 from sedona_fx.runtime.gradients import gradients_of, not_finite, where_not_finite
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -22,8 +23,11 @@ def counted_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_counted(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what :func:`counted_state` returned, or a plain state dict."""
-    optimizer.load_state_dict({name: value for name, value in state.items() if name != "held"})
+    """Load a copy of what :func:`counted_state` returned, or of a plain state dict.
+
+    PyTorch would take over the very tensors of a state that is on the right device: training would change it.
+    """
+    optimizer.load_state_dict({name: copy.deepcopy(value) for name, value in state.items() if name != "held"})
 
 
 def optimizer_fault(optimizer: torch.optim.Optimizer, saved: Any) -> str:

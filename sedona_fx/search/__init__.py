@@ -16,6 +16,7 @@ guided_run       One guided search: its parts in their order, saved between any 
                  (:mod:`~sedona_fx.search.guided`)
 guided_settings  Settings of the guided search, checked on construction
 rollout          Rollout: train candidate plans for a short while, and keep the one that does best
+trial_settings   Settings that searches by trial have in common, checked on construction
 """
 
 from sedona_fx.search.best_of import BestOf

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sedona_fx.data.sources import Pair, Source
 from sedona_fx.errors import DataError, SearchDivergedError, SettingsError
 from sedona_fx.heads.registry import head_name
+from sedona_fx.ir.shares import Measure
 from sedona_fx.rng import seeded
 from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, SearchData, local_loss_of
 from sedona_fx.search.session.batches import named_batches
@@ -66,6 +67,11 @@ class BestOf(Search):
             )
 
     @property
+    def balances(self) -> Measure:
+        """What the search balances."""
+        return self.search.balances
+
+    @property
     def val_batch_size(self) -> int | None:
         """Samples per validation batch, as the search asks for them."""
         return self.search.val_batch_size
@@ -76,7 +82,7 @@ class BestOf(Search):
         Raises:
             CutError: there are no heads to train plans by.
             DataError: there is no data, or a single validation batch.
-            SearchDivergedError: the losses of all plans turned infinite.
+            SearchDivergedError: a loss or gradient of every plan was not finite.
         """
         if problem.blocks == 1:
             return self.search.decide(problem)
@@ -89,10 +95,10 @@ class BestOf(Search):
             seeded_problem = replace(problem, seed=seed, data=replace(data, val=lambda: iter(searched)))
             runs.append(_in_own_folder(self.search, seed).decide(seeded_problem))
         choices = [problem.choice(run) for run in runs]
-        losses = self._losses(problem, data, list(dict.fromkeys(choices)), held_out)
+        losses, fault = self._losses(problem, data, list(dict.fromkeys(choices)), held_out)
         best = min(range(self.seeds), key=lambda k: losses[choices[k]])
         if not math.isfinite(losses[choices[best]]):
-            raise SearchDivergedError("in the plans of all seeds", None)
+            raise SearchDivergedError("in the plans of all seeds", None, fault)
         report = {
             "runs": [
                 {
@@ -127,8 +133,8 @@ class BestOf(Search):
 
     def _losses(
         self, problem: Problem, data: SearchData, plans: Sequence[Choice], held_out: Sequence[Pair]
-    ) -> dict[Choice, float]:
-        """Return each plan's mean loss on the held-out batches, after a short greedy training."""
+    ) -> tuple[dict[Choice, float], str]:
+        """Return each plan's mean loss on the held-out batches, after a short greedy training; and why one failed."""
         device, train = problem.device, training_stream(problem, data)
         descent = Descent(self.lr, self.momentum, self.weight_decay)
         with seeded(device, problem.seed):
@@ -136,7 +142,7 @@ class BestOf(Search):
             steps = self.steps or data.epoch_batches or train.length()
             for step in tqdm(range(steps), desc=f"plans of {self.seeds} seeds", disable=not problem.progress):
                 tree.train(next(train), step)
-            return tree.evaluate(named_batches(lambda: iter(held_out), problem.train, device))
+            return tree.evaluate(named_batches(lambda: iter(held_out), problem.train, device)), tree.fault()
 
 
 def _in_own_folder(search: Search, seed: int) -> Search:

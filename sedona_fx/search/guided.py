@@ -37,7 +37,7 @@ class Guided(GuidedSettings, Search):
             CheckpointError: `folder` holds another search, or cannot be read.
             CutError: there are not enough places to cut, or no heads to compare.
             DataError: there is no data, or an epoch of it is empty.
-            SearchDivergedError: no state had finite gradients.
+            SearchDivergedError: no training step, or no state whose gradients were to be compared, had finite ones.
             SettingsError: the steps or seconds do not pay for a search.
         """
         if problem.blocks == 1:

@@ -22,6 +22,7 @@ from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Progress
 from sedona_fx.search.session.timing import MEASURED_SHARE
+from sedona_fx.search.trial_settings import DEFAULT_EPOCHS
 from sedona_fx.search.trials.alignment import Alignment
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort, Shares, overhead
@@ -32,7 +33,6 @@ from sedona_fx.search.trials.supernet import Supernet
 log = logging.getLogger(__name__)
 
 _PLANS_LISTED = 200
-_DEFAULT_EPOCHS = 25
 
 
 class GuidedRun:
@@ -99,7 +99,7 @@ class GuidedRun:
                 if self._roll_out(halving, comparison, progress):
                     ranked = halving.ranked or ranked
                 else:
-                    provenance["without_rollouts"] = "their losses turned infinite"
+                    provenance["without_rollouts"] = "their losses or gradients were not finite"
                 rounds = halving.rounds
         provenance |= {
             "search": "guided",
@@ -109,6 +109,7 @@ class GuidedRun:
             "states": len(comparison.met),
             "rounds": rounds,
             "decided_by": "rollouts" if rounds and "without_rollouts" not in provenance else "gradients",
+            **comparison.skipped(),
         }
         if self.net.shares_parameters and self.settings.finalists > 1:
             provenance["without_rollouts"] = "blocks would share a parameter"
@@ -133,7 +134,7 @@ class GuidedRun:
                 return Shares(*saved[0]), Effort(*saved[1]), batch_size
         effort = Effort.of(self.problem, self.places, micro_batches)
         epoch = self.data.epoch_batches or self.train.length()
-        allowed_steps = _DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
+        allowed_steps = DEFAULT_EPOCHS * epoch if settings.training_steps is None else settings.training_steps
         step_seconds = None
         if settings.seconds is not None or effort.of_measuring <= MEASURED_SHARE * allowed_steps:
             step_seconds = effort.seconds(
@@ -177,7 +178,7 @@ class GuidedRun:
 
         Raises:
             KeyboardInterrupt: Ctrl-C before any gradients were compared.
-            SearchDivergedError: no state had finite gradients.
+            SearchDivergedError: no training step, or no state, had finite gradients.
         """
         progress.show(comparison=comparison)
         try:
@@ -186,8 +187,6 @@ class GuidedRun:
             if not comparison.met:
                 raise
             progress.interrupt(f"step {comparison.step} of {comparison.steps}")
-        if not comparison.met:
-            raise SearchDivergedError("in the gradients of every state", None)
 
     def _rank(self, alignments: Sequence[Alignment], count: int) -> tuple[list[Choice], dict[str, Any]]:
         """Return the best plans within the limits; and as JSON their scores, and what each (place, head) adds to them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from sedona_fx.errors import SettingsError
@@ -15,6 +14,7 @@ from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.session.data import training_stream, validation_stream
 from sedona_fx.search.session.journal import Journal, settings_of
 from sedona_fx.search.session.progress import Progress
+from sedona_fx.search.trial_settings import DEFAULT_EPOCHS, TrialSettings
 from sedona_fx.search.trials.descent import Descent
 from sedona_fx.search.trials.effort import Effort
 from sedona_fx.search.trials.gradient_comparison import Comparison
@@ -24,58 +24,34 @@ from sedona_fx.search.trials.successive_halving import Halving, affordable
 from sedona_fx.search.trials.supernet import Supernet
 from sedona_fx.search.trials.tree_cost import tree_cost, tree_cost_of_one
 
-_DEFAULT_EPOCHS = 25
-
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout(Search):
+class Rollout(TrialSettings, Search):
     """Short greedy runs of candidate plans from the same weights, on the same batches; successive halving.
 
     Cuts and heads are judged together. Blocks that plans have in common are trained once
     (:class:`~sedona_fx.search.trials.plan_tree.PlanTree`). After a quarter and after a half of the steps, the half of
     the plans with the larger validation losses of the final output is dropped
-    (:class:`~sedona_fx.search.trials.successive_halving.Halving`). The best plan at the end is the decision.
+    (:class:`~sedona_fx.search.trials.successive_halving.Halving`). The best plan at the end is the decision. Further
+    settings are those of its base class.
 
     Args:
         steps: training steps of the plans that stay to the end. None: as many as `training_steps` pays for.
-        training_steps: what the rollouts may cost, in steps of plain training. None: 25 epochs of the training data, a
-            quarter of a run of 100.
         warmup_steps: training steps before the rollouts, along random plans and on one set of weights, from which all
             plans then begin. 0: plans begin from the net's own weights and fresh heads.
         plans: candidates at most. Where there are more ways to cut and to choose heads, uniform cuts, balanced cuts and
             the latest cuts are among them, and the rest is drawn at random, each plan with the same probability.
-        lr: learning rate of the blocks' SGD at the beginning of each round, over which it falls by a cosine.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        val_batches: validation batches that score plans, at most.
-        val_batch_size: samples per validation batch. None: as in training.
-        folder: where the state of the search is saved. A search that was killed resumes from there when it is called
-            again with the same settings, and gives the plan that it would have given without the interruption. None:
-            nothing is saved.
-        save_seconds: how long to wait after a save until the next one.
     """
 
     steps: int | None = None
-    training_steps: int | None = None
     warmup_steps: int = 0
     plans: int = 48
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    val_batches: int = 50
-    val_batch_size: int | None = None
-    folder: str | Path | None = None
-    save_seconds: float = 60.0
 
     needs_data: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "training_steps", "plans", "val_batches", "val_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"Rollout({name}={value}): has to be at least 1")
-        if self.warmup_steps < 0:
-            raise SettingsError(f"Rollout(warmup_steps={self.warmup_steps}): has to be at least 0")
+        super().__post_init__()
+        self.require_at_least(steps=1, plans=1, warmup_steps=0)
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads. Ctrl-C after the first round ends the search; it takes the best plan so far.
@@ -85,7 +61,7 @@ class Rollout(Search):
             CheckpointError: `folder` holds another search, or cannot be read.
             CutError: blocks share a parameter, or there are not enough places to cut, or no heads to compare.
             DataError: there is no data, or an epoch of it is empty.
-            SearchDivergedError: every plan's loss turned infinite.
+            SearchDivergedError: a loss or gradient of every plan, or of every step of the warm-up, was not finite.
             SettingsError: `training_steps` does not pay for one step of all plans.
         """
         if problem.blocks == 1:
@@ -150,6 +126,7 @@ class Rollout(Search):
             "interrupted": progress.interrupted,
             "cost": {"equivalent_steps": progress.spent, "steps": halving.step, "warmup_steps": self.warmup_steps},
             "rounds": halving.rounds,
+            **warm_up.skipped(),
         }
         if not progress.interrupted:
             journal.write({"decision": [[list(pair) for pair in halving.ranked[0]], provenance]})
@@ -168,7 +145,7 @@ class Rollout(Search):
         """
         if self.steps is not None:
             return self.steps
-        allowed_steps = _DEFAULT_EPOCHS * epoch_batches() if self.training_steps is None else self.training_steps
+        allowed_steps = DEFAULT_EPOCHS * epoch_batches() if self.training_steps is None else self.training_steps
         all_plans, one_plan, count = tree_cost(problem, tree), tree_cost_of_one(problem, tree), len(tree.plans())
         steps, _ = affordable(allowed_steps, count, one_plan, all_plans)
         if steps < 1:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count, load_failure, read_torch_file, replacing, torch_save
 from sedona_fx.ir.loss import same_loss
+from sedona_fx.net import finite
 from sedona_fx.net.net import Net
 from sedona_fx.net.weights import mismatch, other_blocks
 from sedona_fx.rng import are_random_states
@@ -145,13 +146,12 @@ def refuse_not_finite(path: Path, *, net: Net, schedule: Schedule, allowed: Set[
     Raises:
         CheckpointError: one has.
     """
-    found = first_not_finite(pair for pair in _numbers(net, schedule) if pair[0] not in allowed)
-    if found is not None:
-        raise CheckpointError(
-            f"no checkpoint is written behind step {net.steps - 1}, and {str(path)!r} is kept as it is: {found[0]!r} "
-            f"holds {found[1]}, although the losses were finite. The optimizer's step, or numbers that a layer keeps, "
-            "were too large for the dtype: lower the learning rate, or look at the inputs."
-        )
+    finite.refuse_not_finite(
+        (pair for pair in _numbers(net, schedule) if pair[0] not in allowed),
+        refusal=f"no checkpoint is written behind step {net.steps - 1}, and {str(path)!r} is kept as it is",
+        advice="All losses were finite: the optimizer's step, or numbers that a layer keeps, were too large for the "
+        "dtype. Lower the learning rate, or look at the inputs.",
+    )
 
 
 def _numbers(net: Net, schedule: Schedule) -> Iterator[tuple[str, torch.Tensor]]:

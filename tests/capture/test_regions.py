@@ -353,3 +353,29 @@ def test_a_function_of_autograd_is_no_region():
             regions.append(watch.current())
         regions.append(watch.current())
     assert regions == [None, Region(False), None]
+
+
+class Force(Base):
+    """The derivative of an energy, in evaluation as well."""
+
+    def mid(self, h):
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            return torch.autograd.grad(self.b(h).pow(2).sum(), h, create_graph=True)[0]
+
+
+def test_gradients_that_are_turned_on_are_on_under_the_callers_no_grad():
+    model, (x, y) = made(Force, False, torch.float64), data(torch.float64)
+    net = sedona_fx.decouple(model, (x, y), cuts=["a"], heads="linear")
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), model.eval()(x))
+        assert torch.equal(net.inference_module()(x), model(x))
+        assert torch.equal(net.early_exit(1.0)(x).output, model(x))
+    twin, head = copy.deepcopy(model).train(), copy.deepcopy(net.heads["0"])
+    h = twin.a(x)
+    losses = [F.cross_entropy(head(h), y)]
+    losses.append(F.cross_entropy(twin.fc(twin.c(twin.act(twin.mid(h.detach().tanh()))).tanh()), y))
+    sum(losses).backward()
+    net.train().backward(x, y)
+    for name, gradient in gradients(twin).items():
+        torch.testing.assert_close(gradients(net.model)[name], gradient, rtol=1e-12, atol=0)

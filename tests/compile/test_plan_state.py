@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sedona_fx
 from sedona_fx import Limits, Plan
 from sedona_fx.errors import DataError
-from sedona_fx.plan import Capture
+from sedona_fx.plan_values import Capture
 from sedona_fx.train import Greedy
 
 

@@ -103,7 +103,7 @@ def test_of_programs_captured_by_export(training):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), "input"
     model.train(training)
     inputs = {x: torch.randn(2, 3, 6, 6)}
-    gm, *_ = record_by_export(model, inputs)
+    gm = record_by_export(model, inputs).graph
     name_sites(gm.graph)
     assert annotated(gm, inputs, training=training, memo={}) == annotated(gm, inputs, training=training)
 

@@ -21,6 +21,7 @@ def names(*kinds: str) -> tuple[str, ...]:
 
 SPATIAL = (*names("sedona", "sedona-wide", "sedona-basic"), "mlp", "mlp-sr", "cnn")
 ANY, ATTENTION, DENSE, LOGITS = ("linear", *names("tokens")), names("tokens-attention"), names("dense"), names("logits")
+RESAMPLE = names("resample")
 
 # Context, the heads that fit, the candidates, the default.
 CONTEXTS: dict[str, tuple[HeadContext, tuple[str, ...], tuple[str, ...], str]] = {
@@ -55,6 +56,12 @@ CONTEXTS: dict[str, tuple[HeadContext, tuple[str, ...], tuple[str, ...], str]] =
     "large vocabulary": (HeadContext((3, 9, 8), (3, 9, 96), 2), LOGITS, LOGITS, "logits-1"),
     "sequence to tokens": (HeadContext((3, 8, 9), (3, 9, 11), 1), LOGITS, LOGITS, "logits-2"),
     "grid of logits": (HeadContext((3, 4, 5, 8), (3, 4, 5, 6), 3), LOGITS, LOGITS, "logits-2"),
+    "translation": (HeadContext((3, 9, 8), (3, 7, 95), 2), RESAMPLE, RESAMPLE, "resample-2"),
+    "to more tokens": (HeadContext((3, 4, 8), (3, 9, 96), 2), RESAMPLE, RESAMPLE, "resample-1"),
+    "captions": (HeadContext((3, 8, 4, 5), (3, 7, 11), 1), RESAMPLE, RESAMPLE, "resample-2"),
+    "captions, last": (HeadContext((3, 4, 5, 8), (3, 7, 11), 3), RESAMPLE, RESAMPLE, "resample-2"),
+    "queries of a detector": (HeadContext((3, 16, 8), (3, 10, 6), 2), RESAMPLE, RESAMPLE, "resample-2"),
+    "sound": (HeadContext((3, 8, 9), (3, 4, 11), 1), RESAMPLE, RESAMPLE, "resample-2"),
     "both, last": (HeadContext((3, 9, 8), (3, 9, 9), 2), DENSE + LOGITS, LOGITS, "logits-2"),
     "both, first": (HeadContext((3, 8, 9), (3, 9, 9), 1), DENSE + LOGITS, DENSE, "dense-2"),
 }
@@ -65,6 +72,7 @@ SOME = [
     *(("video", name) for name in ("sedona-4", "mlp-sr", "cnn", "tokens-2")),
     *(("class token", "tokens-2"), ("channels last", "tokens-attention-2"), ("regression", "linear")),
     *((key, "dense-2") for key in ("odd sides", "smaller maps", "maps last", "with class token", "volume")),
+    *(("translation", "resample-2"), ("captions", "resample-2")),
     *(("labels of a sequence", "dense-2"), ("language", "logits-2"), ("grid of logits", "logits-2")),
 ]
 
@@ -104,7 +112,7 @@ def test_what_fits_where(key):
 
 
 def test_all_names():
-    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS)
+    assert head_names() == (*SPATIAL, *ANY, *ATTENTION, *DENSE, *LOGITS, *RESAMPLE, "embedding")
 
 
 @pytest.mark.parametrize(("key", "name"), PAIRS)
@@ -174,15 +182,11 @@ def test_sizes_may_be_symbols(key):
 @pytest.mark.parametrize(
     ("context", "text"),
     [
-        # A detector's (N, queries, classes), from images and from tokens.
-        (
-            HeadContext((2, 8, 4, 4), (2, 10, 6), 1, "a.b"),
-            r"behind 'a.b'.*\(2, 8, 4, 4\).*\(2, 10, 6\).*token logits, ",
-        ),
-        (HeadContext((2, 16, 8), (2, 10, 6), 2), r"\(2, 16, 8\).*\(2, 10, 6\).*which of the output's 10 tokens.*16"),
-        (HeadContext((2, 8, 16), (2, 10, 6), 1), r"cannot tell which is the classes' unless the last is as long.*16"),
         # Maps: as many sides, a grid of the same proportions, channels first, something to lay out.
-        (HeadContext((2, 8, 4, 4), (2, 3, 5, 8, 8)), r"\(2, 3, 5, 8, 8\).*as the activation has, 2 and not 3"),
+        (
+            HeadContext((2, 8, 4, 4), (2, 3, 5, 8, 8), 1, "a.b"),
+            r"behind 'a.b'.*\(2, 8, 4, 4\).*\(2, 3, 5, 8, 8\).*as the activation has, 2 and not 3",
+        ),
         (HeadContext((2, 8, 5, 4, 4), (2, 3, 8, 8)), r"as the activation has, 3 and not 2"),
         (HeadContext((2, 12, 8), (2, 3, 8, 8), 2), r"12 tokens are none in the proportions 8 to 8"),
         (HeadContext((2, 17, 8), (2, 3, 8, 8), 2), r"17 tokens are none"),

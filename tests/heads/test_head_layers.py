@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.fx
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sedona_fx.heads.context import HeadContext
-from sedona_fx.heads.layers import AttentionPool, HeadBatchNorm, InvertedResidual, Mean, ResidualMLP
+from sedona_fx.heads.layers import AttentionPool, HeadBatchNorm, InvertedResidual, Mean, Resample, ResidualMLP
 from sedona_fx.heads.pointwise_pool import PointwisePool
 from sedona_fx.heads.registry import build_head
 
@@ -299,3 +301,33 @@ def test_output_layers_start_with_gain_one_and_the_others_with_that_of_relu():
         weights = [m.weight for m in build_head(name, context) if isinstance(m, nn.Conv2d | nn.Linear)]
         gains = [weight.var().item() * weight[0].numel() for weight in weights]
         assert gains == pytest.approx([*[2] * (len(weights) - 1), 1], rel=0.05)
+
+
+def test_resampling_reads_the_same_share_of_the_way_at_first():
+    """With equal numbers of tokens each position reads mostly itself; reversed tokens come out reversed."""
+    layer = Resample(32, 6)
+    tokens = torch.eye(6, 32).expand(2, 6, 32)
+    out = layer(tokens)[..., :6]
+    assert out.shape == (2, 6, 6)
+    torch.testing.assert_close(out.sum(-1), torch.ones(2, 6))  # weights of an average
+    assert out.argmax(-1).tolist() == [list(range(6))] * 2
+    torch.testing.assert_close(layer(tokens.flip(1))[..., :6], out.flip(2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [7, 8])
+def test_resampling_is_attention_written_by_hand(features):
+    torch.manual_seed(0)
+    layer = Resample(features, 5).double()
+    with torch.no_grad():
+        layer.key.normal_()
+    x = torch.randn(3, 4, 2, features, dtype=torch.float64)
+    tokens = x.reshape(3, 8, features)
+    half = (features + 1) // 2
+    frequencies = [math.pi * 128 ** (k / (half - 1)) for k in range(half)]
+    places = torch.tensor(
+        [[f((s + 0.5) / 8 * w) for f in (math.sin, math.cos) for w in frequencies][:features] for s in range(8)],
+        dtype=torch.float64,
+    )
+    keys = tokens @ layer.key + places
+    expected = nn.functional.scaled_dot_product_attention(layer.query.expand(3, 5, features), keys, tokens)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)  # sinusoids are made in float32

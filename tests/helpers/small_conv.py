@@ -7,25 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from captured import captured
 from torch import Tensor, nn
 
-import sedona_fx
-from sedona_fx.search import Decision, Problem, Search
+from sedona_fx.search import Problem
 
 HEADS = ["linear", "sedona-1"]
 Plan = tuple[tuple[int, int], ...]
-
-
-class Catch(Search):
-    """A search that keeps the problem it is given and cuts anywhere."""
-
-    needs_data = True
-    problem: Problem
-
-    def decide(self, problem: Problem) -> Decision:
-        self.problem = problem
-        places = problem.places()[: problem.blocks - 1]
-        return Decision(places, [problem.candidates[place][0] for place in places])
 
 
 def chain(stages: int = 4, drop: float = 0.0) -> nn.Sequential:
@@ -54,10 +42,7 @@ def loader(count: int = 5, size: int = 6, seed: int = 0) -> list[tuple[Tensor, T
 
 
 def problem_of(model: nn.Module, blocks: int = 3, data: Any = None, **more: Any) -> Problem:
-    catch = Catch()
-    more = {"heads": HEADS, "seed": 7, **more}
-    sedona_fx.decouple(model, loader() if data is None else data, blocks=blocks, search=catch, progress=False, **more)
-    return catch.problem
+    return captured(model, loader() if data is None else data, blocks=blocks, **{"heads": HEADS, "seed": 7, **more})
 
 
 def named(batch: tuple[Any, Any], name: str = "input") -> tuple[dict[str, Any], Any]:

@@ -25,6 +25,7 @@ INSIDE = {
         "rules",
         "trials",
         "sedona",
+        "trial_settings",
         "rollout",
         "guided_settings",
         "guided_run",

@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from captured import Capture, captured
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -16,7 +17,7 @@ import sedona_fx
 from sedona_fx.errors import BudgetError, CutError, DataError, SearchDivergedError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.recipes.pareto import FrontPoint, non_dominated
-from sedona_fx.search import Decision, Rollout, Search
+from sedona_fx.search import Rollout
 from sedona_fx.train import Greedy
 
 HEADS = ["linear", "sedona-1"]
@@ -61,25 +62,14 @@ def test_the_points_are_those_that_nothing_beats(front):
     assert len({p.cost for p in front.tried}) >= 4
 
 
-class Catch(Search):
-    """A search that keeps the problem it is given and cuts anywhere."""
-
-    needs_data = True
-
-    def decide(self, problem):
-        self.contexts = problem.contexts
-        return Decision(problem.places()[:2], HEADS)
-
-
 def test_costs_and_losses_are_those_of_the_plan_trained_alone(front):
-    catch = Catch()
-    sedona_fx.decouple(net_of(), TRAIN, blocks=3, search=catch, heads=HEADS, progress=False)
+    contexts = captured(net_of(), TRAIN, blocks=3, heads=HEADS).contexts
     for point in front.tried[::4]:
         assert point.cost == cost_of(point.plan)
         net = sedona_fx.decouple(net_of(), TRAIN, plan=point.plan, seed=7)
         for block, cut, head in zip(net.blocks, point.plan.cuts, point.plan.heads, strict=False):
             torch.manual_seed(7)
-            block.head.load_state_dict(build_head(head, catch.contexts[cut]).state_dict())
+            block.head.load_state_dict(build_head(head, contexts[cut]).state_dict())
         greedy = Greedy(net, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-4))
         for x, y in TRAIN:
             greedy.step(x, y)
@@ -139,7 +129,7 @@ def test_data_that_draws_gives_the_same_front_again_and_all_streams_back(monkeyp
         torch.default_generator.manual_seed(1), random.seed(2), np.random.seed(3), own.manual_seed(4)
 
     seed_all()
-    sedona_fx.decouple(model, train, val_data=val, blocks=3, search=Catch(), heads=HEADS)
+    sedona_fx.decouple(model, train, val_data=val, blocks=3, search=Capture(), heads=HEADS)
     looked_at = states()  # a search's data is looked at once, to see its shapes
     seed_all()
     first = sedona_fx.pareto(model, train, **how)

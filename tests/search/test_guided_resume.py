@@ -16,29 +16,21 @@ import killable
 import numpy as np
 import pytest
 import torch
+from captured import Capture
 
 from sedona_fx.errors import CheckpointError
-from sedona_fx.search import Decision, Problem, Search
+from sedona_fx.search import Problem
 from sedona_fx.search.session.journal import Journal
 from sedona_fx.search.trials.plan_tree import PlanTree
 
 BOTH = pytest.mark.parametrize("name", ["guided", "rollout"])
 
 
-class Catch(Search):
-    needs_data = True
-
-    def decide(self, problem: Problem) -> Decision:
-        self.problem = problem
-        places = problem.places()[: problem.blocks - 1]
-        return Decision(places, [problem.candidates[place][0] for place in places])
-
-
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    catch = Catch()
-    killable.plan(catch)
-    return catch.problem
+    capture = Capture()
+    killable.plan(capture)
+    return capture.problem
 
 
 class Killed(BaseException):

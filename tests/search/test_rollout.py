@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
+from captured import captured
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import sedona_fx
 from sedona_fx.errors import CutError, SearchDivergedError, SettingsError
 from sedona_fx.report import plan_picture
-from sedona_fx.search import Decision, Rollout, Search
+from sedona_fx.search import Rollout
 from sedona_fx.search.problem.problem import local_loss_of
 from sedona_fx.search.trials.plan_tree import PlanTree
 from sedona_fx.search.trials.proposals import proposals
@@ -38,21 +39,8 @@ def loader(count=6, seed=0):
     return [(torch.randn(6, 3, 8, 8, generator=g), torch.randint(4, (6,), generator=g)) for _ in range(count)]
 
 
-class Catch(Search):
-    """A search that keeps the problem it is given and cuts anywhere."""
-
-    needs_data = True
-
-    def decide(self, problem):
-        self.problem = problem
-        places = problem.places()[: problem.blocks - 1]
-        return Decision(places, [problem.candidates[place][0] for place in places])
-
-
 def problem_of(model, blocks=3, data=None):
-    catch = Catch()
-    sedona_fx.decouple(model, data or loader(), blocks=blocks, search=catch, heads=HEADS, progress=False, seed=7)
-    return catch.problem
+    return captured(model, data or loader(), blocks=blocks, heads=HEADS, seed=7)
 
 
 def sgd(params):

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from sedona_fx.capture.graph_module import with_record
+from sedona_fx.capture.whole.grad_calls import grad_calls, nodes_of, stretch
 from sedona_fx.capture.whole.reasons import BACKWARD, GRAD
 from sedona_fx.ir.flow import input_graph
-from sedona_fx.ir.grad_calls import grad_calls, nodes_of, stretch
-from sedona_fx.ir.graph import info
+from sedona_fx.ir.graph import INFO, NodeInfo, info
 from sedona_fx.ir.region import Region
 
 
@@ -52,6 +52,41 @@ def make_derivatives_local(graph: fx.Graph) -> None:
         region = info(node).region or Region()
         if region.grad is None:
             info(node).region = Region(True, region.casts)
+
+
+def let_modules_derive(gm: fx.GraphModule) -> None:
+    """Let modules that take derivatives by autograd read tensors that require a gradient, whatever block they are in.
+
+    A module that is kept whole may call ``torch.autograd.grad`` with a tensor that it was given. So between it and each
+    live tensor that it reads stands a node, and the module runs with gradients on.
+
+    Args:
+        gm: annotated; changed in place. It computes the same numbers.
+    """
+    modules = [node for node in gm.graph.nodes if info(node).derives == "autograd"]
+    for node in modules:
+        record = info(node)
+        region = record.region or Region()
+        record.region = region if region.grad is not None else Region(True, region.casts)
+        for number, source in enumerate(node.all_input_nodes):
+            if info(source).is_live and info(source).is_tensor:
+                with gm.graph.inserting_before(node):
+                    leaf = gm.graph.call_function(with_gradient, (source,))
+                given = info(source)
+                leaf.meta[INFO] = NodeInfo(
+                    path=record.path,
+                    site=f"{record.site}@with_gradient{number}",
+                    order=record.order,
+                    region=record.region,
+                    value=given.value,
+                    depends=given.depends,
+                    from_input=given.from_input,
+                    storages=given.storages,
+                    channel_dim=given.channel_dim,
+                )
+                node.replace_input_with(source, leaf)
+    if modules:
+        gm.recompile()
 
 
 def _follow_requires_grad(graph: fx.Graph) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from sedona_fx.ir.late_buffers import is_observer
+from sedona_fx.capture.whole.late_buffers import is_observer
 
 
 def stays_whole(module: nn.Module) -> bool:

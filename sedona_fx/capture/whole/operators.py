@@ -2,7 +2,7 @@
 
 ``torch.export`` looks into every module. While it runs, the forward of a module that stays whole calls an operator of
 this file, which stands in the program until :mod:`sedona_fx.capture.convert` makes a call of the module of it. What the
-module returns is found out by running a copy of it on noise, of two batch sizes where the batch is free.
+module returns is found out by running a copy of it on noise, of several sizes where sizes are free.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.host_calls import replaced_forward
 from sedona_fx.capture.whole.scripted import copied_right
+from sedona_fx.errors import TraceError
 
 _running: list[WholeCall] = []
 """The calls of the export that runs, by the number that the operator gets."""
@@ -51,6 +52,9 @@ class WholeCall:
         path: as given.
         tensors: those among the arguments.
         returned: for each tensor that the module returns, its shape with the program's symbols, and one like it.
+
+    Raises:
+        TraceError: a size of what the module returns is no linear function of a free size of its arguments.
     """
 
     def __init__(self, path: str, stand_in: nn.Module, given: Any) -> None:
@@ -59,15 +63,7 @@ class WholeCall:
         self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        sizes: list[Any] = [size for t in self.tensors for size in t.shape if isinstance(size, torch.SymInt)]
-        batch: Any = next((size for size in sizes if size.node.expr.is_Symbol), None)
-        runs = [self._run(stand_in, batch, more) for more in ((0,) if batch is None else (0, 1))]
-        leaves, spec = pytree.tree_flatten(runs[0])
-        numbers = iter(range(len(leaves)))
-        values = [next(numbers) if isinstance(leaf, Tensor) else _Plain(leaf) for leaf in leaves]
-        self._result = spec.unflatten(values)
-        found, *others = [[t for t in pytree.tree_leaves(run) if isinstance(t, Tensor)] for run in runs]
-        self.returned = [(_shape(t, u, batch), t) for t, u in zip(found, others[0] if others else found, strict=True)]
+        self.returned = self._asked_of(stand_in)
 
     def arguments(self, tensors: Sequence[Any]) -> Any:
         """Return (args, kwargs) of the call with other values in the place of its tensors."""
@@ -85,15 +81,37 @@ class WholeCall:
         paths, _ = pytree.tree_flatten_with_path(self._result)
         return next(keys for keys, leaf in paths if not isinstance(leaf, _Plain) and leaf == number)
 
-    def _run(self, stand_in: nn.Module, batch: Any, more: int) -> Any:
-        """Return what the copy returns for noise, with as many more examples as asked for."""
-        symbol = None if batch is None else batch.node.expr
+    def _asked_of(self, stand_in: nn.Module) -> list[tuple[list[Any], Tensor]]:
+        """Run a copy of the module for `returned`, at the example's sizes and with each free size larger by one."""
+        sizes: list[Any] = [size for t in self.tensors for size in t.shape if isinstance(size, torch.SymInt)]
+        free = {size.node.expr: size for size in sizes if size.node.expr.is_Symbol}
+        self._hints = {symbol: size.node.hint for symbol, size in free.items()}
+        result = self._run(stand_in)
+        leaves, spec = pytree.tree_flatten(result)
+        numbers = iter(range(len(leaves)))
+        self._result = spec.unflatten([next(numbers) if isinstance(t, Tensor) else _Plain(t) for t in leaves])
+        found = _tensors(result)
+        shapes: list[list[Any]] = [list(t.shape) for t in found]
+        at_all = [list(t.shape) for t in found]  # with all free sizes larger, if it is linear in them
+        for symbol, size in free.items():
+            for k, larger in enumerate(_tensors(self._run(stand_in, symbol))):
+                for dim, (n, m) in enumerate(zip(found[k].shape, larger.shape, strict=True)):
+                    if n != m:
+                        shapes[k][dim] = shapes[k][dim] + (m - n) * (size - self._hints[symbol])
+                        at_all[k][dim] += m - n
+        if len(free) > 1 and at_all != [list(t.shape) for t in _tensors(self._run(stand_in, *free))]:
+            raise TraceError(f"{self.path!r} stays whole, and its sizes are no linear functions of those that it gets")
+        return list(zip(shapes, found, strict=True))
+
+    def _run(self, stand_in: nn.Module, *larger: Any) -> Any:
+        """Return what the copy returns for noise of the example's sizes; those of some symbols are larger by one."""
+        values = {symbol: hint + (symbol in larger) for symbol, hint in self._hints.items()}
 
         def size_of(size: Any) -> int:
             if not isinstance(size, torch.SymInt):
                 return int(size)
             node: Any = size.node
-            return int(node.expr.xreplace({symbol: batch.node.hint + more}) if more else node.hint)
+            return int(node.expr.xreplace(values) if node.expr.free_symbols <= values.keys() else node.hint)
 
         shapes = [tuple(map(size_of, tensor.shape)) for tensor in self.tensors]
         # Outside of the capture, which would record operators and refuse derivatives.
@@ -101,6 +119,10 @@ class WholeCall:
             noise = [_noise(shape, tensor) for shape, tensor in zip(shapes, self.tensors, strict=True)]
             args, kwargs = self.arguments(noise)
             return pytree.tree_map_only(Tensor, Tensor.detach, stand_in(*args, **kwargs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 class _Plain:
@@ -147,12 +169,6 @@ def whole_calls(model: nn.Module, leaves: Iterable[nn.Module]) -> Iterator[list[
             yield calls
     finally:
         _running = before
-
-
-def _shape(tensor: Tensor, larger: Tensor, batch: Any) -> list[Any]:
-    """Return the shape of a tensor for a free batch, from those for the example's size and for one more."""
-    hint = 0 if batch is None else batch.node.hint
-    return [n if n == m else (m - n) * (batch - hint) + n for n, m in zip(tensor.shape, larger.shape, strict=True)]
 
 
 def _noise(shape: Sequence[int], like: Tensor) -> Tensor:

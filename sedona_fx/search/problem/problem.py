@@ -28,15 +28,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.data.sources import Source
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadContext, HeadSpec
 from sedona_fx.heads.registry import head_name
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import Cost, cost_of_head
-from sedona_fx.ir.grad_calls import derivatives
 from sedona_fx.ir.outputs import Loss
-from sedona_fx.passes.cuts import base_layers, resolve
+from sedona_fx.ir.shares import Measure
+from sedona_fx.passes.cuts import resolve
+from sedona_fx.passes.places import marked_places
 from sedona_fx.search.problem.limits import Limits
 
 Choice = tuple[tuple[str, int], ...]
@@ -81,6 +83,7 @@ class Problem:
             seconds is asked for; :class:`~sedona_fx.search.problem.plan_costs.PlanCosts` fills it in.
         seed: of everything that the search draws.
         progress: whether to show progress bars.
+        remedy: says, given how many places there are, what would help where they are too few; None: nothing is said.
     """
 
     analysed: Analysed
@@ -92,6 +95,7 @@ class Problem:
     seconds: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     seed: int = 0
     progress: bool = False
+    remedy: Callable[[int], str] | None = field(default=None, repr=False, compare=False)
     derived: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
     """A cache for what was computed from this problem, each entry under a key of its own. A copy that
     ``dataclasses.replace`` makes starts with an empty one."""
@@ -132,20 +136,21 @@ class Problem:
     def places(self) -> list[str]:
         """Return the names of the cut points to choose from, in the order of the forward pass.
 
-        These are the ends of the base layers, or all legal cut points if there are too few base layers for K blocks.
+        These are the ends of the base layers and, if those are too few for K blocks, as few other legal cut points as
+        make enough. None leaves a block without parameters to train.
 
         Raises:
-            CutError: there are fewer than K - 1 legal cut points.
+            CutError: there are fewer than K - 1 such places.
         """
-        names = [name for name in base_layers(self.train) if name in self.candidates]
+        names = self._places
         if self.blocks - 1 > len(names):
-            names = list(self.candidates)
-        if self.blocks - 1 > len(names):
+            enough = f"{len(names) + 1} block{'s' if names else ''}"
             raise CutError(
-                f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(names)} legal cut "
-                f"points, enough for {len(names) + 1} blocks.{self._frozen()}{derivatives(self.train.graph)}"
+                f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(self.contexts)} legal cut "
+                f"points, enough for {enough} with parameters in each.{self._frozen()}"
+                f"{derivatives(self.train.graph)}{self.remedy(len(names)) if self.remedy is not None else ''}"
             )
-        return names
+        return list(names)
 
     def node(self, name: str) -> fx.Node:
         """Return the node of the train graph after which a cut point stands."""
@@ -225,6 +230,10 @@ class Problem:
         )
 
     @functools.cached_property
+    def _places(self) -> list[str]:
+        return marked_places(self.train, self.candidates, self.blocks - 1)
+
+    @functools.cached_property
     def _positions(self) -> dict[str, int]:
         return {name: k for k, name in enumerate(self.places())}
 
@@ -260,6 +269,11 @@ class Search(ABC):
 
     needs_data: ClassVar[bool] = False
     """Whether the search reads batches (``problem.data``) and the loss, or decides by the graphs alone."""
+
+    @property
+    def balances(self) -> Measure:
+        """What blocks should share evenly, where ``decouple`` chooses how many activations may cross at a cut."""
+        return "flops"
 
     @property
     def val_batch_size(self) -> int | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sedona_fx.errors import HeadError
+from sedona_fx.ir.modules import holding
 from sedona_fx.search.relaxed.state import RelaxedBlock, RelaxedNet, Slot, State, Tensors, named_tensors
 from sedona_fx.search.relaxed.vjp import Leaf, accumulate, gradients, live_tensors, present, reachable, with_own_nodes
 from sedona_fx.search.session.batches import NamedBatch
@@ -139,5 +139,6 @@ def run_block(
         tensors = {**tensors, block.beta: beta}
     names = named_tensors(module)
     replaced = {n: t for n, t in tensors.items() if n in names}
-    values, local = functional_call(module, replaced, tuple(env[n] for n in block.inputs))
+    with holding(module, replaced):
+        values, local = module(*(env[n] for n in block.inputs))
     return dict(zip(block.exports, values, strict=True)), local

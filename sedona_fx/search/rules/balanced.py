@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sedona_fx.errors import SettingsError
 from sedona_fx.ir.cost import stretch_costs
+from sedona_fx.ir.shares import Measure
 from sedona_fx.search.problem.dynamic_program import RankedPlan
 from sedona_fx.search.problem.plan_costs import allowed, heads_tried, plan_costs
 from sedona_fx.search.problem.problem import Decision, Positions, Problem, Search, candidate_cost
@@ -35,7 +36,7 @@ class Balanced(Search):
         SettingsError: `by` or `head` has another value.
     """
 
-    by: Literal["flops", "activation_bytes"] = "flops"
+    by: Measure = "flops"
     head: HeadRule = "first"
     needs_data: ClassVar[bool] = False
 
@@ -43,6 +44,11 @@ class Balanced(Search):
         if self.by not in ("flops", "activation_bytes"):
             raise SettingsError(f"Balanced(by={self.by!r}): either 'flops' or 'activation_bytes'")
         check_head_rule(self.head, "Balanced")
+
+    @property
+    def balances(self) -> Measure:
+        """What is balanced."""
+        return self.by
 
     def decide(self, problem: Problem) -> Decision:
         """Choose cuts and heads.

@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import SPLIT_POINTS, copy_info, info, output_node
-from sedona_fx.ir.modules import first_float_parameter
+from sedona_fx.ir.modules import like_of
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import new_graph
 from sedona_fx.passes import BlockGraph, partition, relax
 from sedona_fx.search.problem.problem import Problem, local_loss_of
@@ -44,11 +45,8 @@ def relaxed_blocks(problem: Problem, places: Sequence[str]) -> list[RelaxedGraph
         HeadError: a head uses a weight of the base layer before it.
     """
     problem.require_heads("search='sedona'")
-    like = first_float_parameter(problem.train)
-    assert like is not None  # what the search trains
-    heads = {
-        name: [make_head(spec, problem.contexts[name], like) for spec in problem.candidates[name]] for name in places
-    }
+    like, contexts = like_of(problem.train), problem.contexts
+    heads = {name: [make_head(spec, contexts[name], like) for spec in problem.candidates[name]] for name in places}
     no_heads: dict[str, list[nn.Module]] = {name: [] for name in places}
     train = partition(relax(problem.train, heads))
     evaluation, trunk = partition(relax(problem.eval, no_heads)), partition(relax(problem.train, no_heads))
@@ -103,4 +101,4 @@ def _with_signature(block: BlockGraph, inputs: Sequence[str], exports: Sequence[
     nodes = dict(zip(block.exports, exported, strict=True))
     all_exports = tuple(copies[nodes[name]] if name in nodes else None for name in exports)
     graph.output((all_exports, fx.map_arg(local, copies.__getitem__)))
-    return fx.GraphModule(block.module, graph, class_name=type(block.module).__name__)
+    return Program(block.module, graph, class_name=type(block.module).__name__)

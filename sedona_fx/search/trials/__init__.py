@@ -13,6 +13,7 @@ plan_tree            Many plans of one net, trained greedily at the same time; b
                      trained once
 proposals            Plans to try: all there are, or those of the rules and a random sample of the others; all
                      within the budget
+step_fault           What is not finite in a training step of a search: no optimizer may step on it
 successive_halving   Successive halving: train several plans at once, and drop the worse half of them twice on the
                      way
 supernet             One set of weights for all plans: the net with every candidate head

@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import BlockGraph, info
-from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.modules import keep_modes, like_of
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
 from sedona_fx.search.problem.stretches import cut_into_stretches
 from sedona_fx.search.session.batches import NamedBatch
-from sedona_fx.search.trials.supernet import Start, floating_parameter, load
+from sedona_fx.search.trials.step_fault import step_fault
+from sedona_fx.search.trials.supernet import Start, load
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Node:
         head: None for a last block.
         optimizer: of the block and its head; None: nothing is trainable.
         children: the blocks that follow in some plan.
-        failed: whether its loss was not finite once.
+        failed: whether its loss or a gradient was not finite once.
+        fault: which, and when, in words.
     """
 
     choice: Choice
@@ -55,10 +57,17 @@ class Node:
     optimizer: torch.optim.Optimizer | None = None
     children: list[Node] = field(default_factory=list)
     failed: bool = False
+    fault: str = ""
 
     def modules(self) -> nn.ModuleList:
         """Return all modules of this node."""
         return nn.ModuleList([m for m in (self.train.module, self.evaluation.module, self.head) if m is not None])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the block by the user's names, then those of its head."""
+        yield from self.train.module.named_parameters()
+        for name, parameter in self.head.named_parameters() if self.head is not None else ():
+            yield f"{name} of the head behind {self.choice[-1][0]}", parameter
 
     def load(self, start: Start) -> None:
         """Copy weights into the block and its head."""
@@ -118,6 +127,10 @@ class PlanTree:
             yield node
             todo.extend(reversed(node.children))
 
+    def fault(self) -> str:
+        """Return why the first of the blocks that failed did so, in words; empty if none did."""
+        return next((node.fault for node in self.nodes() if node.fault), "")
+
     def plans(self) -> list[Choice]:
         """Return the plans in the tree."""
         return [node.choice for node in self.nodes() if node.last]
@@ -129,8 +142,8 @@ class PlanTree:
     def train(self, batch: NamedBatch, step: int) -> None:
         """Train every block on a batch; each reads what the block before it exported before that block's own update.
 
-        Random draws are those of a net that is trained by the plan alone. A block whose loss is not finite fails: it
-        and all blocks after it are trained no further.
+        Random draws are those of a net that is trained by the plan alone. A block fails if its loss or a gradient is
+        not finite: it and all blocks after it are trained no further.
         """
         inputs, target = batch
         for root in self.roots:
@@ -169,13 +182,17 @@ class PlanTree:
         with block_random(self._problem.seed, node.depth, step, self._device):
             exports, local = node.local_output(node.train, values)
         loss = self._local_loss(node.last, local, target)
-        if not math.isfinite(loss.item()):
-            node.failed = True
-            return
-        if node.optimizer is not None and loss.requires_grad:
+        trains = node.optimizer is not None and loss.requires_grad
+        if trains:
             loss.backward()
+        if fault := step_fault({f"block {node.depth}": loss}, node.optimizer, node.named_parameters):
+            node.failed, node.fault = True, f"{fault} (block {node.depth}, step {step})"
+        elif node.optimizer is not None and trains:
             node.optimizer.step()
+        if node.optimizer is not None:
             node.optimizer.zero_grad(set_to_none=True)
+        if node.failed:
+            return
         handed_on = {**values, **detached(exports)}
         del exports, local, loss
         for child in node.children:
@@ -215,8 +232,8 @@ class PlanTree:
             place, index = choice[-1]
             end = info(self._problem.node(place)).site
             with seeded_init(self._problem.seed):
-                spec, like = self._problem.candidates[place][index], floating_parameter(self._problem)
-                head = make_head(spec, self._problem.contexts[place], like)
+                spec = self._problem.candidates[place][index]
+                head = make_head(spec, self._problem.contexts[place], like_of(self._problem.train))
         node = Node(
             choice=choice,
             depth=depth,

@@ -80,7 +80,7 @@ class Halving:
 
         Raises:
             DataError: there are no validation batches.
-            SearchDivergedError: no plan has a finite loss.
+            SearchDivergedError: no plan has finite losses and gradients.
         """
         stops = stops_of(self.steps)
         while self.step < self.steps:
@@ -100,7 +100,7 @@ class Halving:
     def _end_round(self, losses: Mapping[Choice, float]) -> None:
         ranked = sorted(losses, key=lambda plan: losses[plan])
         if not math.isfinite(losses[ranked[0]]):
-            raise SearchDivergedError(f"in every plan, at step {self.step}", None)
+            raise SearchDivergedError(f"in every plan, at step {self.step}", None, self.tree.fault())
         self.rounds.append({"step": self.step, "scores": [[self._named(plan), losses[plan]] for plan in ranked]})
         self.ranked = ranked
         if self.step < self.steps:
@@ -120,6 +120,7 @@ class Halving:
                 "modules": node.modules().state_dict(),
                 "optimizer": node.optimizer.state_dict() if node.optimizer is not None else None,
                 "failed": node.failed,
+                "fault": node.fault,
             }
             for node in self.tree.nodes()
         ]
@@ -145,7 +146,7 @@ class Halving:
             if node.optimizer is not None:
                 check_progress(state, self.steps, node.optimizer, saved["optimizer"])
                 node.optimizer.load_state_dict(saved["optimizer"])
-            node.failed = saved["failed"]
+            node.failed, node.fault = saved["failed"], saved.get("fault", "")  # files from before it was written
 
 
 def stops_of(steps: int) -> list[int]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import info
-from sedona_fx.ir.late_buffers import overwrite
-from sedona_fx.ir.modules import first_float_parameter
+from sedona_fx.ir.modules import like_of
 from sedona_fx.rng import block_random, seeded_init
+from sedona_fx.runtime.guard import Snapshot
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Positions, Problem, local_loss_of
 from sedona_fx.search.problem.stretches import cut_into_stretches
 from sedona_fx.search.session.batches import NamedBatch
+from sedona_fx.search.trials.step_fault import step_fault
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class Supernet:
         modules = copy.deepcopy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
         self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
         self._ends = [info(node).site for node in nodes]
-        like = floating_parameter(problem)
         self.heads: list[list[nn.Module]] = []
         with seeded_init(problem.seed):
             for place in places:
                 context, candidates = problem.contexts[place], problem.candidates[place]
-                self.heads.append([make_head(spec, context, like) for spec in candidates])
+                self.heads.append([make_head(spec, context, like_of(problem.train)) for spec in candidates])
         self._modules = nn.ModuleList([nn.ModuleList(modules), *(nn.ModuleList(built) for built in self.heads)])
+        self._buffers = list(self._modules[0].buffers())
         self._step = 0
 
     @property
@@ -115,19 +116,21 @@ class Supernet:
         self._step += 1
         return Forward(ends, self.local_loss(True, output, target))
 
-    def train(self, batch: NamedBatch, optimizer: torch.optim.Optimizer, plan: Positions) -> None:
+    def train(self, batch: NamedBatch, optimizer: torch.optim.Optimizer, plan: Positions) -> str:
         """Take one training step along a plan, as ``Greedy`` does: each block and its head by their own local loss.
-
-        If a loss is not finite, no weight changes.
 
         Args:
             batch: inputs by name, and the target.
             optimizer: of :meth:`parameters`.
             plan: for every cut the indices of its place and its head.
+
+        Returns:
+            An empty text; or which loss or gradient was not finite: then no weight and no buffer has changed.
         """
         inputs, target = batch
         values: dict[str, Any] = dict(inputs)
-        heads = dict(plan)
+        heads, losses = dict(plan), dict[str, Tensor]()
+        buffers = Snapshot([*self._buffers, *(b for place, head in plan for b in self.heads[place][head].buffers())])
         for place, (graph, end) in enumerate(zip(self._graphs, [*self._ends, None], strict=True)):
             with block_random(self._problem.seed, 1 + place, self._step, self._device):
                 exports, output = run_graph(graph, values)
@@ -136,15 +139,30 @@ class Supernet:
                     output = self.heads[place][heads[place]](values[end])
             if end is None or place in heads:
                 loss = self.local_loss(end is None, output, target)
-                if not math.isfinite(loss.item()):
-                    break
                 if loss.requires_grad:
                     loss.backward()
+                losses["the final output" if end is None else f"the block up to {self.places[place]!r}"] = loss.detach()
                 values = detached(values)
+        fault = step_fault(losses, optimizer, self._named_parameters)
+        if fault:
+            buffers.restore()
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._step += 1
+        return fault
+
+    def buffers(self) -> list[Tensor]:
+        """Return the buffers of the net and of all heads."""
+        return list(self._modules.buffers())
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the net by the user's names, and those of the heads, from the input on."""
+        for place, graph in enumerate(self._graphs):
+            yield from graph.module.named_parameters()
+            for k, head in enumerate(self.heads[place] if place < len(self.heads) else ()):
+                for name, parameter in head.named_parameters():
+                    yield f"{name} of head {k} behind {self.places[place]}", parameter
 
     def local(self, run: Forward, place: int, head: int, target: Any) -> Tensor:
         """Return the local loss of a head on the activation at its place, in the graph of that forward pass."""
@@ -171,13 +189,6 @@ class Supernet:
         """Restore what :meth:`state_dict` returned."""
         self._modules.load_state_dict(state["modules"])
         self._step = state["step"]
-
-
-def floating_parameter(problem: Problem) -> Tensor:
-    """Return a parameter of the net whose device and dtype new heads get."""
-    like = first_float_parameter(problem.train)
-    assert like is not None  # what the search trains
-    return like
 
 
 def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,12 +68,13 @@ class Flight:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], devices: Iterable[torch.device]) -> Flight:
-        """Return the flight that a state is of, without the exports of its blocks.
+        """Return the flight that a state is of, without the exports of its blocks; it shares no tensor with the state.
 
         Args:
             state: what :meth:`state_dict` returned.
             devices: for each block, where its inputs go.
         """
+        state = copy.deepcopy(state)
         held = [
             Held(**{**saved, "inputs": to_device(saved["inputs"], device)}) if saved is not None else None
             for device, saved in zip(devices, state["held"], strict=True)

@@ -32,8 +32,8 @@ class Sight:
     """What an extra loss may look at, for one block and one batch.
 
     Attributes:
-        activation: the block's output, with its graph: what the block's head reads. In the last block, the output of
-            its last base layer.
+        activation: the block's output, with its graph: what the block's head reads, the batch first. In the last
+            block, the output of its last base layer.
         layers: the activation that enters the block, and the output of each of its base layers, with their graph; empty
             for losses without `needs_layers`.
         inputs: the net's inputs by argument name.

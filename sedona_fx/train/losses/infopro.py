@@ -63,9 +63,15 @@ class InfoPro:
         """Return the loss of a block.
 
         Raises:
-            ScheduleError: the input is not a floating-point tensor, or its decoder would be too large.
+            ScheduleError: the input is not a floating-point tensor, has not one row for each of the activation, or its
+                decoder would be too large.
         """
         name = self._input_name(inputs)
+        if len(activation) != len(inputs[name]):
+            raise ScheduleError(
+                f"InfoPro reconstructs the input {name!r}, {shape_text(inputs[name].shape)}, example by example, and "
+                f"the activation has {len(activation)} rows, {shape_text(activation.shape)}. Leave InfoPro out."
+            )
         if activation.dim() == inputs[name].dim() == 4:
             return _Images(self, name, activation, inputs[name])
         if self.mean is not None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from sedona_fx.data.args import Args
 from sedona_fx.errors import ScheduleError
 from sedona_fx.train.losses.base import ExtraLoss, Sight, at_least_single, check_weights
 
@@ -59,8 +60,11 @@ class _Transport(ExtraLoss):
     def forward(self, sight: Sight) -> Tensor:
         """Return the cost, a scalar; 0 for a block in which every layer changes the shape."""
         total = at_least_single(sight.activation).new_zeros(())
+        examples = Args(**sight.inputs).batch_size()
         for before, after in zip(sight.layers, sight.layers[1:], strict=False):
             if before.shape == after.shape and before.is_floating_point() and after.is_floating_point():
                 squares = (at_least_single(after) - at_least_single(before)).square()
-                total = total + (squares.mean() if self.settings.average else squares.sum() / squares.shape[0])
+                total = total + (
+                    squares.mean() if self.settings.average else squares.sum() / (examples or len(squares))
+                )
         return total / (2 * self.settings.tau)

@@ -11,9 +11,10 @@ from torch import nn
 
 from sedona_fx.errors import ScheduleError
 from sedona_fx.net.net import Net
+from sedona_fx.net.parallel import require_unwrapped
 from sedona_fx.net.wrapped import require_net
 from sedona_fx.rng import random_states, restore_random
-from sedona_fx.runtime.block import Block, StepResult
+from sedona_fx.runtime.block import Block, StepResult, users_of
 from sedona_fx.runtime.optimizer_state import counted_state, load_counted
 from sedona_fx.runtime.precision import check_autocast
 from sedona_fx.train.schedules.fitted import Fitted
@@ -23,7 +24,6 @@ from sedona_fx.train.schedules.optimizers import (
     make_scalers,
     owned_parameters,
     refuse_unfrozen,
-    users_of,
 )
 from sedona_fx.train.schedules.state import check_identity, check_numbers, check_state
 from sedona_fx.train.schedules.updating import Updating
@@ -155,9 +155,12 @@ class Schedule(Updating):
         Raises:
             ScheduleError: a parameter that was frozen when the schedule was made now requires a gradient; the net
                 cannot follow what was replaced in it; or the optimizers do not hold it.
+            ParallelError: ``net.model`` is in a wrapper that would not train the net.
         """
         refuse_unfrozen(self._frozen, self.net, type(self).__name__)
+        require_unwrapped(self.net.model)
         self._check_parameters()
+        self.net.check_precision(self.autocast)
         if not self._calls:
             self.zero_grad()
         self._unscaled, self._number = set(), self.net.steps
@@ -231,7 +234,8 @@ class Schedule(Updating):
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on as if never stopped; loads with ``weights_only=True``.
 
-        A subclass that adds keys names them in `parts`.
+        Its tensors are the schedule's own, as in state dicts of PyTorch; to go back to it in the same process, keep a
+        ``copy.deepcopy``. A subclass that adds keys names them in `parts`.
 
         Raises:
             NonFiniteLossError: a loss or gradient of the last step was not finite; its check had been deferred.
@@ -268,7 +272,7 @@ class Schedule(Updating):
         check_numbers(state, self.parameters, self.scalers, self.accumulate)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state. Load the net's own state first.
+        """Go on from a state, which stays as it is. Load the net's own state first.
 
         Where the schedule draws from the global random streams, their states are restored as well.
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.errors import NonFiniteGradientError, NonFiniteLossError, ScheduleError
 from sedona_fx.ir.graph import BlockGraph
-from sedona_fx.ir.late_buffers import overwrite
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.net.net import Net
 from sedona_fx.runtime.block import Block, StepResult

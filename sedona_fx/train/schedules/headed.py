@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.errors import ScheduleError
+from sedona_fx.heads.rows import entering
 from sedona_fx.ir.graph import TensorSpec, info, output_node
 from sedona_fx.ir.modules import first_float_parameter
 from sedona_fx.ir.outputs import pick
@@ -150,7 +151,7 @@ class Headed(Schedule):
             layers = self._layer_outputs(block, batch.training, values, exports) if extra.needs_layers else ()
             if output is None and not layers:
                 continue  # the last block, without a base layer of its own
-            activation = output if output is not None else layers[-1]
+            activation = entering(block.head, output) if output is not None else layers[-1]
             terms.append(extra.weight * module(Sight(activation, layers, batch.inputs, batch.target)))
             keep *= getattr(extra, "keep", 1.0)
         if keep != 1.0:
@@ -192,5 +193,5 @@ class Headed(Schedule):
         classes = primary.shape[1] if len(primary.shape) > 1 else 1
         for extra in self._extras_of(net, block):
             end = next((n for n in graph.module.graph.nodes if info(n).site == graph.boundary), None)
-            activation = example(info(end).value) if end is not None else torch.empty(())
+            activation = entering(block.head, example(info(end).value)) if end is not None else torch.empty(())
             yield extra.build(activation, inputs, classes)

@@ -9,23 +9,10 @@ import torch
 from torch import nn
 
 from sedona_fx.errors import ScheduleError
-from sedona_fx.runtime.block import Block
+from sedona_fx.runtime.block import Block, users_of
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Called once per block with the parameters to optimize."""
-
-
-def users_of(trained: Sequence[Sequence[nn.Parameter]]) -> dict[nn.Parameter, list[int]]:
-    """Return, for each parameter, the indices of the blocks that use it, in order.
-
-    Args:
-        trained: for each block, the parameters trained in it, each once.
-    """
-    users: dict[nn.Parameter, list[int]] = {}
-    for index, parameters in enumerate(trained):
-        for parameter in parameters:
-            users.setdefault(parameter, []).append(index)
-    return users
 
 
 def owned_parameters(trained: Sequence[Sequence[nn.Parameter]]) -> tuple[list[list[nn.Parameter]], list[set[int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -296,7 +297,7 @@ class Replay(Headed):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`."""
         super().load_state_dict(state)
-        replay = state["replay"]
+        replay = copy.deepcopy(state["replay"])
         for buffer, saved, block in zip(self.buffers, replay["buffers"], self.net.blocks[:-1], strict=True):
             buffer.load_state_dict(saved, block.device)
         self.counts = Counts(**replay["counts"])

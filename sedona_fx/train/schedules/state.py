@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import late_buffers
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count
-from sedona_fx.ir.late_buffers import late_buffers
 from sedona_fx.rng import are_random_states
 from sedona_fx.runtime.optimizer_state import optimizer_fault
 

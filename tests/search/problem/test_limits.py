@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from captured import Capture, captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,7 +21,7 @@ from sedona_fx import Limits
 from sedona_fx.errors import BudgetError, CutError, PlanError
 from sedona_fx.heads.registry import build_head
 from sedona_fx.report.text import in_units
-from sedona_fx.search import Balanced, Decision, Latest, Search, Sedona, Uniform, allowed, best_plans
+from sedona_fx.search import Balanced, Latest, Sedona, Uniform, allowed, best_plans
 from sedona_fx.search.problem.plan_costs import plan_costs
 from sedona_fx.search.rules.uniform import uniform_layers
 from sedona_fx.search.sedona.decode import decode, decode_within
@@ -48,22 +49,8 @@ BATCH = (torch.linspace(-1, 1, 30).view(5, 6), torch.tensor([0, 1, 2, 0, 1]))
 DATA = [BATCH] * 4
 
 
-class Catch(Search):
-    """A search that keeps the problem it is given and cuts anywhere."""
-
-    def __init__(self, needs_data=True):
-        self.needs_data = needs_data
-
-    def decide(self, problem):
-        self.problem = problem
-        places = problem.places()[: problem.blocks - 1]
-        return Decision(places, [problem.candidates[place][0] for place in places])
-
-
 def problem_of(widths=WIDTHS, blocks=3, heads=HEADS, **how):
-    catch = Catch()
-    sedona_fx.decouple(net_of(widths), DATA, blocks=blocks, search=catch, heads=heads, progress=False, **how)
-    return catch.problem
+    return captured(net_of(widths), DATA, blocks=blocks, heads=heads, **how)
 
 
 def kept_bytes(run, *ignored):
@@ -166,10 +153,7 @@ class Skips(nn.Module):
 
 
 def test_what_far_blocks_share_is_counted_once():
-    problem = Catch()
-    how = {"max_live": 2, "heads": HEADS}
-    sedona_fx.decouple(Skips(), DATA, blocks=3, search=problem, progress=False, **how)
-    problem = problem.problem
+    problem = captured(Skips(), DATA, blocks=3, max_live=2, heads=HEADS)
     places = problem.places()
     for plan in itertools.islice(every_plan(len(places), 2), 0, None, 3):
         cuts, heads = [places[k] for k, _ in plan], [HEADS[m] for _, m in plan]
@@ -303,7 +287,7 @@ def test_sedona_keeps_within_the_budget(case):
 
 def test_a_search_that_knows_no_limits_is_refused_and_not_believed(case):
     with pytest.raises(CutError, match=r"exceeds the budget: head_flops=1,000, but it needs [\d,]+ FLOPs"):
-        sedona_fx.decouple(net_of(WIDTHS), DATA, blocks=3, search=Catch(), heads=HEADS, budget={"head_flops": 1000})
+        sedona_fx.decouple(net_of(WIDTHS), DATA, blocks=3, search=Capture(), heads=HEADS, budget={"head_flops": 1000})
 
 
 def test_a_budget_that_no_plan_meets(case):

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from captured import Capture
 from tiny_search import SMALL, WORK, batches, loss, make_blocks, same
 from torch import Tensor, nn
 
 import sedona_fx
 from sedona_fx import Limits
 from sedona_fx.errors import BudgetError, SettingsError
-from sedona_fx.search import Decision, Problem, Search, Sedona
+from sedona_fx.search import Sedona
 from sedona_fx.search.problem.work import RelaxedWork
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State
 from sedona_fx.search.sedona import bilevel, perturbation, sedona
@@ -339,19 +340,10 @@ def test_every_round_tries_what_some_allowed_plan_completes_and_nothing_else(blo
 
 
 def test_limits_that_no_plan_meets_are_refused_before_the_search() -> None:
-    problems: list[Problem] = []
-
-    class Catch(Search):
-        needs_data = True
-
-        def decide(self, problem: Problem) -> Decision:
-            problems.append(problem)
-            places = problem.places()[: problem.blocks - 1]
-            return Decision(places, [problem.candidates[p][0] for p in places])
-
-    decoupled(Catch())
+    capture = Capture()
+    decoupled(capture)
     with pytest.raises(BudgetError, match="needs less than"):
-        PlanSpace.of(replace(problems[0], limits=Limits(head_flops=1)))
+        PlanSpace.of(replace(capture.problem, limits=Limits(head_flops=1)))
 
 
 # --- the whole search -------------------------------------------------------------------------------------------------
