@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 _locks = [threading.RLock()]
 # A worker of a data loader may be forked while another thread holds the lock, and would wait for ever.
 os.register_at_fork(after_in_child=lambda: _locks.__setitem__(0, threading.RLock()))

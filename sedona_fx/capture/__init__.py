@@ -6,6 +6,8 @@ where only a sub-module can be recorded. ``sites`` names the nodes, ``proof`` co
 
 Files
 
+whole/          What a front end does not look into: modules that stay whole, functions that stay one node,
+                derivatives in forward
 blame           Find the line of the user's code that caused an error or a side effect while a forward pass is
                 recorded
 checkpoints     Reentrant checkpoints (``torch.utils.checkpoint``, ``use_reentrant=True``) while a forward is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,13 @@ def user_line(error: BaseException) -> str:
 def current_line() -> str:
     """Return the line of the user's code that is running now, in the form of :func:`user_line`."""
     return _last_user_line(traceback.extract_stack())
+
+
+def recorded_line(stack_trace: str) -> str:
+    """Return the user's last line in the stack trace of a recorded operator, in the form of :func:`user_line`."""
+    frames = [(file, int(number)) for file, number in re.findall(r'File "(.+?)", line (\d+)', stack_trace)]
+    lines = [(file, number, linecache.getline(file, number).strip()) for file, number in frames if _is_users(file)]
+    return "".join(f", {file} line {number}: `{line}`" for file, number, line in lines[-1:])
 
 
 def locate_side_effect(model: nn.Module, retrace: Callable[[], Any]) -> str:

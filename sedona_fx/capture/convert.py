@@ -11,16 +11,19 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.blame import recorded_line
 from sedona_fx.capture.graph_module import with_record
 from sedona_fx.capture.inline_regions import REGION
 from sedona_fx.capture.tracer import holds_tensor
+from sedona_fx.capture.whole.operators import WHOLE, WholeCall
+from sedona_fx.capture.whole.reasons import TRANSFORM, NeedsTensors, is_transform
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.outputs import fields, is_container, is_leaf, is_object
@@ -40,6 +43,7 @@ class Converter:
         arguments: argument name -> value, as the model was exported with.
         model_output: what the model returned while it was exported, without objects. Its leaves are what the program
             returns, in the same order.
+        calls: of the modules that stay whole.
         inside: what the paths of the program begin with, and those of the graph do not.
     """
 
@@ -52,7 +56,9 @@ class Converter:
         arguments: Mapping[str, Any],
         model_output: Any,
         inside: str,
+        calls: Sequence[WholeCall] = (),
     ) -> None:
+        self.model, self.calls = model, calls
         self.source, self.program, self.arguments, self.model_output = source, program, arguments, model_output
         self.inside = inside
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
@@ -73,6 +79,11 @@ class Converter:
                 with_record(self.graph.output(self._build_output(self.model_output, leaves)))
                 continue
             path = self._own(_module_path(node))
+            if is_transform(node.target):
+                line = recorded_line(str(node.meta.get("stack_trace")))
+                raise NeedsTensors(f"{path or type(self.model).__name__}{line}: {TRANSFORM}", path)
+            if self._is_part_of_whole_call(node):
+                continue
             convert_argument = functools.partial(self._converted, path=path)
             args, kwargs = fx.map_arg(node.args, convert_argument), fx.map_arg(node.kwargs, convert_argument)
             target = _RESHAPE if node.target is torch.ops.aten.view.default else node.target
@@ -82,6 +93,24 @@ class Converter:
             if node in self.env:
                 info(self.env[node]).returned_by = tuple(filter(None, map(self._own, paths)))
         return self.graph, self.attributes
+
+    def _is_part_of_whole_call(self, node: fx.Node) -> bool:
+        """Whether a node calls a module that stays whole, or takes a tensor out of its result; it is rewritten then."""
+        arguments: Any = node.args
+        if node.target is WHOLE:
+            call, path = self.calls[arguments[1]], self._own(_module_path(node))
+            tensors: Any = fx.map_arg(arguments[0], functools.partial(self._converted, path=path))
+            args, kwargs = call.arguments(tensors)
+            self.env[node] = with_record(self.graph.call_module(call.path, tuple(args), kwargs), path)
+            self.attributes[call.path] = self.model.get_submodule(call.path)
+            return True
+        if node.target is not operator.getitem or getattr(arguments[0], "target", None) is not WHOLE:
+            return False
+        value = self.env[arguments[0]]
+        for key in self.calls[arguments[0].args[1]].keys(arguments[1]):
+            value = with_record(self.graph.call_function(*_access(value, key)))
+        self.env[node] = value
+        return True
 
     def _own(self, path: str) -> str:
         """Return the path in the model that a path in the program stands for."""

@@ -11,7 +11,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +31,16 @@ from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watc
 from sedona_fx.capture.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters, keep_state
+from sedona_fx.capture.state_watch import StateWatch, keep_gradients, keep_parameters, keep_state
 from sedona_fx.capture.tracer import watch_training_flags
+from sedona_fx.capture.whole.derivatives import DerivativeWatch
+from sedona_fx.capture.whole.kinds import whole_in_export
+from sedona_fx.capture.whole.operators import whole_calls
+from sedona_fx.capture.whole.reasons import NeedsTensors, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.layer_stacks import unknown_masks
+from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.plan_values import FreeSize
@@ -62,13 +67,19 @@ class Exported:
 
 
 def record_by_export(
-    model: nn.Module, arguments: Mapping[str, Any], *, free_sizes: bool = True, told: list[str] | None = None
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    leaves: Collection[nn.Module] = (),
+    *,
+    free_sizes: bool = True,
+    told: list[str] | None = None,
 ) -> Exported:
     """Record the model's forward in its present mode by ``torch.export``.
 
     Args:
         model: its state is the same afterwards.
         arguments: name -> value. The batch is left free where possible.
+        leaves: modules that become one node each, besides those that cannot be looked into.
         free_sizes: whether to leave the other sizes of inputs free, too, where possible.
         told: as for :func:`~sedona_fx.capture.regions.watch_regions`.
 
@@ -76,7 +87,8 @@ def record_by_export(
         TraceError: the program cannot be captured, or the forward changed state, drew numbers outside of the graph or
             registered hooks, or modules have backward hooks.
     """
-    if hooked := hooked_modules(model, "backward"):
+    whole = whole_in_export(model, leaves)
+    if hooked := hooked_modules(model, "backward", whole):
         raise TraceError(
             f"backward hooks hang on {', '.join(hooked)}, and an exported program has no modules for them to hang on. "
             "Remove them before the model is decoupled."
@@ -84,15 +96,16 @@ def record_by_export(
     free_batch = Args(**arguments).batch_size() is not None
     capture: _Capture | None = None
     sizes: tuple[FreeSize, ...] = ()
-    if free_batch and free_sizes:
-        with suppress(TraceError):  # with fewer sizes free it may go
-            capture = _capture(model, arguments, free=_all_sizes, told=told)
-            sizes = GuardedProgram(capture.program, capture.source, arguments).free_sizes()
-    if capture is None:
-        capture = _capture(model, arguments, free=_batch_size if free_batch else None, told=told)
-    if free_batch and not GuardedProgram(capture.program, capture.source, arguments).serves_every_batch():
-        free_batch, sizes = False, ()
-        capture = _capture(model, arguments, free=None, told=told)
+    with whole_calls(model, whole) as calls:
+        if free_batch and free_sizes:
+            with suppress(TraceError):  # with fewer sizes free it may go
+                capture = _capture(model, arguments, free=_all_sizes, told=told)
+                sizes = GuardedProgram(capture.program, capture.source, arguments).free_sizes()
+        if capture is None:
+            capture = _capture(model, arguments, free=_batch_size if free_batch else None, told=told)
+        if free_batch and not GuardedProgram(capture.program, capture.source, arguments).serves_every_batch():
+            free_batch, sizes = False, ()
+            capture = _capture(model, arguments, free=None, told=told)
     graph, attributes = Converter(
         model=model,
         source=capture.source,
@@ -100,6 +113,7 @@ def record_by_export(
         arguments=arguments,
         model_output=capture.model_output,
         inside=capture.inside,
+        calls=calls,
     ).convert()
     gm = build_graph_module(model, graph, attributes)
     return Exported(gm, capture.mode_reads, free_batch=free_batch, free_sizes=sizes)
@@ -118,7 +132,8 @@ def why_fixed(model: nn.Module, arguments: Mapping[str, Any], name: str, dim: in
         return note(self, prefix, guard, *rest, **options) if note is not None else None
 
     try:
-        with mock.patch.object(ShapeEnv, "_log_guard", noting) if note is not None else nullcontext():
+        noted = mock.patch.object(ShapeEnv, "_log_guard", noting) if note is not None else nullcontext()
+        with noted, whole_calls(model, whole_in_export(model, ())):
             source = _capture(model, arguments, free=_all_sizes).source
     except TraceError as error:
         return str(error)
@@ -191,12 +206,18 @@ def _capture(
         watched = watch_regions(strict=False, told=told)
         with _quietly(), torch.enable_grad(), watch_training_flags(mode_reads), watched as regions:
             shapes = _dynamic_shapes(example, free) if free is not None else None
-            with watch_hooks(registrations), plain_checkpoints(), mark_regions(regions), unknown_masks():
+            hooks, derivatives = watch_hooks(registrations), DerivativeWatch(refuse=True)
+            with hooks, plain_checkpoints(), mark_regions(regions), unknown_masks(), derivatives:
                 program = torch.export.export(outermost, (), example, dynamic_shapes=shapes, strict=False)
             hook = registrations.first()
             source = program.module()
     except Exception as error:
-        raise TraceError(_reason(error)) from error
+        reason = f"{type(error).__name__}: {reason_of(error)}{user_line(error)}."
+        if is_opaque(error):
+            raise NeedsTensors(
+                f"{module_of(error, model) or type(model).__name__}: {reason}", module_of(error, model)
+            ) from error
+        raise TraceError(reason) from error
     finally:
         handle.remove()
         registrations.remove()
@@ -237,6 +258,21 @@ def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[
             return False
 
 
+def settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
+    """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
+
+    Returns:
+        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
+    """
+    watch, registrations = StateWatch(model), Registrations()
+    with keep_parameters(model), keep_gradients(model):
+        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
+            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
+        if not watch.settle():
+            registrations.remove()
+    return watch, registrations
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep torch.export from printing the whole program and its warnings: the error says what went wrong."""
@@ -274,8 +310,3 @@ def _batch_size(tensor: Tensor) -> dict[int, Any]:
 
 def _all_sizes(tensor: Tensor) -> dict[int, Any]:
     return dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no reason given'}{user_line(error)}."

@@ -9,9 +9,11 @@ are, and may do all of this.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from sedona_fx.capture.blame import current_line
+from sedona_fx.plan_values import FrontEnd
+
+log = logging.getLogger(__name__)
 
 TENSOR_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 """Methods of tensors that put a hook on them."""
@@ -107,11 +112,43 @@ def hooks_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(kind for kind, registries in kinds.items() if any(_has_own(module, name) for name in registries))
 
 
-def hooked_modules(model: nn.Module, kind: str) -> list[str]:
-    """Return the paths of the modules with hooks of a kind; the model itself is ``"the model itself"``."""
-    return [
-        repr(path) if path else "the model itself" for path, module in model.named_modules() if kind in hooks_of(module)
-    ]
+def hooked_modules(model: nn.Module, kind: str, whole: Collection[nn.Module] = ()) -> list[str]:
+    """Return the paths of the modules with hooks of a kind; the model itself is ``"the model itself"``.
+
+    Args:
+        model: the model.
+        kind: of :func:`hooks_of`.
+        whole: modules that run as they are, so that hooks on them and inside of them run; they are left out.
+    """
+    inside = {inner for module in whole for inner in module.modules()}
+    hooked = [path for path, m in model.named_modules() if m not in inside and kind in hooks_of(m)]
+    return [repr(path) if path else "the model itself" for path in hooked]
+
+
+def tell_of_silent_hooks(model: nn.Module, whole: Collection[nn.Module], front_end: FrontEnd) -> None:
+    """Say which hooks will never run: those of the model itself and, in an exported program, of what is not whole.
+
+    In symbolic graphs modules with hooks stay whole, so that the hooks run; what that costs is logged.
+
+    Args:
+        model: that has been recorded.
+        whole: modules that its graphs call.
+        front_end: that recorded it.
+    """
+    exported = front_end == "export"
+    if silent := hooked_modules(model, "forward", whole) if exported else ["the model itself"][: bool(hooks_of(model))]:
+        where = ", which torch.export has recorded as one flat program" if exported else ""
+        warnings.warn(
+            f"hooks hang on {', '.join(silent)}{where}: they never run in the net. What they do to values while the "
+            "model is recorded is part of the net.",
+            stacklevel=3,
+        )
+    elif kept := [path for path, module in model.named_modules() if hooks_of(module) and any(module.children())]:
+        log.warning(
+            "hooks hang on %s: such modules stay whole, so that their hooks run, and there is no cut inside of them. "
+            "Remove the hooks before the model is decoupled for cuts there.",
+            ", ".join(map(repr, kept)),
+        )
 
 
 def _has_own(module: nn.Module, registry: str) -> bool:

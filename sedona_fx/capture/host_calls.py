@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.tracer import holds_tensor
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import TensorSpec
@@ -133,7 +134,10 @@ class Leave(HostCall):
             nonlocal calls
             calls += 1
             for buffer, value in buffers_before:  # undo the second run of the code before the sub-module
-                buffer.data.copy_(value)  # not recorded by autograd, like batch norm's own updates
+                if buffer.shape == value.shape:
+                    buffer.data.copy_(value)  # not recorded by autograd, like batch norm's own updates
+                else:
+                    overwrite(buffer, value)
             restore_random(random_before)
             return output
 

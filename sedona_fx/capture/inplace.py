@@ -80,7 +80,15 @@ WRITES = (setitem, iadd, isub, imul, itruediv, iand, ior)
 
 
 class InplaceProxy(fx.Proxy):
-    """An fx proxy that records Python's in-place operators as the functions above."""
+    """An fx proxy that records Python's in-place operators as the functions above, and a tensor's ``requires_grad``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "requires_grad":
+            self.requires_grad_(value)
+        elif name in ("data", "grad"):
+            raise TypeError(f"it sets `.{name}` of a tensor, which a graph does not record")
+        else:
+            super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         setitem(self, key, value)

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.rng import random_states, restore_random, same_random_states, turn
 
 _CONTAINERS = (dict, list, set, deque)
@@ -73,7 +74,11 @@ class StateWatch:
         self._paths = {path for path, _ in model.named_modules()}
         seen: set[int] = set()
         for path, module in model.named_modules():
-            self._remember(path, vars(module), seen)
+            if isinstance(module, torch.jit.ScriptModule):  # it notes its methods among its attributes
+                for name, buffer in module._buffers.items():
+                    self._remember(f"{path}.{name}", buffer, seen)
+            else:
+                self._remember(path, vars(module), seen)
 
     def _remember(self, path: str, value: Any, seen: set[int]) -> None:
         if id(value) in seen:
@@ -150,7 +155,7 @@ class StateWatch:
         with torch.no_grad():
             for watched in self._tensors:
                 if watched.copy is not None:  # even if the version is the same: batch norm does not count its updates
-                    watched.tensor.copy_(watched.copy)
+                    overwrite(watched.tensor, watched.copy)
         restore_random(self._random)
         return changed
 
@@ -185,16 +190,31 @@ class StateWatch:
 
 @contextmanager
 def keep_state(model: nn.Module) -> Iterator[None]:
-    """Restore the model's attributes and buffers and the states of the global random generators on exit.
+    """Restore on exit the model's attributes, buffers and gradients, and the states of the global random generators.
 
     Other threads wait for their turn with the generators meanwhile, since what they draw would be undone.
     """
-    with turn():
+    with turn(), keep_gradients(model):
         watch = StateWatch(model)
         try:
             yield
         finally:
             watch.restore()
+
+
+@contextmanager
+def keep_gradients(model: nn.Module) -> Iterator[None]:
+    """Let parameters have no gradients in the body, where a forward may call ``backward``, and theirs on exit."""
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, gradient in gradients:
+        if gradient is not None:
+            parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, refusal, watch_hooks
 from sedona_fx.capture.state_watch import StateWatch
 from sedona_fx.capture.tracer import Tracer
+from sedona_fx.capture.whole.derivatives import make_derivatives_local
 from sedona_fx.errors import TraceError, did_you_mean
 from sedona_fx.ir.graph import copy_graph
 
@@ -65,9 +66,10 @@ def record_symbolically(
         hook = registrations.first()
         change = watch.changed()
         graph, _ = copy_graph(graph)  # without the tracer's class, which would be asked to unpickle the graph
+        make_derivatives_local(graph)
         gm = build_graph_module(model, graph, model)
     except Exception as error:
-        raise TraceError(f"cannot record the forward of {tracer.explain(error)}") from error
+        raise tracer.explain(error) from error
     finally:
         registrations.remove()
         watch.restore()

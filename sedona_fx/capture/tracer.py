@@ -12,11 +12,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.blame import user_line
+from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
+from sedona_fx.capture.whole.kinds import stays_whole
+from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, is_opaque, reason_of
+from sedona_fx.capture.whole.scripted import scripted_calls_recorded
+from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
 from sedona_fx.ir.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.ir.outputs import without_objects
@@ -26,7 +30,8 @@ class Tracer(fx.Tracer):
     """Records one forward of a model.
 
     Args:
-        leaves: modules that become one node each, besides PyTorch's own layers and modules with hooks.
+        leaves: modules that become one node each, besides PyTorch's own layers, modules with hooks, and those that
+            cannot be looked into.
         values: argument name -> value. Values with a tensor in them become placeholders, others are used as they are.
             Arguments without a value keep their default.
 
@@ -54,6 +59,7 @@ class Tracer(fx.Tracer):
             watch_training_flags(self.mode_reads),
             watch_regions(strict=True) as self._regions,
             enter_stacks(self._packing),
+            scripted_calls_recorded(),
         ):
             return super().trace(root, concrete_args)
 
@@ -68,7 +74,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module becomes one node."""
-        if m in self.leaves or hooks_of(m):
+        if m in self.leaves or hooks_of(m) or stays_whole(m):
             return True
         known = is_leaf(m)
         return super().is_leaf_module(m, module_qualified_name) if known is None else known
@@ -110,10 +116,21 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make a node and its proxy. A method that puts a hook on a tensor would be taken for one that does nothing."""
+        """Make a node and its proxy; of ``torch.autograd.grad``, a tuple of proxies.
+
+        A method that puts a hook on a tensor, or gradients into ``.grad``, would be taken for one that does nothing.
+        """
         if kind == "call_method" and target in TENSOR_HOOKS:
             raise TypeError("it registers a hook on a tensor, which a graph does not keep")
-        return super().create_proxy(kind, target, *args, **kwargs)
+        if (kind == "call_method" and target == "backward") or target is torch.autograd.backward:
+            raise TypeError(BACKWARD)
+        if kind == "call_method" and args[0] and isinstance(args[0][0], torch._C.ScriptModule):
+            raise TypeError(METHOD)  # the node would hide whose weights it reads
+        proxy: Any = super().create_proxy(kind, target, *args, **kwargs)
+        if target is torch.autograd.grad:
+            info(proxy.node).line = current_line()
+            return tuple(proxy[k] for k in range(len(args[0][1])))
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node with a record of where it was made."""
@@ -139,16 +156,14 @@ class Tracer(fx.Tracer):
             self._asked_for = obj.node
             raise
 
-    def explain(self, error: Exception) -> str:
-        """Describe why tracing failed: module, file, line, source text, and which node's value was needed."""
+    def explain(self, error: Exception) -> TraceError:
+        """Return the error that says why tracing failed: module, file, line, source text, whose value was needed."""
         where = self._failed_in or "the model's own forward"
         needed_value = ""
         if self._asked_for is not None:
             needed_value = f" It asks for the value of {self._asked_for.name!r}, made in {describe(self._asked_for)}."
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        if "__cuda_array_interface__" in reason:  # PyTorch tried to read the proxy as an array of numbers
-            reason = "it needs the numbers in a tensor, and there are none while a forward is recorded"
-        return f"{where}{user_line(error)}: {reason}.{needed_value}"
+        text = f"cannot record the forward of {where}{user_line(error)}: {reason_of(error)}.{needed_value}"
+        return NeedsTensors(text, self._failed_in or "") if is_opaque(error) else TraceError(text)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.errors import CutError, HeadError, PlanError, did_you_mean
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss
-from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names
+from sedona_fx.heads.registry import default_candidates, default_head, head_name, head_names, reads
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import describe, info
 from sedona_fx.passes.cuts import follow_one_another, resolve
@@ -72,7 +73,8 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
     """Return the candidate heads of every legal cut point that a head can be built for.
 
     Args:
-        heads: what the user gave. Candidates of the user are offered everywhere.
+        heads: what the user gave. Candidates of the user are offered everywhere but where activations are complex and
+            a candidate is a built-in head.
         traced: the model's graphs, with what a head has to fit at each cut point.
         searching: whether a search compares candidates; a rule gets the one default head of each cut point.
 
@@ -82,8 +84,10 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
     """
     specs = _as_list(heads)
     by_name(heads)
-    if heads is False or specs:
+    if heads is False:
         return dict.fromkeys(traced.contexts, specs)
+    if specs:
+        return {name: specs for name, context in traced.contexts.items() if all(reads(s, context) for s in specs)}
     fitting: dict[str, list[HeadSpec]] = {}
     first_refusal: HeadError | None = None
     for name, context in traced.contexts.items():
@@ -197,7 +201,7 @@ def _resolve(names: list[str], traced: Analysed, error: type[Exception], who: st
                 "float activation, or its rows are no examples of the batch, or only the output follows it, or later "
                 "code writes into it through a view, or it is not there in evaluation, or weights in front of it would "
                 "get no gradient (a detach lies between)"
-                f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones."
+                f"{did_you_mean(name, legal)}. net.plan.base_layers lists good ones.{derivatives(traced.train.graph)}"
             )
         if inside := [other for other in legal if other.startswith(f"{name}.")]:
             raise error(

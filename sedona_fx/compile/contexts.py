@@ -119,6 +119,9 @@ def _head_dtypes(dtypes: Sequence[torch.dtype], activation: TensorSpec, primary:
 
     Otherwise autocast has made the activation, which no weights of that dtype could follow to another autocast.
     """
+    if activation.dtype.is_complex:
+        real = dtypes[0] if dtypes else activation.dtype.to_real()
+        return HeadDtypes(activation.dtype, weights=real, output=primary.dtype)
     one = len({*dtypes, activation.dtype, primary.dtype}) <= 1
     if one or not activation.dtype.is_floating_point or torch.is_autocast_enabled(primary.device.type):
         return None

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import share_copy, unwrapped
 from sedona_fx.net.net import Net
@@ -33,7 +35,7 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
     Of a wrapped model it is the model inside (:func:`~sedona_fx.ir.modules.unwrapped`).
 
     Raises:
-        DataError: `model` is not a module, or cannot be copied.
+        DataError: `model` is not a module, has parameters without a shape, or cannot be copied.
         TraceError: a function among the attributes of the copy would use layers of the original.
     """
     if not isinstance(model, nn.Module):
@@ -43,10 +45,22 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
         )
     warn_of_replicas(model)
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DataError(
+            "the model is TorchScript, which has no Python code to record: decouple the nn.Module that it was made of. "
+            "Parts of a model may be TorchScript."
+        )
     if isinstance(model, Net):
         raise DataError("the model is a net already: decouple the model that it holds, decouple(net.model, ...).")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := next((name for name, tensor in tensors if nn.parameter.is_lazy(tensor)), None):
+        raise DataError(
+            f"{lazy!r} of {type(model).__name__} is lazy: it gets its shape when the model first runs, and an "
+            "optimizer needs it before. Run the model once on a batch, model(x), and decouple it then."
+        )
     try:
-        owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
+        with copied_right(model):
+            owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
     except Exception as error:
         raise DataError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "

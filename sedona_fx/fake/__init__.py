@@ -9,6 +9,7 @@ memo     A memo of what operations do to fake tensors, since a deep net repeats 
 meter    Count FLOPs, and the bytes that autograd keeps for the backward pass, on fake, meta or real tensors
 tensors  Abstract tensors: geometry and storage only, from which a fake tensor is made when an operator has to run
          on it
+values   Nested values in a run on fake tensors: the tensors in one, containers that may be written to, noise
 """
 
 __all__: list[str] = []  # internal

@@ -115,7 +115,8 @@ class Meter(TorchDispatchMode):
             name, size = name_of(func), _bytes(*arguments, result)
             self.work.uncounted[name] = self.work.uncounted.get(name, 0) + size
 
-    def _save(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor among those that autograd keeps; return what it may keep."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._ignore:
             self.saved[storage._cdata] = storage.nbytes()
@@ -127,8 +128,18 @@ class Meter(TorchDispatchMode):
     @contextmanager
     def measuring(self) -> Iterator[Meter]:
         """Measure what runs in the body of the ``with`` statement."""
-        with torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t), self:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t)
+        with self._hooks, self:
             yield self
+
+    @contextmanager
+    def not_observing(self) -> Iterator[None]:
+        """Do not see what autograd keeps in the body."""
+        self._hooks.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self._hooks.__enter__()
 
 
 def _bytes(*values: Any) -> int:

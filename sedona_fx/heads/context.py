@@ -75,6 +75,11 @@ class HeadContext:
         return self.channel_dim % len(self.shape) == 1
 
     @property
+    def is_complex(self) -> bool:
+        """Whether the activation is of complex numbers."""
+        return self.dtypes is not None and self.dtypes.activation.is_complex
+
+    @property
     def is_vector(self) -> bool:
         """Whether the activation is (N, D)."""
         return len(self.shape) == 2

@@ -45,8 +45,19 @@ def make_head(spec: HeadSpec, context: HeadContext, like: Tensor) -> nn.Module:
         HeadError: as :func:`~sedona_fx.heads.registry.build_head`.
     """
     head, dtypes = build_head(spec, context), context.dtypes
-    head = head.to(like.device, like.dtype if dtypes is None else dtypes.weights)
-    if dtypes is None or len(set(dtypes)) == 1:
+    head = converted(head, like.device, like.dtype if dtypes is None else dtypes.weights)
+    if dtypes is None or len(set(dtypes)) == 1 or context.is_complex:  # a head of complex numbers knows what it reads
         return head
     output = dtypes.weights if context.free_output else dtypes.output
     return CastHead(head, dtypes.weights, output).to(like.device)
+
+
+def converted(head: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a head, its real numbers to a dtype, and its complex numbers to the complex one of that precision."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(device, dtype.to_complex())
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+    return head._apply(convert)

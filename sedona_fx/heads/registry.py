@@ -66,6 +66,8 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     _check_layout(context)
     entry = _entry(spec)
     name = head_name(spec)
+    if entry.refuses is not None:
+        _check_real(context)
     if entry.refuses is not None and (reason := entry.refuses(context)):
         fitting = fitting_heads(context)
         advice = "Heads that fit: " + ", ".join(map(repr, fitting)) if fitting else f"None fits: {_instead(context)}"
@@ -76,6 +78,11 @@ def build_head(spec: HeadSpec, context: HeadContext) -> nn.Module:
     if context.arrangement is None:
         return head
     return ArrangedHead(head, context.arrangement, free_output=context.free_output)
+
+
+def reads(spec: HeadSpec, context: HeadContext) -> bool:
+    """Whether a head reads the kind of numbers of an activation: built-in heads read real ones."""
+    return not context.is_complex or _entry(spec).refuses is None
 
 
 def head_name(spec: HeadSpec) -> str:
@@ -119,6 +126,7 @@ def default_candidates(context: HeadContext) -> tuple[str, ...]:
         HeadError: no built-in head fits. The message has both shapes and says why each kind does not fit.
     """
     _check_layout(context)
+    _check_real(context)
     if ladder := head_fit.ladder(context):
         return ladder
     reasons = "; ".join(f"{name!r}: {refuses(context)}" for name, refuses in head_fit.KINDS.items())
@@ -222,6 +230,15 @@ def _check_layout(context: HeadContext) -> None:
         )
 
 
+def _check_real(context: HeadContext) -> None:
+    if context.is_complex:
+        raise HeadError(
+            f"no built-in head reads complex numbers, and the activation{_after(context)} is complex: cut where "
+            "activations are real, as behind z.abs() or torch.view_as_real(z), give a factory of your own in "
+            "heads=[...], or heads=False and a schedule that needs none (Backprop)."
+        )
+
+
 def _check_users_head(name: str, head: object, context: HeadContext) -> None:
     """Check what a factory of the user returned against `context`, by a forward pass on fake tensors.
 
@@ -243,7 +260,8 @@ def _check_users_head(name: str, head: object, context: HeadContext) -> None:
     try:
         with mode, torch.no_grad():
             fakes: dict[str, Tensor] = {key: mode.from_tensor(tensor) for key, tensor in tensors.items()}
-            x = torch.empty(shape, dtype=like.dtype, device=like.device)
+            dtype = context.dtypes.activation if context.dtypes and context.is_complex else like.dtype
+            x = torch.empty(shape, dtype=dtype, device=like.device)
             output = torch.func.functional_call(head, fakes, (x,))
     except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
         return

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from sedona_fx.fake.meter import Meter
 from sedona_fx.heads.context import HeadContext, HeadSpec
+from sedona_fx.heads.dtypes import converted
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import TensorSpec, info
@@ -54,8 +55,9 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
     sample = torch.empty(activation.shape, dtype=activation.dtype, device="meta", requires_grad=True)
     meter = Meter([*head.parameters(), *head.buffers(), sample])
     meter.watch_weights(parameter for parameter in head.parameters() if parameter.dim() >= 2)
+    dtype = activation.dtype.to_real() if activation.dtype.is_complex else activation.dtype
     with torch.enable_grad(), meter.measuring():
-        head.to(activation.dtype)(sample)
+        converted(head, sample.device, dtype)(sample)
     return Cost(
         flops=meter.work.estimated(meter.work.flops_a_byte),
         parameters=sum(p.numel() for p in head.parameters()),

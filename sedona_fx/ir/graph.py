@@ -54,12 +54,14 @@ class NodeInfo:
     order: int = 0  # trace: position in the program
     sealed: bool = False  # trace: no block can end here: in evaluation the value has another form
     region: Region | None = None  # trace: the autocast or no_grad region that it runs in; None: as the caller runs
+    line: str = ""  # trace: the user's line, of a call of torch.autograd.grad
     value: Any = None  # annotate: the value with every tensor replaced by a TensorSpec
     parameters: tuple[str, ...] = ()  # annotate: names of the parameters that this node itself reads
     trained: tuple[str, ...] = ()  # annotate: those of them that require a gradient
     weighty: bool = False  # annotate: it reads a parameter of two or more dimensions
     depends: bool = False  # annotate: the value depends on parameters
     from_input: bool = False  # annotate: the value depends on the inputs
+    derives: str = ""  # annotate: how a module kept whole takes derivatives: by "autograd", by a "transform", or not
     flops: int = 0  # annotate: FLOPs of the forward pass, estimated where an operator has no formula
     work: Work = dataclasses.field(default_factory=Work)  # annotate: what its operators did, from which `flops` follows
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
@@ -79,6 +81,11 @@ class NodeInfo:
     def is_tensor(self) -> bool:
         """Whether the value is one tensor."""
         return isinstance(self.value, TensorSpec)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the value is one tensor of complex numbers."""
+        return isinstance(self.value, TensorSpec) and self.value.dtype.is_complex
 
     @property
     def is_live(self) -> bool:

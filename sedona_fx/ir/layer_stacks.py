@@ -55,7 +55,7 @@ def is_layer(module: nn.Module) -> bool:
     if not isinstance(module, _LAYERS) or "forward" in vars(module):
         return False
     base = next(kind for kind in type(module).__mro__ if is_pytorchs(kind))
-    return type(module).forward is base.forward
+    return bool(type(module).forward is base.forward)  # type: ignore[attr-defined]
 
 
 def is_pytorchs(kind: type) -> bool:
@@ -150,7 +150,7 @@ class PackingStack:
             layer = create("get_attr", path, (), {})
             info(layer.node).site = f"{path}:itself"
             entered = create("call_function", choose_form, (layer, x, key_mask, self.mask_check), {})
-            x, self._nested = entered[0], entered[1]
+            x, self._nested = entered[0], entered[1]  # type: ignore[index]
             info(x.node).sealed = True
             self._mask = create("call_function", mask_of_layers, (key_mask, self._nested), {})
         packed = create("call_function", to_nested, (x, key_mask, self._nested), {})
@@ -224,7 +224,7 @@ def unknown_masks() -> Iterator[None]:
 
 @functools.wraps(_transformer_forward)
 def _without_checks(self: nn.Transformer, src: Any, tgt: Any, *masks: Any, **named_masks: Any) -> Any:
-    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes: attention checks them as well."""
+    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes: attention checks them, too."""
     if not isinstance(src, fx.Proxy) and not isinstance(tgt, fx.Proxy):
         return _transformer_forward(self, src, tgt, *masks, **named_masks)
     given = _TRANSFORMER.bind(self, src, tgt, *masks, **named_masks)

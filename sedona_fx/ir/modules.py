@@ -61,13 +61,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def first_float_parameter(module: nn.Module) -> nn.Parameter | None:
+def first_float_parameter(module: nn.Module) -> torch.Tensor | None:
     """Return the first parameter of a floating-point dtype, in the order of ``named_parameters``; None without one.
 
     It stands for the dtype and the device in which a module computes: integer parameters (quantised weights) and
-    buffers (counters) do not.
+    buffers (counters) do not. For a module with complex parameters alone, the real part of the first one does.
     """
-    return next((parameter for _, parameter in module.named_parameters() if parameter.is_floating_point()), None)
+    parameters = [parameter for _, parameter in module.named_parameters()]
+    real = next((p for p in parameters if p.is_floating_point()), None)
+    return real if real is not None else next((p.detach().real for p in parameters if p.is_complex()), None)
 
 
 @contextmanager
@@ -105,7 +107,7 @@ def _list_weights(layers: Iterable[nn.RNNBase]) -> None:
         vars(layer)["_flat_weights"] = [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
-def like_of(module: nn.Module) -> nn.Parameter:
+def like_of(module: nn.Module) -> Tensor:
     """Return the parameter of a net whose device and dtype new heads get; one without any has nothing to train."""
     parameter = first_float_parameter(module)
     assert parameter is not None

@@ -122,7 +122,8 @@ class Trial:
                     if self.capture.front_end == "symbolic":
                         gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
                     else:
-                        gm = record_by_export(self.model, values, told=[]).graph
+                        leaves = find_leaves(self.model, self.whole)
+                        gm = record_by_export(self.model, values, leaves, told=[]).graph
                 except TraceError:
                     return []
             name_sites(gm.graph)

@@ -147,12 +147,13 @@ class Watch:
         self._look_into(model, "", whole)
 
     def _look_into(self, module: nn.Module, path: str, whole: Collection[nn.Module]) -> None:
-        if id(module) in self._seen:
+        if id(module) in self._seen or isinstance(module, torch.jit.ScriptModule):  # nothing in it can be replaced
             return
         self._seen.add(id(module))
         if module in whole:
             for inner_path, inner in module.named_modules(prefix=path):
-                self._hold(inner_path, "live", inner, inner._parameters)
+                if not isinstance(inner, torch.jit.ScriptModule):
+                    self._hold(inner_path, "live", inner, inner._parameters)
             return
         for registry, kind in _REGISTRIES.items():
             self._hold(path, kind, module, getattr(module, registry))

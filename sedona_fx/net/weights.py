@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import late_buffers
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count, load_failure, read_torch_file, replacing, torch_save
 from sedona_fx.plan import Plan
@@ -86,6 +87,8 @@ def mismatch(module: nn.Module, state: Mapping[str, Any], *, dtypes: bool = Fals
         dtypes: compare dtypes as well as names and shapes.
     """
 
+    late = _loads_any_shape(module)
+
     def describe(name: str, value: Any) -> tuple[str, str]:
         if name.rpartition(".")[2] == _EXTRA:
             return "extra state", ""
@@ -93,7 +96,8 @@ def mismatch(module: nn.Module, state: Mapping[str, Any], *, dtypes: bool = Fals
             return type(value).__name__, ""
         unusual = "" if value.layout == torch.strided else f" {str(value.layout).removeprefix('torch.')}"
         unusual += " without data (meta)" if value.is_meta else ""
-        return f"{tuple(value.shape)}{unusual}", f" {str(value.dtype).removeprefix('torch.')}" if dtypes else ""
+        shape = "of any shape" if name in late else tuple(value.shape)
+        return f"{shape}{unusual}", f" {str(value.dtype).removeprefix('torch.')}" if dtypes else ""
 
     saved = {str(name): describe(str(name), value) for name, value in state.items()}
     present = {name: describe(name, value) for name, value in module.state_dict().items()}
@@ -104,6 +108,16 @@ def mismatch(module: nn.Module, state: Mapping[str, Any], *, dtypes: bool = Fals
                 there, here = there + its_dtype, here + our_dtype
             return f"{name!r} is {there} in the file and {here} here"
     return ""
+
+
+def _loads_any_shape(module: nn.Module) -> set[str]:
+    """Return the names of buffers that get their size in the first forward, and take it over from a state dict."""
+    found = set()
+    for name in late_buffers(module):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        if type(owner)._load_from_state_dict is not nn.Module._load_from_state_dict:
+            found.add(name)
+    return found
 
 
 # ---- which net weights belong to -----------------------------------------------------------------------------------

@@ -8,15 +8,19 @@ block costs depends on shapes, aliasing, and the tensors that autograd keeps. So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.whole.derivatives import let_modules_derive
+from sedona_fx.capture.whole.grad_calls import argument, grad_calls
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Memo
 from sedona_fx.fake.meter import Work
@@ -37,10 +41,12 @@ def annotate(
 ) -> fx.GraphModule:
     """Fill in every node's value, parameters, FLOPs, bytes kept for backward, storages, writes and channel dimension.
 
-    Before: TRACED. After: the same graph; the fields of the records that belong to ``annotate`` are filled.
+    Before: TRACED. After: the same graph; the fields of the records that belong to ``annotate`` are filled. Modules
+    that take derivatives read what is differentiable in any block
+    (:func:`~sedona_fx.capture.whole.derivatives.let_modules_derive`).
 
     Args:
-        gm: only the records of its nodes change.
+        gm: only the records of its nodes change, where no module takes derivatives.
         inputs: placeholder name -> example value. Shapes, dtypes and devices are used. Numbers are used only where a
             module kept whole asks for integers (the lengths of padded sequences).
         training: the mode the graph belongs to.
@@ -50,6 +56,8 @@ def annotate(
     Raises:
         TraceError: a node cannot run on these shapes.
     """
+    if grad_calls(gm.graph):
+        memo = None  # they differentiate what ran before, so that all of it has to run
     try:
         _run(gm, inputs, training=training, memo=memo)
     except (CannotMake, TraceError):
@@ -57,6 +65,7 @@ def annotate(
             raise
         _run(gm, inputs, training=training, memo=None)  # what holds in case of doubt, errors included
     _follow_data_flow(gm)
+    let_modules_derive(gm)
     _estimate_flops(gm)
     return gm
 
@@ -69,7 +78,7 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
     }
     torch.clear_autocast_cache()  # in the user's autocast region: weights that were cast by a real run, ...
     try:
-        with keep_state(gm), keep_modes(gm), fake_mode, torch.enable_grad():
+        with keep_state(gm), keep_modes(gm), _numbers_for_momentum(gm), fake_mode, torch.enable_grad():
             gm.train(training)
             run = FakeRun(gm, fake_mode, memo, inputs)
             run.run(*(fakes[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
@@ -90,12 +99,30 @@ def _estimate_flops(gm: fx.GraphModule) -> None:
         info(node).flops = info(node).work.estimated(total.flops_a_byte)
 
 
+@contextmanager
+def _numbers_for_momentum(gm: fx.GraphModule) -> Iterator[None]:
+    """Let norms with a cumulative average (``momentum=None``) have a momentum in the body.
+
+    Their factor is one over a number in a buffer, and there are no numbers in a run on fake tensors. Nothing that is
+    recorded depends on it.
+    """
+    norms = [m for m in gm.modules() if isinstance(m, _NormBase) and m.momentum is None]
+    for norm in norms:
+        norm.momentum = 0.1
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
+
+
 def _follow_data_flow(gm: fx.GraphModule) -> None:
     """Fill in what follows from a node's inputs: `depends`, `from_input` and the channel dimension."""
     for node in gm.graph.nodes:
         record, sources = info(node), [info(source) for source in node.all_input_nodes]
         is_call = node.op in ("call_function", "call_method")
         stops_gradient = is_call and operation(node) in _GRADIENT_STOPS
+        stops_gradient |= node.target is torch.autograd.grad and not argument(node, "create_graph")
         if record.region is not None and record.region.grad is False:
             stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
             record.weighty = False

@@ -22,6 +22,7 @@ import networkx as nx
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from sedona_fx.capture.whole.grad_calls import grad_calls, stretch
 from sedona_fx.errors import OutputError
 from sedona_fx.ir.flow import ancestors, dependency_graph
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
@@ -171,7 +172,7 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
     for node in order:
         for source in needs.pred[node] if info(node).is_live else ():  # a mask takes no gradient from its source
             readers[source] |= bit[node]
-    inseparable, weight_uses = _inseparable(graph, bit), _weight_uses(graph, bit, needs)
+    inseparable, weight_uses = _inseparable(graph, bit, needs), _weight_uses(graph, bit, needs)
     weighty = functools.reduce(operator.or_, weight_uses, 0)
     written_opaquely = {write.storage for write in opaque_writes(graph)}
     block: dict[fx.Node, int] = {}  # node -> what it needs, itself included: the block that would end at it
@@ -234,10 +235,18 @@ def _live_parts(node: fx.Node) -> Iterable[fx.Node]:
             yield from _live_parts(user)
 
 
-def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int]) -> list[int]:
-    """Return sets of nodes that must stay in one block: the users of an opaquely written value or a written buffer."""
+def _inseparable(graph: fx.Graph, bit: Mapping[fx.Node, int], needs: nx.DiGraph) -> list[int]:
+    """Return sets of nodes that must stay in one block.
+
+    These are the users of an opaquely written value, those of a written buffer, and what a call of
+    ``torch.autograd.grad`` differentiates.
+    """
     groups: dict[object, int] = {}
     nodes = list(graph.nodes)
+    for call in grad_calls(graph):
+        # One that the primary output does not need runs in the last block, like all other outputs.
+        last = 0 if call in bit else 1 << len(bit)
+        groups[call] = functools.reduce(operator.or_, (bit.get(node, 0) for node in stretch(call, needs)), last)
     for write in opaque_writes(graph):
         for node in nodes[write.first : write.last + 1]:
             storages = set(info(node).storages).union(*(info(source).storages for source in node.all_input_nodes))

@@ -171,6 +171,7 @@ class Offers:
 
         - it needs a weight of two or more dimensions, and a parameter that requires a gradient, that those taken before
           it do not need;
+        - it is of real numbers, which heads read;
         - its only reader is no norm, activation, pool or dropout. One such reader among several, as in a pre-norm
           residual block, begins something new;
         - more than one weight is left after it: a head there would only repeat the classifier that follows. One of the
@@ -189,7 +190,7 @@ class Offers:
     def may_end_a_layer(self, node: fx.Node, block: Held, rest: Held) -> bool:
         """Whether a base layer may end at a node, by the rule: given what its block holds and what is left behind."""
         enough = block.weights and block.trained and rest.weights.bit_count() > 1 and rest.trained
-        return bool(enough) and not self.is_followed(node)
+        return bool(enough) and not info(node).is_complex and not self.is_followed(node)
 
 
 def possible(graph: fx.Graph) -> dict[str, fx.Node]:

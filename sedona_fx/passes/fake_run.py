@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +23,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
-from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
 from sedona_fx.capture.host_calls import HostCall, as_recorded
+from sedona_fx.capture.whole.derivatives import DerivativeWatch
+from sedona_fx.capture.whole.scripted import Scripted, scripted_modules
 from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.fake.meter import Meter, Work
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
+from sedona_fx.fake.values import is_float, made_up, mutable, tensors_in
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
 from sedona_fx.ir.program import attribute
@@ -91,7 +93,7 @@ class FakeRun(fx.Interpreter):
             result, saved, mutates = self._execute(n, record, call)
         record.flops = record.work.flops
         record.saved = {storage.number: size for storage, size in saved.items()}
-        record.storages = frozenset(self.storages.of(t).number for t in _tensors(result))
+        record.storages = frozenset(self.storages.of(t).number for t in tensors_in(result))
         record.mutates = frozenset(storage.number for storage in mutates)
         parameters = list(self._parameters(n))
         record.parameters = tuple(self.parameter_names[parameter] for parameter in parameters)
@@ -102,7 +104,7 @@ class FakeRun(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return arguments with Python's own lists and dictionaries: a function kept whole may write to them."""
         args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: self._without_abstract(self.env[a]))
-        return tuple(map(_mutable, args)), {name: _mutable(value) for name, value in kwargs.items()}
+        return tuple(map(mutable, args)), {name: mutable(value) for name, value in kwargs.items()}
 
     def fetch_attr(self, target: str) -> Any:
         """Return the module or tensor at a path."""
@@ -124,7 +126,7 @@ class FakeRun(fx.Interpreter):
         Returns:
             The node's value, the storages that it keeps for backward with their bytes, and those that it writes to.
         """
-        inputs = [t for source in n.all_input_nodes for t in _tensors(self._without_abstract(self.env[source]))]
+        inputs = [t for source in n.all_input_nodes for t in tensors_in(self._without_abstract(self.env[source]))]
         before = [_Seen(t, t._version, _visible(t), self.storages.of(t)) for t in inputs]
         # The user's own code may read any of the model's tensors.
         reads_anything = call is None and not does_only_its_own(n)
@@ -133,7 +135,9 @@ class FakeRun(fx.Interpreter):
         self.meter.saved, self.meter.work = {}, Work()
         self.meter.watch_weights(self._weights_of(n))
         try:
-            result = as_recorded(n.target) if isinstance(n.target, HostCall) else super().run_node(n)
+            if self._is_scripted(n):  # compiled code learns the tensors that it is run on
+                raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+            result = as_recorded(n.target) if isinstance(n.target, HostCall) else self._observed(n, super().run_node, n)
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.meter.saved, self.meter.work, call = {}, Work(), None
             try:
@@ -165,6 +169,35 @@ class FakeRun(fx.Interpreter):
             if effect is not None:
                 self.memo[call.key] = effect
         return result, saved, mutates
+
+    def _is_scripted(self, n: fx.Node) -> bool:
+        """Whether a node runs TorchScript."""
+        if n.op == "call_module":
+            return bool(scripted_modules(self.module.get_submodule(str(n.target))))
+        return isinstance(n.target, Scripted)
+
+    def _observed(self, n: fx.Node, run: Callable[..., Any], *args: Any) -> Any:
+        """Run a node while it is observed what autograd keeps, and which derivatives a module takes.
+
+        Functions of ``torch.func`` refuse that. Then all floats that leave are taken to be kept.
+        """
+        try:
+            if n.op != "call_module" or not _is_users(self.submodules[str(n.target)]):
+                return run(*args)
+            with DerivativeWatch() as watch:
+                result = run(*args)
+            info(n).derives = "autograd" if watch.seen else ""
+            return result
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+        info(n).derives, self.meter.saved, self.meter.work = "transform", {}, Work()
+        with self.meter.not_observing():
+            result = run(*args)
+        for tensor in tensors_in(result):
+            if tensor.requires_grad:
+                self.meter.keep(tensor)
+        return result
 
     def _locate_fakes(self, tensors: Iterable[Any]) -> None:
         """Find out which storages the fakes of real tensors have.
@@ -211,20 +244,20 @@ class FakeRun(fx.Interpreter):
             generator = torch.Generator().manual_seed(0)
             sources = {source: self._without_abstract(self.env[source]) for source in n.all_input_nodes}
             tensors = {source: t for source, t in sources.items() if isinstance(t, Tensor)}
-            known = {s: t for s, t in tensors.items() if not (t.dtype.is_floating_point and t.requires_grad)}
+            known = {s: t for s, t in tensors.items() if not (is_float(t) and t.requires_grad)}
             numbers_of = {id(fake): self._numbers(source) for source, fake in known.items()}
 
             def real(fake: Tensor) -> Tensor:
                 numbers = numbers_of.get(id(fake))
-                return numbers if numbers is not None else _made_up(fake, generator)
+                return numbers if numbers is not None else made_up(fake, generator)
 
             args, kwargs = pytree.tree_map_only(FakeTensor, real, (args, kwargs))
             if n.op == "call_module":
                 module = copy.deepcopy(self.module.get_submodule(str(n.target)))
                 self.meter.ignore([*module.parameters(), *module.buffers()])
-                result = module(*args, **kwargs)
+                result = self._observed(n, lambda: module(*args, **kwargs))
             else:
-                result = getattr(self, n.op)(n.target, args, kwargs)
+                result = self._observed(n, getattr(self, n.op), n.target, args, kwargs)
             leaves, spec = pytree.tree_flatten(result)
             detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fakes = [
@@ -264,30 +297,9 @@ def _visible(tensor: Tensor) -> tuple[Any, ...]:
     return geometry(tensor), tensor.requires_grad
 
 
-def _mutable(value: Any) -> Any:
-    """Return a nested value with Python's own containers in place of fx's immutable ones."""
-    if isinstance(value, list):
-        return [_mutable(item) for item in value]
-    if type(value) is tuple:
-        return tuple(map(_mutable, value))
-    if isinstance(value, immutable_dict):
-        return {key: _mutable(item) for key, item in value.items()}
-    return value
-
-
-def _made_up(fake: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a real tensor like a fake one: noise if it holds floats, else zeros."""
-    if fake.dtype.is_floating_point:
-        noise = torch.randn(fake.shape, generator=generator).to(fake.dtype).to(fake.device)
-        return noise.requires_grad_(fake.requires_grad).clone()  # not an autograd leaf: the module may write to it
-    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
-
-
-def _tensors(value: Any) -> list[Any]:
-    """Return the tensors of a nested value, abstract ones included."""
-    if isinstance(value, Tensor | Abstract):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor | Abstract)]
+def _is_users(module: nn.Module) -> bool:
+    """Whether the code of a module is not PyTorch's own."""
+    return not type(module).__module__.startswith("torch.nn.")
 
 
 def _specs(value: Any) -> Any:

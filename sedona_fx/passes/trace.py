@@ -10,25 +10,22 @@ what changes them: in all exported programs, and wherever the model has hooks (:
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import fx, nn
 
-from sedona_fx.capture.exported import Exported, record_by_export, why_fixed
+from sedona_fx.capture.exported import Exported, record_by_export, settle, why_fixed
 from sedona_fx.capture.free_sizes import in_both, resized
-from sedona_fx.capture.hooks import Registrations, hooked_modules, hooks_of, refusal, watch_hooks
+from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
 from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
-from sedona_fx.capture.state_watch import StateWatch, keep_parameters
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
+from sedona_fx.capture.whole.reasons import NeedsTensors
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import keep_modes
@@ -91,7 +88,7 @@ def trace(
         model: the copy that the net will own. Its parameters, buffers and modes are as before afterwards.
         example: one batch. A few of its examples are run through the model and through both graphs. Arguments without
             tensors become part of the graphs.
-        leaf_modules: module paths that are kept whole, which only symbolic tracing can do.
+        leaf_modules: module paths that are kept whole.
         root: module path of the part to be cut. If the code around it cannot be traced, it runs as Python
             (:mod:`sedona_fx.capture.host`).
         dynamic: sizes of inputs that have to be free.
@@ -112,35 +109,63 @@ def trace(
     if dynamic and traced.capture.fixed_sizes:
         _check_free(model, example, dynamic, traced.capture)
     if not traced.capture.hosted:
-        _tell_of_silent_hooks(model, traced.capture.front_end)
+        calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
+        tell_of_silent_hooks(model, [model.get_submodule(path) for path in calls], traced.capture.front_end)
     return traced
 
 
 def _trace(
     model: nn.Module, example: Args, *, leaf_modules: Collection[str], root: str, free_sizes: bool = True
 ) -> Traced:
-    """:func:`trace`, without a look at hooks that hang on the model itself."""
-    leaves = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
+    """:func:`trace`, without a look at hooks that hang on the model itself.
+
+    Code that neither front end can record, but that runs in a module which is kept whole, makes its module whole.
+    """
+    asked = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
+    whole: dict[str, str] = {}  # path -> why
+    while True:
+        leaves = asked | find_leaves(model, whole)
+        try:
+            traced = _trace_symbolically(model, example, leaves)
+            break
+        except TraceError as error:
+            symbolic_error = error
+        if root:
+            return _trace_root(model, example, leaf_modules, root)
+        try:
+            traced = _trace_by_export(model, example, leaves, free_sizes)
+            break
+        except TraceError as export_error:
+            both = f"{symbolic_error} torch.export cannot record it either: {export_error}"
+            reason = symbolic_error if isinstance(symbolic_error, NeedsTensors) else both
+            opaque = next((e for e in (export_error, symbolic_error) if isinstance(e, NeedsTensors)), None)
+            if opaque is None:
+                raise TraceError(f"{both} {WAYS_OUT}") from symbolic_error
+            if not opaque.path or opaque.path in whole:
+                raise TraceError(
+                    f"{reason} Put these lines into a module of their own, which is kept whole then, with no cut "
+                    "inside of it; or decouple only a part of the model with root='...'."
+                ) from symbolic_error
+            whole[opaque.path] = str(reason)
+    for path, reason in whole.items():
+        log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
+    return traced
+
+
+def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Module]) -> Traced:
     inputs = example.bind(model.forward)
+    return _record_both(model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True)
+
+
+def _trace_by_export(model: nn.Module, example: Args, leaves: frozenset[nn.Module], free_sizes: bool) -> Traced:
+    """Trace by the second front end; if it cannot, the state of the model is as before."""
+    watch, registrations = settle(model, example)
     try:
-        return _record_both(
-            model, example, lambda: record_symbolically(model, inputs, leaves), "symbolic", lambda: True
-        )
-    except TraceError as error:
-        symbolic_error = error
-    if root:
-        return _trace_root(model, example, leaf_modules, root)
-    if leaves:
-        raise TraceError(f"{symbolic_error} {WAYS_OUT}") from symbolic_error
-    watch, registrations = _settle(model, example)
-    try:
-        return _export_both(model, example, inputs, free_sizes)
-    except TraceError as export_error:
+        return _export_both(model, example, leaves, free_sizes)
+    except TraceError:
         registrations.remove()
         watch.restore()
-        raise TraceError(
-            f"{symbolic_error} torch.export cannot record it either: {export_error} {WAYS_OUT}"
-        ) from symbolic_error
+        raise
 
 
 def _with_free_sizes(
@@ -175,18 +200,20 @@ def _check_free(model: nn.Module, example: Args, dynamic: Mapping[str, Collectio
             )
 
 
-def _export_both(model: nn.Module, example: Args, inputs: Mapping[str, Any], free_sizes: bool) -> Traced:
+def _export_both(model: nn.Module, example: Args, leaves: frozenset[nn.Module], free_sizes: bool) -> Traced:
     """Record both modes by ``torch.export``.
 
     Code that asks whether autocast is on is told so at first: if it only opens a region then, the graphs have that
     region, and are right with and without autocast. Otherwise the proof fails, and the code is told the truth.
     """
 
+    inputs = example.bind(model.forward)
+
     def attempt(told: list[str] | None) -> Traced:
         made: list[Exported] = []
 
         def record() -> tuple[fx.GraphModule, list[nn.Module]]:
-            made.append(record_by_export(model, inputs, free_sizes=free_sizes, told=told))
+            made.append(record_by_export(model, inputs, leaves, free_sizes=free_sizes, told=told))
             return made[-1].graph, made[-1].mode_readers
 
         traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
@@ -232,42 +259,6 @@ def _trace_root(model: nn.Module, example: Args, leaf_modules: Collection[str], 
         output=output,
         capture=replace(traced.capture, hosted=True),
     )
-
-
-def _tell_of_silent_hooks(model: nn.Module, front_end: FrontEnd) -> None:
-    """Say which hooks will never run: those of the model itself and, in an exported program, those of all modules.
-
-    In symbolic graphs other modules with hooks stay whole, so that the hooks run; what that costs is logged.
-    """
-    hooked = hooked_modules(model, "forward")
-    if silent := hooked if front_end == "export" else hooked[:1] if hooks_of(model) else []:
-        where = ", which torch.export has recorded as one flat program" if front_end == "export" else ""
-        warnings.warn(
-            f"hooks hang on {', '.join(silent)}{where}: they never run in the net. What they do to values while the "
-            "model is recorded is part of the net.",
-            stacklevel=2,
-        )
-    elif whole := [path for path, module in model.named_modules() if hooks_of(module) and any(module.children())]:
-        log.warning(
-            "hooks hang on %s: such modules stay whole, so that their hooks run, and there is no cut inside of them. "
-            "Remove the hooks before the model is decoupled for cuts there.",
-            ", ".join(map(repr, whole)),
-        )
-
-
-def _settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
-    """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
-
-    Returns:
-        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
-    """
-    watch, registrations = StateWatch(model), Registrations()
-    with keep_parameters(model):
-        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
-            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-        if not watch.settle():
-            registrations.remove()
-    return watch, registrations
 
 
 def _record_both(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.errors import NonFiniteGradientError, NonFiniteLossError
 from sedona_fx.runtime.gradients import gradients_of, not_finite, where_not_finite
 
@@ -51,7 +52,9 @@ class Snapshot:
         with torch.no_grad():
             for buffer, old in self._pairs:
                 if unless is None:
-                    buffer.copy_(old)
+                    overwrite(buffer, old)
+                elif buffer.shape != old.shape:  # its first forward pass gave it a size: here the host waits, once
+                    overwrite(buffer, buffer if unless.item() else old)
                 else:
                     torch.where(unless.to(buffer.device), buffer, old, out=buffer)
 

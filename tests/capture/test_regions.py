@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx.capture.regions import watch_regions
+from sedona_fx.capture.symbolic import record_symbolically
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.region import Cast, Region
@@ -325,7 +326,7 @@ class Sets(Base):
 @pytest.mark.parametrize("kind", [Asks, Sets])
 def test_code_that_asks_for_autocast_or_sets_it_is_not_traced_symbolically(kind):
     with pytest.raises(TraceError, match=r"torch.(is|set)_autocast_enabled is called"):
-        sedona_fx.decouple(made(kind, False), data(), blocks=1, leaf_modules=["a"])
+        record_symbolically(made(kind, False), {"x": data()[0]}, frozenset())
 
 
 def test_the_records_say_what_the_code_does():

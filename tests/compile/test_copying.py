@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import sedona_fx
-from sedona_fx.errors import TraceError
+from sedona_fx.compile.copying import owned_copy
+from sedona_fx.errors import DataError, TraceError
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -183,3 +184,15 @@ def test_positional_only_arguments(kind):
         assert torch.equal(net.model(*args, **given), model(*args, **given))
         net.backward(sedona_fx.Args(*args, **given), Y)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyBatchNorm1d(affine=False), nn.LazyConv1d(4, 1)])
+def test_lazy_modules_are_to_be_run_once(lazy):
+    name = r"'1\.(weight|running_mean)' of Sequential is lazy.*Run the model once on a batch"
+    with pytest.raises(DataError, match=name):
+        owned_copy(nn.Sequential(nn.Linear(4, 4), lazy), inplace=False)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    model(x)
+    net = sedona_fx.decouple(model, (x, y), cuts=["1"], heads="linear")
+    assert torch.equal(net(x), model(x))

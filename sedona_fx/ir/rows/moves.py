@@ -61,15 +61,15 @@ class _Joined(NamedTuple):
     """A tensor that is joined to others: the value of a node, or an element of one."""
 
     node: fx.Node
-    index: int | None
+    place: int | None
     shape: tuple[int, ...]
 
     def need(self, wanted: Need) -> Need:
         """Return what is needed of the node for what is needed of the tensor."""
-        if self.index is None or wanted is NOTHING:
+        if self.place is None or wanted is NOTHING:
             return wanted
         parts = wanted if isinstance(wanted, frozenset) else (ALL,)
-        return frozenset(Item(self.index, part) for part in parts if not isinstance(part, Item))
+        return frozenset(Item(self.place, part) for part in parts if not isinstance(part, Item))
 
 
 def _tensors_and_dim(node: fx.Node) -> tuple[list[_Joined], int] | None:
@@ -130,7 +130,7 @@ def parts(gm: fx.GraphModule, node: fx.Node, part: Part) -> Needs | None:
     assert isinstance(source, fx.Node)
     dim %= len(own)
     sizes = [1 if name == "unbind" else spec.shape[dim] for spec in specs]
-    index = part.index % len(sizes)
+    index = part.place % len(sizes)
     start, wanted = sum(sizes[:index]), part.need
     if wanted is ALL:
         return {source: rows(dim, range(start, start + sizes[index]))}
@@ -155,7 +155,7 @@ def picked(node: fx.Node, part: Part | None) -> Needs | None:
     if own is None:  # an element of a tuple
         key, specs = node.args[1] if name == "getitem" else None, info(source).value
         if isinstance(key, slice) and isinstance(part, Item) and isinstance(specs, (tuple, list)):
-            return {source: frozenset({part._replace(index=range(len(specs))[key][part.index])})}
+            return {source: frozenset({part._replace(place=range(len(specs))[key][part.place])})}
         if not isinstance(key, int) or isinstance(part, Item):
             return None
         return {source: frozenset({Item(key, ALL if part is None else part)})}

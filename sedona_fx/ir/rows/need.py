@@ -26,9 +26,9 @@ class Rows(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An element of a tuple: `need` of the element `index`."""
+    """An element of a tuple: `need` of the element `place`."""
 
-    index: int
+    place: int
     need: Amount | Rows
 
 

@@ -47,7 +47,7 @@ def _steps(node: fx.Node, module: nn.RNNBase, part: Part) -> frozenset[int] | No
     own = shape_of(node.args[0])
     if own is None or len(own) != 3 or not isinstance(part, Item):
         return None
-    if part.index % 2 == 0 and isinstance(part.need, Rows) and part.need.dim == _time(module):
+    if part.place % 2 == 0 and isinstance(part.need, Rows) and part.need.dim == _time(module):
         return part.need.places
     return frozenset(range(own[_time(module)])) if part.need is ALL or isinstance(part.need, Rows) else None
 

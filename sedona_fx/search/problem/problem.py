@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.data.sources import Source
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadContext, HeadSpec
@@ -147,7 +148,7 @@ class Problem:
             raise CutError(
                 f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(self.contexts)} legal cut "
                 f"points, enough for {enough} with parameters in each.{self._frozen()}"
-                f"{self.remedy(len(names)) if self.remedy is not None else ''}"
+                f"{derivatives(self.train.graph)}{self.remedy(len(names)) if self.remedy is not None else ''}"
             )
         return list(names)
 

@@ -32,10 +32,10 @@ from torch.utils import _pytree as pytree
 from sedona_fx.search.relaxed.block_forward import Segment, run_relaxed_block
 from sedona_fx.search.relaxed.cut_record import CutRecord
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, validation_gradient
-from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
+from sedona_fx.search.relaxed.second_order import short_second_derivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, by_slot, clones, leaves, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients
-from sedona_fx.search.relaxed.vjp import Leaf, gradients, present
+from sedona_fx.search.relaxed.vjp import Leaf, gradients, inner, present
 from sedona_fx.search.session.batches import NamedBatch
 
 
@@ -109,7 +109,7 @@ def _derivatives_along(
     tangents: dict[Leaf, Tensor] = {}  # p_through t, of the live values that cross the cut before block i
     for i, record in enumerate(records):
         beta = logits.beta[i].clone().requires_grad_()
-        with ShortSecondDerivatives():
+        with short_second_derivatives(net):
             with record.generators.replayed():
                 segment, exports, loss = run_relaxed_block(
                     net, i, working, params=params, env=env, batch=batch, beta=beta
@@ -170,7 +170,7 @@ def _by_beta(
 
 def _inner(tangents: Mapping[Leaf, Tensor], gradient: Mapping[Leaf, Tensor]) -> Tensor | float:
     """Return the inner product over the values that both have."""
-    terms = [(tangents[leaf] * g).sum() for leaf, g in gradient.items() if leaf in tangents]
+    terms = [inner(tangents[leaf], g) for leaf, g in gradient.items() if leaf in tangents]
     return torch.stack(terms).sum() if terms else 0.0
 
 

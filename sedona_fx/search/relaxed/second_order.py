@@ -17,12 +17,13 @@ BatchNorm, with r = 1/std, xh = (x - mean) r, means over a channel's n values, a
               of x: r ((a - gamma r k) P g - gamma r m P u) - gamma r^2 A xh / n
 
 The forward pass and the first derivative are PyTorch's own kernels. Calls that these forms do not cover (several dtypes
-in one call, autocast, frozen norms, padding by name) run unchanged.
+in one call, complex numbers, autocast, frozen norms, padding by name) run unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,8 +32,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sedona_fx.heads.pooled_relu import last_derivative
+from sedona_fx.search.relaxed.state import RelaxedNet
 
 _aten = torch.ops.aten
+
+
+def short_second_derivatives(net: RelaxedNet) -> AbstractContextManager[Any]:
+    """Return a context in which second derivatives of a net are cheap, where it takes none itself."""
+    return nullcontext() if net.derives else ShortSecondDerivatives()
 
 
 class ShortSecondDerivatives(TorchFunctionMode):
@@ -235,11 +242,15 @@ def _combined(*terms: tuple[Tensor, Tensor | None], constant: Tensor) -> Tensor:
 
 
 def _covered(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors of one dtype, outside autocast."""
+    """Whether these are ordinary tensors of one real dtype, outside autocast.
+
+    Kernels are for real numbers: PyTorch makes a complex convolution of three real ones.
+    """
     operands = [t for t in tensors if t is not None]
     device_type, dtype = operands[0].device.type, operands[0].dtype
     casting = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return not casting and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype for t in operands)
+    unusual = casting or dtype.is_complex or any(type(t) not in (Tensor, torch.nn.Parameter) for t in operands)
+    return not unusual and all(t.dtype == dtype for t in operands)
 
 
 def _pair(value: Any) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from sedona_fx.ir.graph import info
 
 BlockLossFunction = Callable[[int, Any, Any], Tensor]
 """``loss(block index, local output, target)``: the local loss of one block, a scalar."""
@@ -68,6 +71,12 @@ class RelaxedNet:
 
     blocks: Sequence[RelaxedBlock]
     local_loss: BlockLossFunction
+
+    @functools.cached_property
+    def derives(self) -> bool:
+        """Whether a forward pass takes derivatives, so that second derivatives of the net need third ones."""
+        graphs = [b.module.graph for b in self.blocks if isinstance(b.module, fx.GraphModule)]
+        return any(node.target is torch.autograd.grad or info(node).derives for g in graphs for node in g.nodes)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from torch import Tensor
 from sedona_fx.errors import SettingsError
 from sedona_fx.search.relaxed.block_forward import LOSS, Segment, run_relaxed_block
 from sedona_fx.search.relaxed.cut_record import CutRecord, GeneratorStates
-from sedona_fx.search.relaxed.second_order import ShortSecondDerivatives
+from sedona_fx.search.relaxed.second_order import short_second_derivatives
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, Slot, State, Tensors
 from sedona_fx.search.relaxed.vjp import Leaf, accumulate, gradients, present
 from sedona_fx.search.session.batches import NamedBatch
@@ -92,7 +92,7 @@ def relaxed_gradients(
     grads: dict[Slot, Tensor] = {}
     losses: list[Tensor] = []
     segments: list[tuple[Segment, dict[Leaf, Tensor]]] = []  # each with dl_i/dh_i
-    with torch.enable_grad(), ShortSecondDerivatives() if create_graph else nullcontext():
+    with torch.enable_grad(), short_second_derivatives(net) if create_graph else nullcontext():
         for i in range(len(net.blocks)):
             if records is not None and i < last:
                 records.append(CutRecord(GeneratorStates.now(logits.alpha.device)))

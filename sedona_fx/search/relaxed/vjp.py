@@ -87,6 +87,14 @@ def gradients(
     return [next(results) if t.requires_grad else None for t in wanted]
 
 
+def inner(first: Tensor, second: Tensor) -> Tensor:
+    """Return the inner product of two tensors of one shape, 0-d and real: of complex ones, that of their real parts.
+
+    A real loss changes by ``inner(gradient, t)`` along t; PyTorch's gradient by z is d/dRe z + i d/dIm z.
+    """
+    return (first * second.conj()).real.sum()
+
+
 def present(keys: Iterable[Key], values: Iterable[Tensor | None]) -> dict[Key, Tensor]:
     """Pair keys with as many leading values as there are keys, leaving out the values that are `None`."""
     return {key: t for key, t in zip(keys, values, strict=False) if t is not None}

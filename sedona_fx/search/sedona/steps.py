@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sedona_fx.errors import SettingsError
 from sedona_fx.search.relaxed.hypergradient import HyperGradient, hypergradient
 from sedona_fx.search.relaxed.one_step import one_step_hypergradient
 from sedona_fx.search.relaxed.state import Logits, RelaxedNet, State, sgd_momentum_step
 from sedona_fx.search.relaxed.training_step import relaxed_gradients, sample_cuts
 from sedona_fx.search.sedona.settings import SedonaSettings
 from sedona_fx.search.session.batches import NamedBatch
+
+_NO_DERIVATIVE = re.compile(r"derivative|differentia|double backward|backward.*not implemented", re.IGNORECASE)
+"""What PyTorch says of an operator without second derivatives."""
 
 
 class NotFinite(Exception):
@@ -62,11 +67,22 @@ class SedonaSteps:
 
         Raises:
             NotFinite: the gradient or the validation loss is not.
+            SettingsError: an operator of the net cannot be differentiated as often as that takes.
         """
-        if len(batches) == 1:
-            gradient = one_step_hypergradient(self.net, state, logits, batches[0], val_batch, **self._sgd(lr))
-        else:
-            gradient = hypergradient(self.net, state, logits, batches, val_batch, **self._sgd(lr))
+        try:
+            if len(batches) == 1:
+                gradient = one_step_hypergradient(self.net, state, logits, batches[0], val_batch, **self._sgd(lr))
+            else:
+                gradient = hypergradient(self.net, state, logits, batches, val_batch, **self._sgd(lr))
+        except (RuntimeError, NotImplementedError) as error:
+            if not _NO_DERIVATIVE.search(str(error)):
+                raise
+            often = "three times, as the model takes derivatives itself," if self.net.derives else "twice,"
+            raise SettingsError(
+                f"search='sedona' differentiates training steps, so every operator has to be differentiated {often} "
+                f"and one cannot be: {str(error).splitlines()[0].rstrip('.')}. search='guided' and 'rollout' "
+                "need first derivatives alone."
+            ) from error
         if not all(bool(t.isfinite().all()) for t in (gradient.val_loss, gradient.alpha_grad, *gradient.beta_grads)):
             raise NotFinite("in the validation loss or its gradient")
         return gradient

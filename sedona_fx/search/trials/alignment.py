@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sedona_fx.search.relaxed.vjp import inner
 from sedona_fx.search.session.batches import NamedBatch
 from sedona_fx.search.trials.supernet import Supernet
 
@@ -75,7 +76,7 @@ def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
 def _by_stretch(a: Sequence[Tensor | None], b: Sequence[Tensor | None], ends: np.ndarray) -> np.ndarray:
     """Return <a, b> of every stretch; `ends` has the index in the lists at which each stretch ends."""
     terms = [
-        torch.zeros(()) if x is None or y is None else (x * y).sum().double().cpu() for x, y in zip(a, b, strict=True)
+        torch.zeros(()) if x is None or y is None else inner(x, y).double().cpu() for x, y in zip(a, b, strict=True)
     ]
     values = torch.stack([term.double() for term in terms]).numpy() if terms else np.zeros(0)
     begins = [0, *ends[:-1].tolist()]

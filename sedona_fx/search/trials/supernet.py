@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import like_of
@@ -192,7 +193,6 @@ class Supernet:
 
 def load(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a module, by name; tensors that are not among them keep their values."""
-    with torch.no_grad():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if name in weights:
-                tensor.copy_(weights[name])
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if name in weights:
+            overwrite(tensor, weights[name])

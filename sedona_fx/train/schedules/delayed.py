@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.errors import NonFiniteGradientError, NonFiniteLossError, ScheduleError
 from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.ir.outputs import map_tensors
@@ -187,9 +188,8 @@ class Delayed(Schedule):
         held = Held(inputs, buffers=[buffer.clone() for buffer in buffers])
         updated = [buffer.clone() for buffer in buffers]
         self._run_stashed(block, flight, held, copies(self.trained_parameters(block)), updated)
-        with torch.no_grad():
-            for buffer, value in zip(buffers, updated, strict=True):
-                buffer.copy_(value)
+        for buffer, value in zip(buffers, updated, strict=True):
+            overwrite(buffer, value)
         return held, held.exports
 
     def _run_stashed(
@@ -303,8 +303,8 @@ class Delayed(Schedule):
                 if held is not None:
                     names = self._graphs[flight["training"]][block.index].inputs
                     stashed = self.weights == "stashed" and block is not self.net.blocks[-1]
-                    tensors = (self.trained_parameters(block), self._buffers(block)) if stashed else ([], [])
-                    check_held(held, block.index, names, *tensors)
+                    ours = self.trained_parameters(block), self._graphs[True][block.index].module
+                    check_held(held, block.index, names, stashed=ours if stashed else None)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state; see :meth:`Schedule.load_state_dict`. The graphs of earlier batches are made again."""

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sedona_fx.capture.whole.late_buffers import late_buffers
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count
 from sedona_fx.rng import are_random_states
@@ -169,8 +170,8 @@ def same_tensors(saved: Any, ours: Sequence[Tensor]) -> bool:
     return isinstance(saved, list) and [_shape(t) for t in saved] == [_shape(t) for t in ours]
 
 
-def _shape(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype, value.layout) if isinstance(value, Tensor) else type(value)
+def _shape(value: Any) -> tuple[Any, ...]:
+    return (tuple(value.shape), value.dtype, value.layout) if isinstance(value, Tensor) else (type(value),)
 
 
 def _lists(value: Any) -> list[list[Any]]:
@@ -193,7 +194,11 @@ def _short(value: Any) -> str:
 
 
 def check_held(
-    held: Mapping[str, Any], index: int, inputs: Sequence[str], weights: Sequence[Tensor], buffers: Sequence[Tensor]
+    held: Mapping[str, Any],
+    index: int,
+    inputs: Sequence[str],
+    *,
+    stashed: tuple[Sequence[Tensor], nn.Module] | None,
 ) -> None:
     """Check what a block holds for a batch that is in flight.
 
@@ -201,12 +206,15 @@ def check_held(
         held: the block's entry in the state of the batch.
         index: of the block.
         inputs: names of what the block reads.
-        weights: tensors of the shapes and dtypes that the stashed weights must have; none: none are stashed.
-        buffers: likewise.
+        stashed: the parameters whose copies are stashed, and the module whose buffers are; None: nothing is stashed.
+            Buffers that get their size in the first forward may have another one.
 
     Raises:
         CheckpointError: it is damaged.
     """
     require(held["inputs"].keys() == set(inputs), f"block {index} holds other inputs of a batch")
-    fits = same_tensors(held["weights"], weights) and same_tensors(held["buffers"], buffers)
+    weights, module = stashed if stashed is not None else ((), nn.Module())
+    theirs, ours, late = held["buffers"], list(module.buffers()), set(late_buffers(module).values())
+    fits = isinstance(theirs, list) and len(theirs) == len(ours) and same_tensors(held["weights"], weights)
+    fits = fits and all(_shape(a)[b in late :] == _shape(b)[b in late :] for a, b in zip(theirs, ours, strict=True))
     require(fits, f"block {index} holds weights or buffers of other shapes for a batch")
