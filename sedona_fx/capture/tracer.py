@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.hooks import TENSOR_HOOKS, hooks_of
 from sedona_fx.capture.inplace import InplaceProxy
+from sedona_fx.capture.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
 from sedona_fx.capture.whole.kinds import stays_whole
@@ -22,7 +23,6 @@ from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, is_o
 from sedona_fx.capture.whole.scripted import scripted_calls_recorded
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
-from sedona_fx.ir.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.ir.outputs import without_objects
 
 

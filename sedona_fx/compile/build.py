@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sedona_fx import passes
-from sedona_fx.capture.free_sizes import resized
+from sedona_fx.capture.exporting.free_sizes import resized
 from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.head_reach import warn_of_missed

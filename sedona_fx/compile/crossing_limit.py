@@ -17,8 +17,8 @@ from torch import fx
 from sedona_fx import passes
 from sedona_fx.compile.where import Where
 from sedona_fx.ir.analysed import Offered, OfferedAtAll
-from sedona_fx.ir.even_chain import EvenChains
 from sedona_fx.ir.graph import info
+from sedona_fx.ir.stretches.even_chain import EvenChains
 from sedona_fx.passes.cuts import Offers, aliases, possible
 from sedona_fx.passes.places import PlaceFinder
 

@@ -22,7 +22,7 @@ from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.objective import LocalLoss, LocalLosses, one_a_block
 from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import Key, Loss
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.net.signature import example_like
 from sedona_fx.passes.trace import Dynamic
 from sedona_fx.plan import Plan

@@ -14,7 +14,7 @@ from sedona_fx.ir.analysed import Analysed, Offered
 from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.flow import ancestors, dependency_graph, predecessors
 from sedona_fx.ir.graph import describe, info
-from sedona_fx.ir.shares import Shares, node_work, work_before
+from sedona_fx.ir.stretches.shares import Shares, node_work, work_before
 from sedona_fx.passes.cuts import is_inside, possible, resolve
 from sedona_fx.report.text import UNEVEN, largest_block
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,16 @@ Files
 
 rows/         Which parameters a gradient reaches that enters a value in some of its rows alone (one token, the last
               step)
+stretches/    Stretches of a graph between two places where blocks may end: what they hold, and their share of the
+              work
 analysed      What analysis found out about a model: its ANALYSED graphs, its output, and what a head has to fit at
               each cut
 channels      Find the dimension of an activation that holds the channels, from the layers that computed it
 cost          FLOPs, parameters and activation bytes of a stretch of the graph, a block or a head
-even_chain    The chain of places that shares the work of a graph most evenly, among all chains there are
 flow          Data flow: what must run before a node, writes included, and which block runs a node
 graph         What the passes record about a node, and how to read a graph
 graph_pass    The decorator of every pass: it verifies the result, and logs the changes if ``SEDONA_FX_DEBUG`` is
               set
-holdings      Which parameters the blocks hold that may be cut out of a graph, told for every place where a block
-              could end
-layer_stacks  PyTorch's stacks of layers (``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer``)
-              in a graph
 loss          Losses by name: what a plan notes of a net's loss, since functions are not saved, and the way back
               from the name
 modules       Helpers on modules: copies that share tensors, training modes, devices, fast attribute access
@@ -28,8 +25,6 @@ program       The module that runs a graph: an ``fx.GraphModule`` in which a mod
 region        Regions of a forward pass: ``with torch.autocast(...)`` and ``with torch.no_grad()``, recorded at
               every node in them
 same_numbers  When two nested values hold the same numbers: bit for bit, or up to a part of their norm
-shares        How evenly blocks can share the work of a graph: what lies before the places of a chain, and the least
-              largest block
 spec          The specification of each phase, checked on the result of every pass
 split_point   The split point: the module at a cut point while it is undecided whether to cut there, and with which
               head

@@ -13,7 +13,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.outputs import OutputFormat
-from sedona_fx.ir.shares import Shares
+from sedona_fx.ir.stretches.shares import Shares
 from sedona_fx.plan_values import Capture
 
 

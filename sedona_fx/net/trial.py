@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.exporting.exported import record_by_export
 from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import name_sites, same_graphs
 from sedona_fx.capture.state_watch import keep_state

@@ -22,8 +22,8 @@ from torch import fx, nn
 from sedona_fx.ir.flow import dependency_graph, longest_chain, predecessors
 from sedona_fx.ir.graph import NodeInfo, info, operation
 from sedona_fx.ir.graph_pass import graph_pass
-from sedona_fx.ir.holdings import Held, Holdings
 from sedona_fx.ir.spec import Phase
+from sedona_fx.ir.stretches.holdings import Held, Holdings
 
 _FOLLOWERS = (
     nn.modules.batchnorm._NormBase,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from sedona_fx.ir.graph import cut_points, info
-from sedona_fx.ir.holdings import Held
-from sedona_fx.ir.shares import Measure, Shares, node_work, work_before
+from sedona_fx.ir.stretches.holdings import Held
+from sedona_fx.ir.stretches.shares import Measure, Shares, node_work, work_before
 from sedona_fx.passes.cuts import Offers
 
 

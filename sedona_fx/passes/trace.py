@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from sedona_fx.capture.exported import Exported, record_by_export, settle, why_fixed
-from sedona_fx.capture.free_sizes import in_both, resized
+from sedona_fx.capture.exporting.exported import Exported, record_by_export, settle, why_fixed
+from sedona_fx.capture.exporting.free_sizes import in_both, resized
 from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names

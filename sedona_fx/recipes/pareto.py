@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sedona_fx.decouple import decouple
 from sedona_fx.errors import CutError, DataError, SearchDivergedError, did_you_mean
 from sedona_fx.heads.registry import head_name
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.plan import Plan
 from sedona_fx.report.picture import front_picture
 from sedona_fx.report.text import in_units, table

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sedona_fx.data.sources import Pair, Source
 from sedona_fx.errors import DataError, SearchDivergedError, SettingsError
 from sedona_fx.heads.registry import head_name
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.rng import seeded
 from sedona_fx.search.problem.problem import Choice, Decision, Problem, Search, SearchData, local_loss_of
 from sedona_fx.search.session.batches import named_batches

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import SHORT, ZOO
 
-from sedona_fx.capture.exported import record_by_export
+from sedona_fx.capture.exporting.exported import record_by_export
 from sedona_fx.capture.sites import name_sites
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError

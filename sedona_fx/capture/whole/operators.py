@@ -1,8 +1,8 @@
 """Modules that stay whole in a program that ``torch.export`` captures: a call of one is one operator of the program.
 
 ``torch.export`` looks into every module. While it runs, the forward of a module that stays whole calls an operator of
-this file, which stands in the program until :mod:`sedona_fx.capture.convert` makes a call of the module of it. What the
-module returns is found out by running a copy of it on noise, of several sizes where sizes are free.
+this file, which stands in the program until :mod:`sedona_fx.capture.exporting.convert` makes a call of the module of
+it. What the module returns is found out by running a copy of it on noise, of several sizes where sizes are free.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ example that runs. What a search may use:
 - **The net**: the graphs ``problem.train`` and ``problem.eval``. They hold the net's own parameters and buffers, so a
   search that trains has to train copies.
 - **Costs**: :mod:`sedona_fx.search.problem.plan_costs` says what plans cost, which of them keep within
-  ``problem.limits``, and which are the best of these by additive scores. All costs are of the example batch, in bytes,
-  FLOPs (two per multiply-add) or seconds.
+  ``problem.limits``, and which are the best of these by additive scores, all of the example batch.
 - **Data and loss**, if the class sets ``needs_data = True``: ``problem.data`` and :func:`local_loss_of`.
   :mod:`sedona_fx.search.session.data` turns the data into batches on the net's device.
 - **Randomness**: generators of its own, seeded with ``problem.seed``, so that the same call gives the same plan.
@@ -36,7 +35,7 @@ from sedona_fx.heads.registry import head_name
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.cost import Cost, cost_of_head
 from sedona_fx.ir.outputs import Loss
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.passes.places import marked_places
 from sedona_fx.search.problem.limits import Limits

@@ -11,7 +11,7 @@ import numpy as np
 
 from sedona_fx.errors import SettingsError
 from sedona_fx.ir.cost import stretch_costs
-from sedona_fx.ir.shares import Measure
+from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.search.problem.dynamic_program import RankedPlan
 from sedona_fx.search.problem.plan_costs import allowed, heads_tried, plan_costs
 from sedona_fx.search.problem.problem import Decision, Positions, Problem, Search, candidate_cost

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sedona_fx.ir.even_chain import EvenChains
+from sedona_fx.ir.stretches.even_chain import EvenChains
 
 
 @st.composite

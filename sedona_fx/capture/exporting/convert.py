@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.blame import recorded_line
+from sedona_fx.capture.exporting.inline_regions import REGION
 from sedona_fx.capture.graph_module import with_record
-from sedona_fx.capture.inline_regions import REGION
 from sedona_fx.capture.tracer import holds_tensor
 from sedona_fx.capture.whole.operators import WHOLE, WholeCall
 from sedona_fx.capture.whole.reasons import TRANSFORM, NeedsTensors, is_transform

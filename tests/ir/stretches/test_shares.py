@@ -11,7 +11,7 @@ from torch import nn
 
 from sedona_fx.ir.flow import predecessors
 from sedona_fx.ir.graph import info
-from sedona_fx.ir.shares import Shares, node_work, work_before
+from sedona_fx.ir.stretches.shares import Shares, node_work, work_before
 from sedona_fx.passes.cuts import aliases, possible
 
 

@@ -87,7 +87,10 @@ def decoupled(model: nn.Module, **options) -> sedona_fx.Net:
 def test_any_length_gives_what_the_model_gives():
     model = Captured()
     net = decoupled(model)
-    assert [(size.name, size.dim, size.least) for size in net.capture.free_sizes] == [("ids", 1, 2), ("mask", 1, 2)]
+    assert [(size.name, size.dim, size.least) for size in net.capture.free_sizes] == [
+        ("ids", 1, 2),
+        ("mask", 1, 2),
+    ]
     assert len({size.symbol for size in net.capture.free_sizes}) == 1
     for length, count in ((2, 3), (5, 1), (6, 4), (17, 2)):
         inputs, _ = batch(length, count)

@@ -1,8 +1,8 @@
 """The second front end: ``torch.export``, for models that symbolic tracing cannot record.
 
 It runs the forward on fake tensors, so Python code that depends on shapes, types and settings is no obstacle. Its
-result is a flat program of ATen operators for one mode; :mod:`sedona_fx.capture.convert` rewrites that as a graph like
-those of the first front end.
+result is a flat program of ATen operators for one mode; :mod:`sedona_fx.capture.exporting.convert` rewrites that as a
+graph like those of the first front end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.blame import current_line, user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
-from sedona_fx.capture.convert import Converter
-from sedona_fx.capture.free_sizes import GuardedProgram
+from sedona_fx.capture.exporting.convert import Converter
+from sedona_fx.capture.exporting.free_sizes import GuardedProgram
+from sedona_fx.capture.exporting.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
-from sedona_fx.capture.inline_regions import inline_regions, mark_regions
+from sedona_fx.capture.layer_stacks import unknown_masks
 from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
 from sedona_fx.capture.state_watch import StateWatch, keep_gradients, keep_parameters, keep_state
@@ -39,7 +40,6 @@ from sedona_fx.capture.whole.operators import whole_calls
 from sedona_fx.capture.whole.reasons import NeedsTensors, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.layer_stacks import unknown_masks
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
