@@ -45,12 +45,14 @@ class Registrations:
         saved_tensors: regions with hooks on the tensors saved for backward, in such words.
         forward_hooks: those on the forward of modules, in such words, with their handles.
         handles: of all hooks.
+        on_values: whether one of them is for the gradient of a value that is computed, and not of a parameter.
     """
 
     gradient_hooks: list[str] = field(default_factory=list)
     saved_tensors: list[str] = field(default_factory=list)
     forward_hooks: list[tuple[str, RemovableHandle]] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
+    on_values: bool = False
 
     def first(self) -> str:
         """Return the first registration that a graph would lose, in words that follow on "its forward", or ``""``.
@@ -185,6 +187,7 @@ def _noting(seen: Registrations, owner: type, method: str) -> Callable[..., Any]
             seen.forward_hooks.append((text, handle))
         else:
             seen.gradient_hooks.append(text)
+            seen.on_values = seen.on_values or not isinstance(self, nn.Parameter)
         seen.handles.append(handle)
         return handle
 

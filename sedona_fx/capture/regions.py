@@ -16,7 +16,7 @@ import torch
 
 from sedona_fx.capture.hooks import replaced_here
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.region import Cast, Region
+from sedona_fx.ir.region import Cast, Entry, Region
 
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 _ASKED = "_sedona_fx_asked"
@@ -44,11 +44,13 @@ class RegionWatch:
     def __init__(self) -> None:
         self.casts: list[Cast] = []
         self.grad: bool | None = None
+        self.entries = 0  # how often an outermost autocast region was entered
 
     def current(self) -> Region | None:
         """Return the region of what is recorded now, or None outside of all regions."""
         casts = {cast.device_type: cast for cast in self.casts}
-        region = Region(self.grad, tuple(casts.values()))
+        entry = Entry(self.entries, self.casts[0]) if self.casts else None
+        region = Region(self.grad, tuple(casts.values()), entry)
         return region if region != Region() else None
 
 
@@ -72,14 +74,22 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
 
     @functools.wraps(make)
     def noted(
-        self: Any, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, *args: Any, **kwargs: Any
+        self: Any,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
     ) -> None:
-        make(self, device_type, dtype, enabled, *args, **kwargs)
+        make(self, device_type, dtype, enabled, cache_enabled)
         # Not `self._enabled`: where there is no such device, it is False, and the net may be moved to one.
-        vars(self)[_ASKED] = Cast(device_type, bool(enabled), dtype if enabled else None)
+        vars(self)[_ASKED] = Cast(device_type, bool(enabled), dtype if enabled else None, cache_of(self))
+
+    def cache_of(region: Any) -> bool | None:
+        return None if region._cache_enabled else False
 
     def entering(self: Any) -> Any:
-        made_before = Cast(self.device, self._enabled, self.fast_dtype if self._enabled else None)
+        made_before = Cast(self.device, self._enabled, self.fast_dtype if self._enabled else None, cache_of(self))
+        watch.entries += not watch.casts
         watch.casts.append(vars(self).get(_ASKED, made_before))
         return enter(self)
 

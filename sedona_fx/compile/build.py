@@ -126,7 +126,7 @@ def _build_heads(
     model: nn.Module, analysed: Analysed, heads: Sequence[HeadSpec | None], plan: Plan
 ) -> dict[str, nn.Module | None]:
     """Return cut -> head, in the dtype of the activation, on the device and in the mode of the model."""
-    parameter = first_float_parameter(model)
+    parameter = first_float_parameter(analysed.train)  # of those in use: others may be of another dtype
     like = parameter if parameter is not None else torch.empty(())
     modules: dict[str, nn.Module | None] = {}
     with seeded_init(plan.seed):

@@ -64,6 +64,7 @@ class NodeInfo:
     derives: str = ""  # annotate: how a module kept whole takes derivatives: by "autograd", by a "transform", or not
     flops: int = 0  # annotate: FLOPs of the forward pass, estimated where an operator has no formula
     work: Work = dataclasses.field(default_factory=Work)  # annotate: what its operators did, from which `flops` follows
+    hooked: bool = False  # annotate: a module that is kept whole and has hooks on the gradients of what it reads
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
     storages: frozenset[int] = frozenset()  # annotate: storages of the value
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites

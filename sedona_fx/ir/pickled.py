@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from sedona_fx.ir.graph import INFO, NodeInfo
-from sedona_fx.ir.region import Cast, Region, RegionCode
+from sedona_fx.ir.region import Cast, Entry, Region, RegionCode
 
 
 def from_pickle(body: dict[str, Any], imports: str, kind: type[fx.GraphModule]) -> nn.Module:
@@ -44,13 +44,22 @@ class _NotedTorch:
 
     def __init__(self) -> None:
         self.region: Region | None = None
+        self._entries = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def autocast(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True) -> Any:
+    def autocast(
+        self,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> Any:
         """Note what ``torch.autocast`` is asked for."""
-        return self._in(Region(casts=(Cast(device_type, enabled, dtype),)))
+        cast = Cast(device_type, enabled, dtype, cache_enabled)
+        self._entries += 1
+        return self._in(Region(casts=(cast,), entry=Entry(self._entries, cast)))
 
     def no_grad(self) -> Any:
         """Note that gradients are off."""

@@ -3,12 +3,17 @@
 A node's record says in which region the node runs. There are no nodes that enter and leave a region: such a pair could
 be torn apart when nodes are sorted by block, and an error between the two would leave the process in the region. The
 ``with`` statements are made when the code of a graph is generated, around each run of nodes of one region.
+
+Autocast remembers the weights that it has cast until the outermost region is left, and adds up the gradients of all
+their uses in the low precision. So regions inside of one that is entered once stand inside of one statement, and two
+that are entered one after the other do not become one.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,11 +35,13 @@ class Cast:
         device_type: ``"cpu"``, ``"cuda"``, ...
         enabled: whether it casts.
         dtype: to what it casts; None: to what it casts to outside of the region.
+        cache: whether it remembers weights that it has cast; None: as outside.
     """
 
     device_type: str
     enabled: bool
     dtype: torch.dtype | None = None
+    cache: bool | None = None
 
     @property
     def possible(self) -> bool:
@@ -45,12 +52,26 @@ class Cast:
     def code(self) -> str:
         """The expression of the context manager."""
         dtype = f"dtype={self.dtype}, " if self.enabled and self.dtype is not None else ""
-        return f"torch.autocast({self.device_type!r}, {dtype}enabled={self.enabled})"
+        cache = f", cache_enabled={self.cache}" if self.cache is not None else ""
+        return f"torch.autocast({self.device_type!r}, {dtype}enabled={self.enabled}{cache})"
 
     def context(self) -> Any:
         """Return the context manager."""
         dtype = self.dtype if self.enabled else None
-        return torch.autocast(self.device_type, dtype=dtype, enabled=self.enabled)
+        return torch.autocast(self.device_type, dtype=dtype, enabled=self.enabled, cache_enabled=self.cache)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An autocast region inside of no other one, as it is entered.
+
+    Attributes:
+        number: counts the entries of one forward pass.
+        cast: its settings.
+    """
+
+    number: int
+    cast: Cast
 
 
 @dataclass(frozen=True)
@@ -61,10 +82,12 @@ class Region:
         grad: whether autograd records; None: as outside. ``torch.inference_mode`` counts as ``torch.no_grad``, which
             computes the same numbers.
         casts: the settings of autocast, at most one a type of device.
+        entry: the outermost autocast region around; it is no part of what the region is equal to.
     """
 
     grad: bool | None = None
-    casts: tuple[Cast, ...] = field(default=())
+    casts: tuple[Cast, ...] = ()
+    entry: Entry | None = field(default=None, compare=False, repr=False)
 
     @property
     def code(self) -> str:
@@ -87,7 +110,7 @@ class Region:
         if outer is None:
             return self
         casts = {cast.device_type: cast for cast in (*outer.casts, *self.casts)}
-        return Region(outer.grad if self.grad is None else self.grad, tuple(casts.values()))
+        return Region(outer.grad if self.grad is None else self.grad, tuple(casts.values()), outer.entry or self.entry)
 
     def moved(self, before: str, after: str) -> Region:
         """Return the region of a node that moves from devices of one type to those of another.
@@ -96,9 +119,12 @@ class Region:
         """
         if any(cast.device_type == after for cast in self.casts):
             return self
-        return replace(
-            self, casts=tuple(replace(c, device_type=after) if c.device_type == before else c for c in self.casts)
-        )
+
+        def moved(cast: Cast) -> Cast:
+            return replace(cast, device_type=after) if cast.device_type == before else cast
+
+        entry = self.entry and replace(self.entry, cast=moved(self.entry.cast))
+        return Region(self.grad, tuple(map(moved, self.casts)), entry)
 
 
 def region_of(node: fx.Node) -> Region | None:
@@ -119,7 +145,9 @@ class RegionCode(fx.graph.CodeGen):
         root = Root(root_module)
         regions: list[Region | None] = []
         for node in nodes:  # reading an attribute is the same anywhere: it does not end a region
-            regions.append(regions[-1] if node.op == "get_attr" and regions else region_of(node))
+            own = region_of(node)
+            own = own if own is not None and own.code else None
+            regions.append(regions[-1] if node.op == "get_attr" and regions else own)
         if not any(regions):
             return super()._gen_python_code(nodes, root, *args, **kwargs)
         transform = self._body_transformer
@@ -134,23 +162,39 @@ class RegionCode(fx.graph.CodeGen):
             self._body_transformer = transform
 
 
-def _with_statements(body: Iterable[str], regions: list[Region | None]) -> list[str]:
-    """Indent the lines of nodes with a region under a ``with`` statement, one for consecutive nodes of one region."""
+def _with_statements(body: Iterable[str], regions: Sequence[Region | None]) -> list[str]:
+    """Indent the lines of nodes with a region under a ``with`` statement, one for consecutive nodes of one region.
+
+    Around consecutive regions in one entry of autocast there is another one.
+    """
     text = "".join(body)
     before, *parts = _NODE_STARTS.split(text)
-    lines, current = [before], None
+    lines, entries = [before], _shared_entries(regions)
+    inside: tuple[Entry | None, Region | None, Entry | None] = (None, None, None)
     for number, code in zip(parts[::2], parts[1::2], strict=True):
-        region = regions[int(number)]
-        if region is not None and not region.code:
-            region = None
-        if region is not None and region != current:
-            lines.append(f"with {region.code}:\n")
-        current = region
+        region, shared = regions[int(number)], entries[int(number)]
+        place = (shared, region, region.entry if region is not None else None)
+        outer, inner = "    " if shared is not None else "", "    " if region is not None else ""
+        if shared is not None and shared != inside[0]:
+            lines.append(f"with {shared.cast.code}:\n")
+        if region is not None and place != inside:
+            lines.append(f"{outer}with {region.code}:\n")
+        inside = place
         lines.append(f"# COUNTER: {number}\n")
-        lines.append(code if region is None else "".join(f"    {line}" for line in code.splitlines(keepends=True)))
+        lines += [f"{outer}{inner}{line}" for line in code.splitlines(keepends=True)]
     if len(parts) != 2 * len(regions):
         raise AssertionError("fx marks the code of nodes in another way than sedona_fx knows")
     return lines
+
+
+def _shared_entries(regions: Sequence[Region | None]) -> list[Entry | None]:
+    """Return for every node the entry that has a statement around several regions; None where it has only one."""
+    found: list[Entry | None] = []
+    for entry, run in itertools.groupby(regions, key=lambda region: region.entry if region is not None else None):
+        inner = list(run)
+        shared = entry is not None and entry.cast.possible and len(set(inner)) > 1
+        found += [entry if shared else None] * len(inner)
+    return found
 
 
 def new_graph() -> fx.Graph:

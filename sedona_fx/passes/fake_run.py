@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.graph_module import spec_of
+from sedona_fx.capture.hooks import Registrations, hooks_of, watch_hooks
 from sedona_fx.capture.host_calls import HostCall, as_recorded
 from sedona_fx.capture.whole.derivatives import DerivativeWatch
 from sedona_fx.capture.whole.scripted import Scripted, scripted_modules
@@ -177,16 +178,22 @@ class FakeRun(fx.Interpreter):
         return isinstance(n.target, Scripted)
 
     def _observed(self, n: fx.Node, run: Callable[..., Any], *args: Any) -> Any:
-        """Run a node while it is observed what autograd keeps, and which derivatives a module takes.
+        """Run a node while it is observed what autograd keeps, and which derivatives and hooks a module has.
 
         Functions of ``torch.func`` refuse that. Then all floats that leave are taken to be kept.
         """
+        if n.op != "call_module":
+            return run(*args)
+        module, hooks = self.submodules[str(n.target)], Registrations()
+        info(n).hooked = any("backward" in hooks_of(inner) for inner in module.modules())
         try:
-            if n.op != "call_module" or not _is_users(self.submodules[str(n.target)]):
+            if not _is_users(module):
                 return run(*args)
-            with DerivativeWatch() as watch:
+            with DerivativeWatch() as watch, watch_hooks(hooks):
                 result = run(*args)
+            hooks.remove()
             info(n).derives = "autograd" if watch.seen else ""
+            info(n).hooked |= hooks.on_values
             return result
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):

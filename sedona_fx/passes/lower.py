@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, Target
 
+from sedona_fx.capture.whole.derivatives import with_gradient
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import (
     HEADS,
@@ -42,6 +43,7 @@ def lower(gm: fx.GraphModule, devices: Sequence[torch.device] | None = None) -> 
     - nodes stand in the order of their blocks;
     - every live value crosses to later blocks through ``detach``, every tensor through ``.to(device)`` where the
       devices differ, and through ``clone`` where the reading block overwrites it;
+    - what a module with hooks on gradients reads requires a gradient there, as it does in the model;
     - heads read the undetached activation, in its block;
     - the graph returns ``(local output, ..., output)``.
 
@@ -178,14 +180,32 @@ def _enter(
     """Insert into a block what a value needs to enter it; return what the block's readers of the value read."""
     graph, record, home = node.graph, info(node), _home(node)
     first_user = min(users, key=position.__getitem__)
-    if devices is not None and record.is_tensor and (home is None or devices[home] != devices[block]):
-        with graph.inserting_before(first_user):
-            return _add(graph, "to", (carried, devices[block]), record, block)
+    moves = devices is not None and record.is_tensor and (home is None or devices[home] != devices[block])
     overwrites = any(info(n).block == block and info(n).mutates & record.storages for n in position)
-    if overwrites and home is not None and node.op != "get_attr":
-        with graph.inserting_before(first_user):
-            return _add(graph, torch.clone, (carried,), record, block)
+    from_block = home is not None and node.op != "get_attr"
+    hooked = from_block and record.is_tensor and record.is_live and _reach_hooks(users)
+    with graph.inserting_before(first_user):
+        if moves and devices is not None:
+            carried = _add(graph, "to", (carried, devices[block]), record, block)
+        if hooked:
+            carried = _add(graph, with_gradient, (carried,), record, block)
+        if overwrites and from_block and (hooked or not moves):
+            carried = _add(graph, torch.clone, (carried,), record, block)
     return carried
+
+
+def _reach_hooks(readers: Sequence[fx.Node]) -> bool:
+    """Whether a module with hooks on the gradients of what it reads is computed from these nodes, in their block."""
+    seen, stack = set[fx.Node](), list(readers)
+    while stack:
+        node = stack.pop()
+        if node in seen or info(node).block != info(readers[0]).block:
+            continue
+        if info(node).hooked:
+            return True
+        seen.add(node)
+        stack += node.users if info(node).is_live or info(node).boundary else ()
+    return False
 
 
 def _undo_detach(node: fx.Node) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from sedona_fx.capture.whole.derivatives import with_gradient
 from sedona_fx.ir.graph import copy_graph, info, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.program import Program
@@ -31,7 +32,7 @@ def strip(gm: fx.GraphModule, *, keep_moves: bool = False) -> fx.GraphModule:
     outputs = result.args[0]
     assert isinstance(outputs, tuple)
     result.args = (outputs[-1],)
-    carriers = (torch.detach,) if keep_moves else (torch.detach, torch.clone, "to")
+    carriers = (torch.detach, with_gradient, *(() if keep_moves else (torch.clone, "to")))
     for node in list(graph.nodes):
         if info(node).boundary and node.target in carriers:
             node.replace_all_uses_with(node.all_input_nodes[0])

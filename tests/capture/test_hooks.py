@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -200,6 +201,66 @@ def test_in_a_module_kept_whole_it_works_with_blocks():
     F.cross_entropy(head(m.middle.layer(scaled)), Y).backward()
     for name in ("a.0.weight", "a.0.bias", "middle.layer.weight"):
         torch.testing.assert_close(net.model.get_parameter(name).grad, m.get_parameter(name).grad, rtol=1e-12, atol=0)
+
+
+class Halves(nn.Module):
+    """Scales the gradient of what it reads, in one of the ways that want there to be one."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.layer, self.gradients = way, nn.Linear(8, 8), []
+        if way == "module":
+            self.register_full_backward_hook(self.halve)
+        elif way == "inner module":
+            self.layer.register_full_backward_hook(self.halve)
+
+    def halve(self, module, inputs, outputs):
+        GRADIENTS.append(inputs[0])
+        return (0.5 * inputs[0],)
+
+    def forward(self, h):
+        if self.way == "tensor":
+            h.register_hook(lambda g: GRADIENTS.append(g) or 0.5 * g)
+        elif self.way == "written tensor":
+            h.register_hook(lambda g: GRADIENTS.append(g) or 0.5 * g)
+            h.mul_(2)
+        return self.layer(h)
+
+
+GRADIENTS = []
+
+
+@pytest.mark.parametrize(
+    ("way", "cut"),
+    [
+        *itertools.product(["tensor", "module", "inner module"], ["a.0", "a", "middle"]),
+        *itertools.product(["written tensor"], ["a.0", "a.1", "middle"]),
+    ],
+)
+def test_at_the_beginning_of_a_block_hooks_find_a_gradient(way, cut):
+    """What enters a block is detached: there hooks could not be registered, or were called without a gradient."""
+    model = Model(Halves(way))
+    if way == "written tensor":  # tanh keeps its result
+        model.a.append(nn.Linear(8, 8).double())
+    net = decoupled(model, cuts=[cut], heads="linear", leaf_modules=["middle"])
+    GRADIENTS.clear()
+    net.backward(X, Y)
+    found = list(GRADIENTS)
+    twin, head, h = copy.deepcopy(net.model), copy.deepcopy(net.heads["0"]), X
+    twin.zero_grad()
+    head.zero_grad()
+    GRADIENTS.clear()
+    parts = {"a.0": twin.a[0], "a.1": twin.a[1], "a": twin.a[2:], "middle": twin.middle, "b": twin.b, "c": twin.c}
+    for name, part in parts.items():
+        h = part(h)
+        if name == cut:
+            F.cross_entropy(head(h.clone()), Y).backward()
+            h = h.detach().requires_grad_().clone()
+    F.cross_entropy(h, Y).backward()
+    assert len(found) == len(GRADIENTS) == 1
+    assert torch.equal(found[0], GRADIENTS[0])
+    for (name, p), q in zip(net.model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
 
 
 class OnNode(Hooked):

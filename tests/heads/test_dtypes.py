@@ -105,3 +105,17 @@ def test_a_model_of_one_dtype_has_heads_as_they_are():
         net = sedona_fx.decouple(model, (x, y), cuts=["1"], loss=F.mse_loss, heads="linear")
         assert type(net.heads["0"]) is nn.Sequential
         assert {p.dtype for p in net.parameters()} == {dtype}
+
+
+def test_heads_take_no_dtype_from_a_parameter_that_is_not_used():
+    class WithSpare(Front):
+        def __init__(self):
+            super().__init__(torch.float32)
+            spare = {"spare": nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))}
+            self._parameters = spare | self._parameters
+
+    model = WithSpare()
+    assert next(model.parameters()).dtype is torch.bfloat16
+    net, (x, y) = decoupled(model, cuts=["b"], heads="linear"), data()
+    assert {p.dtype for p in net.heads.parameters()} == {torch.float32}
+    assert all(loss.isfinite() for loss in net.backward(x, y).losses)

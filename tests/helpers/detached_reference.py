@@ -3,7 +3,8 @@
 The program runs instruction by instruction; which memory a value lies in is seen, not derived. Nothing is detached:
 every instruction gets fresh leaves in the place of its parameters, the value at a cut is cloned as it comes by, a head
 gives a local loss on the clone, and the gradient of loss i on the leaves of block i's instructions is what the block
-owes to the parameters. So a parameter that several blocks use needs no rule of its own.
+owes to the parameters. So a parameter that several blocks use needs no rule of its own; its hooks are called by hand,
+once a block. A tensor's hook is about the value as the block of the hook has it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from random_models import WRITES, Program, RandomModel, attribute, objective
+from random_instructions import Program
+from random_models import RandomModel, objective
+from random_operations import TENSOR_HOOKS, WRITES, entered
 from reference import Streams
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedona_fx import Net
 
@@ -33,6 +36,7 @@ class Flow:
         creates: the memories of the result.
         writes: the memories that are overwritten.
         frees: whether it takes from an activation what holds no gradient.
+        first: the instructions that made or last overwrote the very tensor that it reads first.
         outputs: what every output of the model needs; this one is by output.
     """
 
@@ -41,6 +45,7 @@ class Flow:
     creates: list[set[int]] = field(default_factory=list)
     writes: list[set[int]] = field(default_factory=list)
     frees: list[bool] = field(default_factory=list)
+    first: list[set[int]] = field(default_factory=list)
     outputs: list[set[int]] = field(default_factory=list)
 
     def ancestors(self, roots: Iterable[int]) -> set[int]:
@@ -75,39 +80,44 @@ def _execute(model: RandomModel, inputs: Sequence[Tensor], step: Callable[[int, 
     return values
 
 
-def _attributes(model: RandomModel, k: int) -> list[Tensor]:
-    name = attribute(model.program.body[k])
-    return [] if name is None else [getattr(model, name)]
-
-
 def flow_of(model: RandomModel, inputs: Sequence[Tensor]) -> Flow:
-    """Run a copy of a model once and note what goes where."""
-    model, seen, writers = copy.deepcopy(model), Flow(), dict[int, int]()
-    makers: dict[int, int] = {}  # of objects: an instruction that hands on its argument makes nothing
+    """Run a copy of a model once, nothing of it frozen, and note what goes where."""
+    model, seen, writers = copy.deepcopy(model).requires_grad_(True), Flow(), dict[int, int]()
+    body, offset = model.program.body, len(inputs)
+    makers: dict[int, int] = {}  # of values: what hands on its argument makes nothing, unless it is a node
+    objects: dict[int, int] = {}  # of tensors
 
     def step(k: int, arguments: list[Any]) -> Any:
-        tensors = [*arguments, *_attributes(model, k)]
-        # What counts and hands its argument on reads the counter alone.
-        arguments = [] if model.program.body[k].op.startswith("tick") else arguments
-        reads = _memories([*arguments, *_attributes(model, k)])
+        instruction = body[k]
+        tensors = [*arguments, *model.attributes(k)]
+        counts = instruction.op.startswith("tick") and not instruction.is_node  # reads the counter alone
+        numbers, given = ((), []) if counts else (instruction.args, arguments)
+        reads = _memories([*given, *model.attributes(k)])
         before = [t._version for t in tensors if isinstance(t, Tensor)]
-        value = model.steps[k](*tensors)
+        with entered(instruction):
+            value = model.steps[k](*tensors)
         changed = [
             t for t, v in zip((t for t in tensors if isinstance(t, Tensor)), before, strict=True) if t._version != v
         ]
-        made_by = {makers[id(a)] for a in arguments if id(a) in makers}
-        seen.needs.append(made_by | {writers[m] for m in reads if m in writers})
+        seen.needs.append({makers[a] for a in numbers if a in makers} | {writers[m] for m in reads if m in writers})
         seen.reads.append(reads)
         seen.creates.append(_memories([value]))
         seen.writes.append(_memories(changed))
-        seen.frees.append(any(map(_live, arguments)) and not _live(value))
+        seen.frees.append(any(map(_live, [*given, *model.attributes(k)])) and not _live(value))
+        seen.first.append(
+            {objects[id(t)] for t in given[:1] if id(t) in objects}
+            | {writers[m] for m in _memories(given[:1]) if m in writers}
+        )
         writers.update(dict.fromkeys(seen.writes[-1], k))
-        makers.setdefault(id(value), k)
+        handed_on = next((a for a, t in zip(instruction.args, arguments, strict=True) if t is value), None)
+        is_node = instruction.is_node or instruction.op == "identity"
+        makers[offset + k] = makers[handed_on] if handed_on in makers and not is_node else k
+        objects.setdefault(id(value), k)
         return value
 
     kept = _execute(model, [x.clone() for x in inputs], step)  # all alive: no memory is used twice
-    for value in (kept[k] for k in model.program.outputs):
-        seen.outputs.append({makers[id(value)]} | {writers[m] for m in _memories([value]) if m in writers})
+    for number in model.program.outputs:
+        seen.outputs.append({makers[number]} | {writers[m] for m in _memories([kept[number]]) if m in writers})
     return seen
 
 
@@ -140,7 +150,7 @@ def blocks_of(program: Program, seen: Flow, ends: Sequence[int]) -> list[int]:
             blocks[k] = last
         if k in blocks and seen.frees[k] and k in serving:
             blocks[k] = min(blocks[k], max((blocks[s] for s in seen.needs[k]), default=0))
-        elif step.op in ("first", "second"):
+        elif step.op in ("first", "second") and not step.is_node:
             blocks[k] = blocks[step.args[0] - offset]
         elif k not in blocks:
             blocks[k] = max((blocks[s] for s in {*seen.needs[k], *readers}), default=0)
@@ -154,46 +164,69 @@ def blocks_of(program: Program, seen: Flow, ends: Sequence[int]) -> list[int]:
 class Reference:
     """The local losses, and what the parameters of the model and of the heads get, by name, if anything.
 
-    ``uses`` says for every parameter of the model in which blocks it is used.
+    ``uses`` says for every parameter of the model that trains in which blocks it is used.
     """
 
     losses: list[Tensor]
     gradients: dict[str, Tensor]
     uses: dict[str, set[int]]
 
+    @property
+    def finite(self) -> bool:
+        """Whether there is no infinite number and no NaN in it."""
+        return all(bool(t.isfinite().all()) for t in (*self.losses, *self.gradients.values()))
 
-def reference_of(
-    model: RandomModel, net: Net, inputs: Sequence[Tensor], target: Tensor, ends: Sequence[int], blocks: Sequence[int]
-) -> Reference:
-    """Return what ``net.backward`` must give.
 
-    Args:
-        model: equal to the one that the net was made of; a copy of it runs.
-        net: says what the heads and the seeds are.
-        inputs: of the model.
-        target: of the losses.
+@dataclass(frozen=True)
+class Cut:
+    """A program cut into blocks.
+
+    Attributes:
+        flow: what the program does.
         ends: the instructions that end the blocks but the last.
         blocks: the block of every instruction.
     """
-    model, heads = copy.deepcopy(model), copy.deepcopy(net.heads)
+
+    flow: Flow
+    ends: Sequence[int]
+    blocks: Sequence[int]
+
+
+def reference_of(model: RandomModel, net: Net, inputs: Sequence[Tensor], target: Tensor, cut: Cut) -> Reference:
+    """Return what ``net.backward`` must give.
+
+    Args:
+        model: equal to the one that the net was made of, with its hooks; a copy of it runs.
+        net: says what the heads and the seeds are.
+        inputs: of the model.
+        target: of the losses.
+        cut: where it is cut.
+    """
+    originals = dict(model.named_parameters())
+    model, heads, ends = copy.deepcopy(model), copy.deepcopy(net.heads), cut.ends
     names = {id(p): name for name, p in model.named_parameters()}
     leaves: list[list[tuple[str, Tensor]]] = [[] for _ in range(len(ends) + 1)]
     streams, losses = Streams(net, net.steps), dict[int, Tensor]()
 
     def leaf(parameter: Tensor, block: int) -> Tensor:
-        if id(parameter) not in names:
-            return parameter  # a buffer
+        if id(parameter) not in names or not parameter.requires_grad:
+            return parameter  # a buffer, or frozen
         copied = parameter.detach().clone().requires_grad_()
         leaves[block].append((names[id(parameter)], copied))
         return copied
 
     def step(k: int, arguments: list[Any]) -> Any:
-        block = blocks[k]
+        instruction, block = model.program.body[k], cut.blocks[k]
         streams.enter(block)
         own = {name: leaf(p, block) for name, p in model.steps[k].named_parameters()}
-        value = torch.func.functional_call(
-            model.steps[k], own, (*arguments, *(leaf(t, block) for t in _attributes(model, k)))
-        )
+        own_block = block in {cut.blocks[s] for s in cut.flow.first[k]}
+        if instruction.op in TENSOR_HOOKS and not own_block:  # of a value that has no gradient to go to
+            value = arguments[0]
+        else:
+            with entered(instruction):
+                value = torch.func.functional_call(
+                    model.steps[k], own, (*arguments, *(leaf(t, block) for t in model.attributes(k)))
+                )
         if k in ends:
             at = ends.index(k)
             losses[at] = objective(_in_place_of(model.program, heads[str(at)](value.clone())), target)
@@ -208,11 +241,30 @@ def reference_of(
             uses.setdefault(name, set()).add(block)
         if block < len(ends):
             own = [*own, *((f"heads.{block}.{name}", p) for name, p in heads[str(block)].named_parameters())]
+        if not own or not losses[block].requires_grad:
+            continue
         found = torch.autograd.grad(losses[block], [p for _, p in own], retain_graph=True, allow_unused=True)
+        sums = dict[str, Tensor]()
         for (name, _), gradient in zip(own, found, strict=True):
             if gradient is not None:
-                gradients[name] = gradients[name] + gradient if name in gradients else gradient
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        for name, gradient in sums.items():
+            gradients[name] = _accumulated(gradients.get(name), gradient, originals.get(name))
     return Reference([losses[k].detach() for k in range(len(losses))], gradients, uses)
+
+
+def _accumulated(before: Tensor | None, gradient: Tensor, parameter: nn.Parameter | None) -> Tensor:
+    """Return what is in ``.grad`` when a gradient has come to it, hooks of the parameter called as autograd does."""
+    for hook in ((parameter._backward_hooks or {}) if parameter is not None else {}).values():
+        gradient = hook(gradient)
+    total = gradient if before is None else before + gradient
+    if parameter is None:
+        return total
+    twin = nn.Parameter(parameter.detach().clone())
+    twin.grad = total.clone()
+    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+        hook(twin)
+    return twin.grad
 
 
 def _in_place_of(program: Program, logits: Tensor) -> Any:
@@ -222,9 +274,9 @@ def _in_place_of(program: Program, logits: Tensor) -> Any:
     return (logits, None) if program.returns == "tuple" else logits
 
 
-def kinds(program: Program, seen: Flow, blocks: Sequence[int], uses: dict[str, set[int]]) -> set[str]:
+def kinds(program: Program, cut: Cut, uses: dict[str, set[int]]) -> set[str]:
     """Name what is special about a program cut this way."""
-    found = set[str]()
+    found, seen, blocks = set[str](), cut.flow, cut.blocks
     if any(len(where) > 1 for where in uses.values()):
         found.add(SHARED)
     for k, step in enumerate(program.body):

@@ -1,6 +1,7 @@
 """Short ways from a model to its graphs, for the tests of passes."""
 
 import copy
+from collections.abc import Collection
 
 import torch
 from reference import net_gradients, reference_gradients
@@ -12,10 +13,16 @@ from sedona_fx.data.args import Args
 from sedona_fx.ir.graph import cut_points, info
 
 
-def analysed(model: nn.Module, *inputs: object, output: str | int | None = None, **named: object) -> Analysed:
+def analysed(
+    model: nn.Module,
+    *inputs: object,
+    output: str | int | None = None,
+    leaf_modules: Collection[str] = (),
+    **named: object,
+) -> Analysed:
     """Return the ANALYSED graphs of a copy of a model."""
     model = copy.deepcopy(model)
-    return analyse(model, Args(**Args(*inputs, **named).bind(model.forward)), output, ())
+    return analyse(model, Args(**Args(*inputs, **named).bind(model.forward)), output, leaf_modules)
 
 
 def cut_names(graphs: Analysed) -> list[str]:

@@ -502,3 +502,25 @@ def test_hosts_run_as_they_are():
     net.model.backbone.scale = 2.0
     with pytest.raises(ScheduleError, match=r"'backbone\.scale' was 1\.0"):
         net.backward(X, Y)
+
+
+def test_examples_keep_their_dtypes_in_a_model_of_several():
+    """The model's first parameter is not in the dtype of the inputs."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.late, self.first, self.last = nn.Linear(8, 8), nn.Linear(4, 8).double(), nn.Linear(8, 3).double()
+
+        def forward(self, x):
+            return self.last(self.late(self.first(x).float().tanh()).double())
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    net = sedona_fx.decouple(Mixed(), (x, y), cuts=["first"], heads="linear")
+    net.model.first = nn.Linear(4, 8).double()
+    assert torch.equal(net(x), net.model(x))
+    net.float()
+    net.model.first = nn.Linear(4, 8)
+    with pytest.raises(ScheduleError, match="'first' was replaced"):  # float32 reaches the last layer as float64
+        net(x.float())
