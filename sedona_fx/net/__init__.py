@@ -9,8 +9,6 @@ accident         Notice backpropagation by accident: ``loss(net(x), y).backward(
                  nothing
 exits            Inference with heads: early exit at the first head that is confident, and ensembles of the last
                  heads
-finite           Refuse to write weights that have turned infinite or NaN: they would take the place of the last
-                 good ones
 follow           Take over into the graphs what was replaced in a net's modules, or refuse it by name
 inference        What a net gives away for inference: one graph, an ONNX file, early exits, an ensemble of its heads
 net              The decoupled net: the user's model as K blocks that train without waiting for each other

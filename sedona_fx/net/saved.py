@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from sedona_fx.errors import ExportError
-from sedona_fx.net.finite import finite_constants, refuse_not_finite, tensors_to_check
 from sedona_fx.net.weights import check_blocks, load_weights, note_blocks, save_weights
 from sedona_fx.plan import Plan
+from sedona_fx.runtime.finite import finite_constants, refuse_not_finite, tensors_to_check
 
 
 class Saved(nn.Module):

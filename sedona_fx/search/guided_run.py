@@ -99,7 +99,7 @@ class GuidedRun:
                 if self._roll_out(halving, comparison, progress):
                     ranked = halving.ranked or ranked
                 else:
-                    provenance["without_rollouts"] = "their losses or gradients were not finite"
+                    provenance["without_rollouts"] = "their losses or gradients turned infinite or NaN"
                 rounds = halving.rounds
         provenance |= {
             "search": "guided",

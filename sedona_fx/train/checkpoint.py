@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from sedona_fx.errors import CheckpointError
 from sedona_fx.files import is_count, load_failure, read_torch_file, replacing, torch_save
 from sedona_fx.ir.loss import same_loss
-from sedona_fx.net import finite
 from sedona_fx.net.net import Net
 from sedona_fx.net.weights import mismatch, other_blocks
 from sedona_fx.rng import are_random_states
+from sedona_fx.runtime import finite
 from sedona_fx.runtime.gradients import first_not_finite
 from sedona_fx.train.schedules.base import Schedule
 

@@ -100,6 +100,21 @@ def test_a_gradient_that_is_not_finite_is_found_before_it_is_in_the_weights() ->
     assert all(math.isfinite(p["val_loss"]) for p in result.trajectory)
 
 
+def test_so_it_is_in_the_unrolled_steps() -> None:
+    """The steps that the validation loss is differentiated through change no snapshot, but alpha and beta follow."""
+    result = run(Faulty(FIRST_META + 3 + 1, gradient=True, layer=1))
+    found = [failure["where"].partition("), ")[2] for failure in result.failures]
+    assert found == ["in the validation loss or its gradient"]
+    assert all(t.isfinite().all() for t in (result.alpha, *result.beta))
+    assert [p["step"] for p in result.trajectory] == [0, 1, 2, 3, 4]
+
+
+def test_a_warm_up_step_with_a_gradient_that_is_not_finite_moves_no_weight() -> None:
+    result = run(Faulty(4, gradient=True, layer=2))
+    assert result.failures == [{"where": "at warm-up step 4, base layer 2, in a gradient", "snapshot": None}]
+    assert same(replace(result, failures=[]), replace(run(Faulty(4, layer=2)), failures=[]))
+
+
 def test_without_one_before_the_next_one_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     step = BilevelSearch._meta_iteration
