@@ -224,7 +224,7 @@ def unknown_masks() -> Iterator[None]:
 
 @functools.wraps(_transformer_forward)
 def _without_checks(self: nn.Transformer, src: Any, tgt: Any, *masks: Any, **named_masks: Any) -> Any:
-    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes: attention checks them as well."""
+    """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes, as attention looks at them."""
     if not isinstance(src, fx.Proxy) and not isinstance(tgt, fx.Proxy):
         return _transformer_forward(self, src, tgt, *masks, **named_masks)
     given = _TRANSFORMER.bind(self, src, tgt, *masks, **named_masks)
