@@ -22,11 +22,12 @@ from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.whole.derivatives import let_modules_derive
 from sedona_fx.capture.whole.grad_calls import argument, grad_calls
 from sedona_fx.errors import TraceError
+from sedona_fx.fake.key import PLAIN_TYPES
 from sedona_fx.fake.memo import Memo
 from sedona_fx.fake.meter import Work
 from sedona_fx.fake.tensors import CannotMake
 from sedona_fx.ir.channels import channel_dim
-from sedona_fx.ir.graph import TensorSpec, info, operation
+from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.spec import Phase
@@ -86,8 +87,9 @@ def _run(gm: fx.GraphModule, inputs: Mapping[str, Any], *, training: bool, memo:
         torch.clear_autocast_cache()  # ... and fake ones, which the next real run would take
 
 
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, TensorSpec) or any(isinstance(leaf, TensorSpec) for leaf in pytree.tree_leaves(value))
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of sizes, dtypes and the like; objects of classes that are not known may hold tensors."""
+    return all(isinstance(leaf, (*PLAIN_TYPES, torch.Size)) for leaf in pytree.tree_leaves(value))
 
 
 def _estimate_flops(gm: fx.GraphModule) -> None:
@@ -128,7 +130,7 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
             record.weighty = False
         depends = bool(record.parameters) or any(source.depends for source in sources)
         # A size or a dtype of an activation takes no gradient to it, nor does what is made of it.
-        record.depends = depends and not stops_gradient and _holds_tensor(record.value)
+        record.depends = depends and not stops_gradient and not _is_plain(record.value)
         record.from_input = node.op == "placeholder" or any(source.from_input for source in sources)
         if record.is_tensor and len(record.value.shape) > 1:
             record.channel_dim = channel_dim(gm, node)
