@@ -5,8 +5,8 @@ Files
 block            One block of a net, as schedules see it: its graphs, head, parameters and buffers
 engine           The block engine: forward pass of a block, its local loss, its backward pass, free its graph, next
                  block
-finite           Refuse to write weights that have turned infinite or NaN: they would take the place of the last good
-                 ones
+finite           Refuse to write weights that have turned infinite or NaN: they would take the place of the last
+                 good ones
 gradients        Whether the gradients of a block are finite: one fused check, whose answer may stay on the device
 guard            Protect a block from a loss or a gradient that is not finite: it keeps its parameters, optimizer
                  state and buffers
