@@ -67,7 +67,7 @@ def test_a_head_that_sees_a_constant_is_told_of():
 @pytest.mark.parametrize(
     ("head", "cut"),
     [(first, "layer"), (corner, "pre"), (everything, "pre"), ("tokens-2", "pre"), ("linear", "pre")],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_others_are_not(head, cut):
     with warnings.catch_warnings():
