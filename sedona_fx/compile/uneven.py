@@ -172,8 +172,8 @@ class _Told:
         if ends:
             return "a cut in it would leave a block without weights of its own"
         return (
-            "a block can end at none of its values (a float tensor with the batch first, which depends on parameters, "
-            "is not overwritten through a view, and lets a gradient reach every weight before it)"
+            "a block can end at none of its values (a float tensor whose rows are examples, which depends on "
+            "parameters, is not overwritten through a view, and lets a gradient reach every weight before it)"
         )
 
     def _has_head(self, node: fx.Node) -> bool:

@@ -102,7 +102,8 @@ def _second_size(gm: fx.GraphModule, example: Args, primary: fx.Node) -> _Axis |
     """
     value = info(primary).value
     size = example.batch_size()
-    if size is not None and not in_doubt(gm.graph, value, size):
+    strided = all(tensor.layout is torch.strided for tensor in example.tensors())
+    if not strided or (size is not None and not in_doubt(gm.graph, value, size)):
         return None
     found: tuple[_Axis, list[Any]] | None = None
     for axis in _axes(example):

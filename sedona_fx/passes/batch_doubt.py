@@ -39,7 +39,7 @@ def in_doubt(graph: fx.Graph, primary: TensorSpec, size: int) -> bool:
         primary: shape of the primary output.
         size: number of examples in the batch.
     """
-    if not primary.shape:  # a loss that the model computes itself: nothing tells where it had the batch
+    if not primary.shape or not size:  # a loss that the model computes itself: nothing tells where it had the batch
         return False
     if primary.shape[0] != size:
         return True

@@ -132,7 +132,7 @@ def test_branches_side_by_side():
 
 def test_no_value_at_which_a_block_can_end():
     class Halves(nn.Module):
-        """Work on twice as many rows as the output has."""
+        """Work on twice as many rows as the output has, in an order of their own."""
 
         def __init__(self):
             super().__init__()
@@ -140,7 +140,8 @@ def test_no_value_at_which_a_block_can_end():
             self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
 
         def forward(self, x):
-            h = self.middle(torch.tanh(self.first(x)).reshape(-1, 4).repeat(1, 2)).reshape(x.shape[0], 2, 8).sum(1)
+            rows = torch.tanh(self.first(x)).reshape(-1, 4).repeat(1, 2).roll(1, 0)
+            h = self.middle(rows).roll(-1, 0).reshape(x.shape[0], 2, 8).sum(1)
             return self.out(torch.tanh(self.second(torch.tanh(h))))
 
     _, why, helps = told(decouple(Halves(), 3))

@@ -111,7 +111,7 @@ class Masked(Stages):
 
 
 @pytest.mark.parametrize("how", ["turned", "repeated", "mask"])
-def test_the_whole_batch_goes_on_where_rows_cannot_be_told(how):
+def test_the_whole_batch_goes_on_where_values_have_several_rows_an_example(how):
     x, y = batch()
     inputs = (x, (x > -0.5).double()) if how == "mask" else (x,)
     net = make(Masked(how), (inputs, y), heads="linear")
@@ -130,7 +130,8 @@ def test_the_whole_batch_goes_on_where_rows_cannot_be_told(how):
     found = exit_early(*inputs)
     assert torch.equal(found.blocks, blocks)
     torch.testing.assert_close(found.output, output, rtol=1e-12, atol=1e-12)
-    assert [n for _, n in seen] == ([int((blocks >= k).sum()) for k in range(4)] if how == "mask" else [40] * 4)
+    whole = [40] * 4
+    assert [n for _, n in seen] == (whole if how == "repeated" else [int((blocks >= k).sum()) for k in range(4)])
 
 
 class Pair(NamedTuple):
