@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -170,7 +171,6 @@ def enter_stacks(packing: list[PackingStack | None]) -> Iterator[None]:
         packing: its last entry is the encoder whose layers are recorded now, if that may pack its batch, else None.
     """
 
-    @functools.wraps(_encoder_forward)
     def encoder(
         self: nn.TransformerEncoder,
         src: Any,
@@ -191,7 +191,7 @@ def enter_stacks(packing: list[PackingStack | None]) -> Iterator[None]:
 
     def fastpath_enabled() -> bool:
         """Answer the encoder, and nobody else, that there is no fast path: its layers still take theirs."""
-        return sys._getframe(1).f_code is not _encoder_forward.__code__ and enabled()
+        return sys._getframe(2).f_code is not _encoder_forward.__code__ and enabled()
 
     with ExitStack() as stack:
         for owner, name, function in (
@@ -203,7 +203,20 @@ def enter_stacks(packing: list[PackingStack | None]) -> Iterator[None]:
             (transformer, "_get_seq_len", _recorded(transformer._get_seq_len)),
             (transformer, "_detect_is_causal_mask", _recorded(transformer._detect_is_causal_mask, _undecided)),
         ):
-            stack.enter_context(mock.patch.object(owner, name, function))
+            stack.enter_context(_replaced(owner, name, function))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Put a function in the place of an attribute for the body, in this thread alone."""
+    original, thread = getattr(owner, name), threading.get_ident()
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    with mock.patch.object(owner, name, call):
         yield
 
 
@@ -214,15 +227,13 @@ def unknown_masks() -> Iterator[None]:
     A causal mask then does what any other mask does: that it is causal is a hint, which saves time.
     """
 
-    @functools.wraps(transformer._detect_is_causal_mask)
     def told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
         return is_causal is True
 
-    with mock.patch.object(transformer, "_detect_is_causal_mask", told):
+    with _replaced(transformer, "_detect_is_causal_mask", told):
         yield
 
 
-@functools.wraps(_transformer_forward)
 def _without_checks(self: nn.Transformer, src: Any, tgt: Any, *masks: Any, **named_masks: Any) -> Any:
     """Run encoder and decoder as ``nn.Transformer`` does, without a look at the sizes: attention checks them, too."""
     if not isinstance(src, fx.Proxy) and not isinstance(tgt, fx.Proxy):
@@ -246,7 +257,6 @@ def _recorded(function: Callable[..., Any], matters: Callable[..., bool] = lambd
         matters: whether its result depends on the proxies, given the arguments.
     """
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         proxies = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
         if not proxies or not matters(*args, **kwargs):

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.registry import head_name, is_built_in
+from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.graph import TensorSpec, info
 from sedona_fx.ir.rows.reach import missed_parameters
 
@@ -34,7 +35,8 @@ def warn_of_missed(gm: fx.GraphModule, end: fx.Node, spec: HeadSpec, head: nn.Mo
     """
     if is_built_in(spec) or not own:
         return
-    for dim, places in _rows_read(head, info(end).value).items():
+    record = info(end)
+    for dim, places in _rows_read(head, record.value, record.rows or Rows()).items():
         missed = set(missed_parameters(gm, end, dim, places, unknown_reads_all=True)).intersection(own)
         if missed:
             names = [name for name in own if name in missed]
@@ -49,10 +51,16 @@ def warn_of_missed(gm: fx.GraphModule, end: fx.Node, spec: HeadSpec, head: nn.Mo
             return
 
 
-def _rows_read(head: nn.Module, activation: TensorSpec) -> dict[int, set[int]]:
-    """Return, for each dimension of which a head does not read all rows, the rows that it reads."""
+def _rows_read(head: nn.Module, activation: TensorSpec, batch: Rows) -> dict[int, set[int]]:
+    """Return, for each dimension of which a head does not read all rows, the rows that it reads.
+
+    Args:
+        head: the head.
+        activation: what it reads in the net.
+        batch: where that holds the examples.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (_EXAMPLES, *activation.shape[1:])
+    shape = (_EXAMPLES, *activation.shape[1:]) if batch == Rows() else activation.shape
     x = torch.randn(shape, generator=generator).to(activation.device, activation.dtype).requires_grad_()
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
@@ -66,7 +74,7 @@ def _rows_read(head: nn.Module, activation: TensorSpec) -> dict[int, set[int]]:
     if gradient is None:
         return {}
     read: dict[int, set[int]] = {}
-    for dim in range(1, len(shape)):
+    for dim in set(range(len(shape))) - {batch.dim}:
         others = [other for other in range(len(shape)) if other != dim]
         places = gradient.ne(0).sum(others).nonzero().flatten().tolist()
         if 0 < len(places) < shape[dim]:

@@ -23,7 +23,7 @@ PLAIN_TYPES = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 """Types whose values are part of a key as they are."""
-_PURE_MODULES = ("torch", "torchvision", "_operator", "operator", "builtins", "math")
+_PURE_MODULES = ("torch", "torchvision", "_operator", "operator", "builtins", "math", "sedona_fx")
 _READABLE = frozenset({"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "T", "mT", "H", "mH"})
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 

@@ -97,7 +97,8 @@ class Meter(TorchDispatchMode):
 
     def watch_weights(self, weights: Iterable[Tensor]) -> None:
         """Take these tensors, and no others, for weights: what reads them should have a formula."""
-        self._weights = {storage._cdata: storage for storage in (w.untyped_storage() for w in weights)}
+        storages = [weight.untyped_storage() for weight in weights if weight.layout is torch.strided]
+        self._weights = {storage._cdata: storage for storage in storages}
 
     def _look_for_weights(self, func: Any, arguments: Any, result: Any, *, counted: bool) -> None:
         """Note an operator that reads weights and has no formula; what is made of weights alone are weights, too."""
@@ -107,11 +108,11 @@ class Meter(TorchDispatchMode):
         ]
         if len(others) == len(tensors):
             return
-        if not others:
+        if all(map(_is_setting, others)):  # what is done to weights alone costs the same however large the batch is
             made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-            self._weights |= {s._cdata: s for s in (t.untyped_storage() for t in made)}
-        # What PyTorch's own operators make of weights alone costs the same however large the batch is.
-        elif not counted and not is_free(func):
+            storages = [tensor.untyped_storage() for tensor in made if tensor.layout is torch.strided]
+            self._weights |= {storage._cdata: storage for storage in storages}
+        elif not counted and not is_free(func) and (_is_of_users(func) or any(map(_is_activation, others))):
             name, size = name_of(func), _bytes(*arguments, result)
             self.work.uncounted[name] = self.work.uncounted.get(name, 0) + size
 
@@ -140,6 +141,19 @@ class Meter(TorchDispatchMode):
             yield
         finally:
             self._hooks.__enter__()
+
+
+def _is_setting(tensor: Tensor) -> bool:
+    """Whether a tensor may be a scale or a zero point, and not activations."""
+    return tensor.numel() == 1 or (tensor.dim() < 2 and tensor.is_floating_point())
+
+
+def _is_activation(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_of_users(operator: Any) -> bool:
+    return getattr(operator, "namespace", "") not in ("aten", "prim", "prims")
 
 
 def _bytes(*values: Any) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import sedona_fx
 from sedona_fx.data.args import Args
+from sedona_fx.ir.layer_stacks import enter_stacks, unknown_masks
 from sedona_fx.passes import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning", "ignore:The PyTorch API of nested")
@@ -153,6 +155,25 @@ def test_packed_batches_change_zero_nothing_but_the_padded_places():
     with torch.no_grad():
         assert torch.equal(net(**inputs), model.eval()(**inputs))
         assert net.early_exit(0.01)(**inputs).output.shape == (4, 3)
+
+
+def test_other_threads_are_left_alone():
+    """While one thread records, an encoder that runs in another one packs its batch as ever."""
+    encoder, results = Encoder().t.eval(), []
+    x = torch.randn(4, 6, 8)
+
+    def run() -> None:
+        with torch.no_grad():
+            results.append(encoder(x, src_key_padding_mask=PADDED))
+
+    run()
+    with enter_stacks([None]), unknown_masks():
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.equal(*results)
+    assert (results[0][3, 2:] == results[0][3, 2]).all()  # the norm of zeros
 
 
 def test_a_mask_is_causal_or_not_anew_in_every_call():

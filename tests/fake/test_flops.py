@@ -313,6 +313,24 @@ def test_look_ups_are_no_operators_without_a_formula():
     assert "formula" not in str(net)
 
 
+def test_quantising_weights_is_no_product():
+    class Quantised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+            self.register_buffer("scale", torch.full((16,), 0.1))
+            self.register_buffer("zero", torch.zeros(16, dtype=torch.int32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = torch.fake_quantize_per_channel_affine(self.weight, self.scale, self.zero, 0, -128, 127)
+            return F.linear(x, weight).tanh()
+
+    for leaves in ((), ("0",)):
+        model = nn.Sequential(Quantised(), nn.Linear(16, 3))
+        net = sedona_fx.decouple(model, (X, Y), blocks=1, leaf_modules=leaves)
+        assert (net.costs[0].flops, net.costs[0].uncounted) == (2 * 8 * 16 * 16 + 2 * 8 * 16 * 3, ())
+
+
 class SixRecurrences(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
