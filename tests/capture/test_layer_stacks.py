@@ -11,8 +11,8 @@ from graphs import analysed, assert_blocks_right, cut_names
 from torch import Tensor, nn
 
 import sedona_fx
+from sedona_fx.capture.layer_stacks import enter_stacks, unknown_masks
 from sedona_fx.data.args import Args
-from sedona_fx.ir.layer_stacks import enter_stacks, unknown_masks
 from sedona_fx.passes import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning", "ignore:The PyTorch API of nested")
