@@ -138,15 +138,16 @@ def _trace(
         except TraceError as export_error:
             both = f"{symbolic_error} torch.export cannot record it either: {export_error}"
             reason = symbolic_error if isinstance(symbolic_error, NeedsTensors) else both
-            opaque = next((e for e in (export_error, symbolic_error) if isinstance(e, NeedsTensors)), None)
-            if opaque is None:
+            opaque = [e.path for e in (export_error, symbolic_error) if isinstance(e, NeedsTensors)]
+            if not opaque:
                 raise TraceError(f"{both} {WAYS_OUT}") from symbolic_error
-            if not opaque.path or opaque.path in whole:
+            path = next((path for path in opaque if path and path not in whole), None)
+            if path is None:
                 raise TraceError(
                     f"{reason} Put these lines into a module of their own, which is kept whole then, with no cut "
                     "inside of it; or decouple only a part of the model with root='...'."
                 ) from symbolic_error
-            whole[opaque.path] = str(reason)
+            whole[path] = str(reason)
     for path, reason in whole.items():
         log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
     return traced

@@ -69,7 +69,7 @@ def let_modules_derive(gm: fx.GraphModule) -> None:
         region = record.region or Region()
         record.region = region if region.grad is not None else Region(True, region.casts)
         for number, source in enumerate(node.all_input_nodes):
-            if info(source).is_live and info(source).is_tensor:
+            if info(source).is_live and info(source).is_tensor and source.target is not with_gradient:
                 with gm.graph.inserting_before(node):
                     leaf = gm.graph.call_function(with_gradient, (source,))
                 given = info(source)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.host_calls import replaced_forward
 from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import TraceError
+from sedona_fx.rng import seeded
 
 _running: list[WholeCall] = []
 """The calls of the export that runs, by the number that the operator gets."""
@@ -114,8 +115,9 @@ class WholeCall:
             return int(node.expr.xreplace(values) if node.expr.free_symbols <= values.keys() else node.hint)
 
         shapes = [tuple(map(size_of, tensor.shape)) for tensor in self.tensors]
+        device = self.tensors[0].device if self.tensors else torch.device("cpu")
         # Outside of the capture, which would record operators and refuse derivatives.
-        with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), seeded(device, 0):
             noise = [_noise(shape, tensor) for shape, tensor in zip(shapes, self.tensors, strict=True)]
             args, kwargs = self.arguments(noise)
             return pytree.tree_map_only(Tensor, Tensor.detach, stand_in(*args, **kwargs))

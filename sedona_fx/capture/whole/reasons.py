@@ -69,10 +69,17 @@ def reason_of(error: BaseException) -> str:
 
 
 def module_of(error: BaseException, model: nn.Module) -> str:
-    """Return the path of the innermost module of a model in whose code an error was raised; ``""`` for the model."""
+    """Return the path of the innermost module of a model whose own code an error came from; ``""`` for the model.
+
+    Layers that run inside of a transform are not asked: it is the module that calls the transform.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
-    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((paths[id(owner)] for owner in reversed(owners) if id(owner) in paths), "")
+    innermost = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == _FUNCTIONAL or frame.f_code.co_filename.startswith(_TRANSFORMS):
+            break
+        innermost = paths.get(id(frame.f_locals.get("self")), innermost)
+    return innermost
 
 
 def is_transform(target: Any) -> bool:

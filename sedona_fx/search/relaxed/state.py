@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from sedona_fx.capture.whole.late_buffers import late_buffers
 from sedona_fx.ir.graph import info
 
 BlockLossFunction = Callable[[int, Any, Any], Tensor]
@@ -115,12 +116,14 @@ class State:
         momentum: of SGD, laid out as `params`.
         borrowed: per block, its further names of tensors that are held elsewhere or under another name, and where.
             Empty: nothing is shared.
+        late: per block, the names of buffers that get their size in the first forward pass.
     """
 
     params: list[Tensors]
     buffers: list[Tensors]
     momentum: list[Tensors]
     borrowed: list[dict[str, Slot]] = field(default_factory=list)
+    late: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, blocks: Sequence[RelaxedBlock]) -> State:
@@ -145,7 +148,8 @@ class State:
             for name, t in named_tensors(block.eval_module).items():
                 if t in held and name not in params[i].keys() | buffers[i].keys():
                     borrowed[i].setdefault(name, held[t])
-        return cls(params, buffers, [{n: torch.zeros_like(p) for n, p in d.items()} for d in params], borrowed)
+        late = [sorted(late_buffers(block.module)) for block in blocks]
+        return cls(params, buffers, [{n: torch.zeros_like(p) for n, p in d.items()} for d in params], borrowed, late)
 
     def clone(self) -> State:
         """Return an independent copy."""
@@ -154,13 +158,21 @@ class State:
     def require_like(self, other: State | None) -> None:
         """Check that this state has the names, shapes and dtypes of another one of the same net.
 
+        Buffers that get their size in the first forward pass may have another one.
+
         Raises:
             ValueError: it has not.
         """
 
         def layout(state: State) -> Any:
             dicts = (state.params, state.buffers, state.momentum)
-            return [[{n: (tuple(t.shape), t.dtype) for n, t in d.items()} for d in of] for of in dicts], state.borrowed
+            late = {(i, n) for s in (self, other) if s is not None for i, names in enumerate(s.late) for n in names}
+
+            def of(i: int, name: str, t: Tensor) -> Any:
+                return (None if (i, name) in late else tuple(t.shape)), t.dtype
+
+            described = [[{n: of(i, n, t) for n, t in d.items()} for i, d in enumerate(each)] for each in dicts]
+            return described, state.borrowed
 
         if other is not None and layout(self) != layout(other):
             raise ValueError("its weights, buffers or momenta are not those of this net")
