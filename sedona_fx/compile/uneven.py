@@ -134,7 +134,9 @@ class _Told:
         shares = self.shares(offer.places)
         at, share = shares.widest_gap()
         end_node = self.nodes[offer.places[at]] if at < len(offer.places) else None
-        inside = [node for node in self._between(offer.places, at) if node is not end_node]
+        stretch = self._between(offer.places, at)
+        # Where the end is all there is, as with a module that is kept whole, it is the reason itself.
+        inside = [node for node in stretch if node is not end_node] or stretch
         start = f"behind {offer.places[at - 1]!r}" if at else "the inputs"
         end = f"{offer.places[at]!r}" if at < len(offer.places) else "the output"
         return f"from {start} to {end} there is {share:.0%} of the work and no place to cut: {self._reason(inside)}"
