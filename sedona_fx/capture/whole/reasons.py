@@ -28,6 +28,7 @@ TRANSFORM = "a transform such as torch.vmap runs a function on tensors of its ow
 
 _TORCH = os.path.dirname(torch.__file__)
 _TRANSFORMS = os.path.join(_TORCH, "_functorch", "")
+_EXPORTS_OWN = os.path.join(_TRANSFORMS, "_aot_autograd", "")
 _FUNCTIONAL = os.path.join(_TORCH, "autograd", "functional.py")
 _NAMES = {
     "vmap": "torch.vmap",
@@ -76,7 +77,8 @@ def module_of(error: BaseException, model: nn.Module) -> str:
     paths = {id(module): path for path, module in model.named_modules()}
     innermost = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == _FUNCTIONAL or frame.f_code.co_filename.startswith(_TRANSFORMS):
+        file = frame.f_code.co_filename
+        if file == _FUNCTIONAL or (file.startswith(_TRANSFORMS) and not file.startswith(_EXPORTS_OWN)):
             break
         innermost = paths.get(id(frame.f_locals.get("self")), innermost)
     return innermost
