@@ -159,17 +159,28 @@ class StateWatch:
         restore_random(self._random)
         return changed
 
-    def settle(self) -> bool:
+    def settle(self, after_one: StateWatch) -> bool:
         """Put everything back, except what a forward pass only notes once: a size it has seen, hooks it has installed.
 
-        Such notes are attributes whose plain value changed. If a parameter or buffer changed as well, no note is kept:
-        it might say that they have been initialised, which is undone.
+        Such notes are attributes whose plain value changed in the first call, and not again in the second: a counter is
+        none. If a parameter or buffer changed as well, no note is kept: it might say that they have been initialised,
+        which is undone.
+
+        Args:
+            after_one: the state after the first of two calls.
 
         Returns:
             Whether there are notes that were kept.
         """
         same_values = all(w.copy is None or torch.equal(w.copy, w.tensor) for w in self._tensors)
         same_versions = all(w.tensor._version == w.version for w in self._tensors)
+        counted = {
+            (id(entry.container), name)
+            for entry in after_one._containers
+            if isinstance(entry.container, dict)
+            for name, value in entry.copy.items()
+            if isinstance(value, _NOTES) and entry.container.get(name) != value
+        }
         notes = [
             (entry.container, name, value)
             for entry in self._containers
@@ -178,6 +189,7 @@ class StateWatch:
             if isinstance(value, _NOTES)
             and isinstance(entry.copy.get(name), _NOTES)
             and (entry.copy.get(name) != value)
+            and (id(entry.container), name) not in counted
         ]
         self.restore()
         # PyTorch's own mark at modules with backward hooks goes with the hook: it stays only if a note says so.

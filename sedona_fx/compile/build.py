@@ -54,7 +54,7 @@ def build(request: Request, analysed: Analysed, heads: Sequence[HeadSpec | None]
     lowered[False] = lowered[True] if same else passes.lower_at(analysed.eval, heads_by_cut, devices)
     blocks = {True: passes.partition(lowered[True])}
     blocks[False] = blocks[True] if same else passes.partition(lowered[False])
-    if analysed.capture.free_sizes:
+    if analysed.capture.free_sizes and any(head is not None for head in modules.values()):
         placeless = lowered[True] if devices is None else passes.lower_at(analysed.train, heads_by_cut)
         analysed, plan = _with_sizes_of_heads(request, analysed, placeless, plan)
     cut_nodes = resolve(analysed.train.graph)
@@ -110,7 +110,7 @@ def _with_sizes_of_heads(
 def _fault_of_heads(request: Request, analysed: Analysed, lowered: fx.GraphModule, few: Mapping[str, Any]) -> str:
     """Return what is wrong with the output of a head for these inputs; empty if nothing is."""
     inputs = [few[str(node.target)] for node in lowered.graph.nodes if node.op == "placeholder"]
-    with keep_modes(request.model, lowered), keep_state(lowered), torch.no_grad():
+    with keep_modes(request.model, lowered), keep_state(request.model), keep_state(lowered), torch.no_grad():
         try:
             *locals_, output = lowered.train()(*inputs)
         except RuntimeError as error:

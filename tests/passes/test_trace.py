@@ -217,7 +217,7 @@ def test_what_cannot_be_recorded_names_module_file_line_and_value(inner, line, m
 
 def test_a_loop_over_the_examples_is_left_to_the_second_front_end():
     with pytest.raises(TraceError, match=rf"the forward of inner, {__file__} line \d+: `for row in x:`.*'first'"):
-        record_symbolically(Around(Loop()), {"x": example().args[0]}, frozenset())
+        record_symbolically(Around(Loop()), {"x": example().kwargs["x"]}, frozenset())
 
 
 def test_a_loop_over_the_examples_holds_for_their_number():

@@ -212,12 +212,11 @@ def _capture(
             hook = registrations.first()
             source = program.module()
     except Exception as error:
-        reason = f"{type(error).__name__}: {reason_of(error)}{user_line(error)}."
+        path = module_of(error, model)
+        reason, line = f"{type(error).__name__}: {reason_of(error)}", user_line(error)
         if is_opaque(error):
-            raise NeedsTensors(
-                f"{module_of(error, model) or type(model).__name__}: {reason}", module_of(error, model)
-            ) from error
-        raise TraceError(reason) from error
+            raise NeedsTensors(f"{path or type(model).__name__}: {reason}{line}.", path) from error
+        raise TraceError(f"{reason}{f', in {path}' if path and line else ''}{line}.") from error
     finally:
         handle.remove()
         registrations.remove()
@@ -259,16 +258,19 @@ def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[
 
 
 def settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
-    """Run the model once in eval mode, so that what it notes at its first call is noted before it is recorded.
+    """Run the model twice in eval mode, so that what it notes at its first call alone is noted before it is recorded.
 
     Returns:
         The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
     """
     watch, registrations = StateWatch(model), Registrations()
     with keep_parameters(model), keep_gradients(model):
+        after_one = watch
         with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
-            model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-        if not watch.settle():
+            for _ in range(2):
+                model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
+                after_one = after_one if after_one is not watch else StateWatch(model)
+        if not watch.settle(after_one):
             registrations.remove()
     return watch, registrations
 

@@ -117,7 +117,12 @@ class WholeCall:
         shapes = [tuple(map(size_of, tensor.shape)) for tensor in self.tensors]
         device = self.tensors[0].device if self.tensors else torch.device("cpu")
         # Outside of the capture, which would record operators and refuse derivatives.
-        with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), seeded(device, 0):
+        with (
+            unset_fake_temporarily(),
+            disable_proxy_modes_tracing(),
+            torch._C.DisableTorchFunction(),
+            seeded(device, 0),
+        ):
             noise = [_noise(shape, tensor) for shape, tensor in zip(shapes, self.tensors, strict=True)]
             args, kwargs = self.arguments(noise)
             return pytree.tree_map_only(Tensor, Tensor.detach, stand_in(*args, **kwargs))

@@ -182,5 +182,7 @@ def test_a_part_that_is_replaced_is_called_from_then_on():
 
 
 def test_what_it_cannot_be_named_for_is_said():
-    with pytest.raises(TraceError, match=r"part, .*test_operators\.py line \d+: `return h.tanh\(\) if h.sum\(\).*leaf_mod"):
+    with pytest.raises(
+        TraceError, match=r"part, .*test_operators\.py line \d+: `return h.tanh\(\) if h.sum\(\).*leaf_mod"
+    ):
         sedona_fx.decouple(Model(Branches), (X, Y), blocks=1)
