@@ -87,12 +87,12 @@ class Branching(nn.Module):
         (
             {"data": (X, torch.randn(4, 5))},
             DataError,
-            r"the loss cannot take the model's output, \(2, 3\) torch.float32, with the target, \(2, 5\) torch.float32",
+            r"the loss cannot take the model's output, \(4, 3\) torch.float32, with the target, \(4, 5\) torch.float32",
         ),
         (
             {"loss": lambda o, t: nn.functional.cross_entropy(o, t, reduction="none")},
             DataError,
-            r"must return a scalar tensor, not torch.Size\(\[2\]\)",
+            r"must return a scalar tensor, not torch.Size\(\[4\]\)",
         ),
         ({"loss": lambda o, t: 1.0}, DataError, r"must return a scalar tensor, not 1.0"),
         # cuts
