@@ -81,14 +81,14 @@ def watch_regions(*, strict: bool, told: list[str] | None = None) -> Iterator[Re
         cache_enabled: bool | None = None,
     ) -> None:
         make(self, device_type, dtype, enabled, cache_enabled)
-        # Not `self._enabled`: where there is no such device, it is False, and the net may be moved to one.
-        vars(self)[_ASKED] = Cast(device_type, bool(enabled), dtype if enabled else None, cache_of(self))
-
-    def cache_of(region: Any) -> bool | None:
-        return None if region._cache_enabled else False
+        # Not `self._enabled`: where there is no such device, it is False, and the net may be moved to one. Nor
+        # `self._cache_enabled`: torch.export switches the cache off while it captures, for all that is not asked for.
+        cache = False if cache_enabled is not None and not cache_enabled else None
+        vars(self)[_ASKED] = Cast(device_type, bool(enabled), dtype if enabled else None, cache)
 
     def entering(self: Any) -> Any:
-        made_before = Cast(self.device, self._enabled, self.fast_dtype if self._enabled else None, cache_of(self))
+        cache = None if self._cache_enabled else False
+        made_before = Cast(self.device, self._enabled, self.fast_dtype if self._enabled else None, cache)
         watch.entries += not watch.casts
         watch.casts.append(vars(self).get(_ASKED, made_before))
         return enter(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import fx
@@ -171,7 +172,8 @@ class _Told:
             return f"{fewest} activations or more cross everywhere in it, and {chosen.max_live} may"
         if fewest:
             return "its branches lie side by side, and blocks follow one another"
-        if ends:
+        done = itertools.accumulate(self.work.get(node, 0) for node in inside)
+        if any(info(node).crossing and 0 < before < total for node, before in zip(inside, done, strict=True)):
             return "a cut in it would leave a block without weights of its own"
         return (
             "a block can end at none of its values (a float tensor whose rows are examples, which depends on "

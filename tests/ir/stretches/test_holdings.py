@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx import passes
-from sedona_fx.errors import GraphSpecError
+from sedona_fx.errors import CutError, GraphSpecError
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.train import BackLink
@@ -149,7 +149,8 @@ def test_a_block_without_weights_is_the_users_own_or_a_bug():
     net = sedona_fx.decouple(Chain(nn.Identity), (x, y), cuts=["layers.1", "layers.2.short"])  # the user's own
     assert not list(net.blocks[1].base_parameters())
     many = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    assert sedona_fx.decouple(many, (x, y), blocks=5, search="uniform").plan.blocks == 5  # asked for
+    with pytest.raises(CutError, match=r"5 blocks need 4 cuts; .*, enough for 3 blocks with parameters in each"):
+        sedona_fx.decouple(many, (x, y), blocks=5, search="uniform")
     gm = net.graph_module
     for node in gm.graph.nodes:
         if info(node).cut == "layers.2.short":

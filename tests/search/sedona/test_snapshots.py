@@ -106,7 +106,7 @@ def test_files_hold_plain_tensors(tmp_path: Path) -> None:
     store.put(0, state(3.0), 0.5)
     (path,) = tmp_path.iterdir()
     content = torch.load(path, weights_only=True)
-    assert content.keys() == {"params", "buffers", "momentum", "borrowed"}
+    assert content.keys() == {"params", "buffers", "momentum", "borrowed", "late"}
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
