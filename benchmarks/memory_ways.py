@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,21 +79,31 @@ def checkpointing(model: ResNet, pair: Pair, segments: int) -> Way:
 
 
 def schedule_ways(model: ResNet, pair: Pair, blocks: int) -> list[Way]:
-    """Return every schedule on the same K blocks."""
+    """Return the schedules without delayed gradients on the same K blocks."""
     net = cut(model, pair, blocks, "mlp-sr")
     heads = heads_bytes(net)
     lengths = [len(layers) for layers in net.variants.base_layers()]
     shortest = min(lengths[:-1])  # of those with a tail; the last block has none
-    late = {"steps": blocks + 2}
     kinds: list[tuple[str, type[Any], dict[str, Any], dict[str, Any]]] = [
         ("Backprop", Backprop, {}, {}),
         ("Greedy", Greedy, {}, {"heads_bytes": heads}),
         ("BackLink, reach 1", BackLink, {"reach": 1}, {"heads_bytes": heads, "bound": (shortest + 1) / shortest}),
         ("Replay", Replay, {"capacity": CAPACITY}, {"heads_bytes": heads, "steps": CAPACITY + 2}),
-        ("Delayed, stashed", Delayed, {"weights": "stashed"}, {**late, "needs": (blocks - 1) / 2 + 1 / blocks}),
-        ("Delayed, current", Delayed, {"weights": "current"}, late),
     ]
     return [Way(name, _starter(net, kind, pair, **options), **about) for name, kind, options, about in kinds]
+
+
+def delayed_ways(model: ResNet, pair: Pair, blocks: int) -> list[Way]:
+    """Return delayed gradients on the same K blocks: DDG and Features Replay."""
+    net = cut(model, pair, blocks, "mlp-sr")
+    ways: list[tuple[Literal["stashed", "current"], float]] = [
+        ("stashed", (blocks - 1) / 2 + 1 / blocks),
+        ("current", 1.0),
+    ]
+    return [
+        Way(f"Delayed, {weights}", _starter(net, Delayed, pair, weights=weights), steps=blocks + 2, needs=needs)
+        for weights, needs in ways
+    ]
 
 
 def head_ways(model: ResNet, pair: Pair, blocks: int, heads: Sequence[str]) -> list[Way]:
