@@ -11,7 +11,7 @@ demo: $(STAMP)
 
 # Tests run on one thread each, two files at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # The same with the newest release of every dependency, in an environment of its own; not in CI.
 test-newest: $(STAMP)

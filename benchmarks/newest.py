@@ -38,7 +38,7 @@ def main() -> int:
         [python, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True
     )
     versions = {entry["name"].lower(): entry["version"] for entry in json.loads(listed.stdout)}
-    run = [python, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "-q", "-p", "no:cacheprovider"]
+    run = [python, "-m", "pytest", "--numprocesses", "2", "--dist", "loadgroup", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     sys.stdout.write(done.stdout)
     counts = {

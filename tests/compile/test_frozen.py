@@ -106,9 +106,7 @@ def test_small_parameters_train_too():
 def test_no_cut_is_legal_in_a_frozen_beginning_but_the_users_own():
     net = decouple(chain(*"0123"), 4)  # more would need cuts behind parts of layers
     assert net.plan.base_layers == tuple("456")
-    with pytest.raises(
-        CutError, match=r"enough for 5 blocks with parameters in each\. 8 of its 18 parameters are frozen"
-    ):
+    with pytest.raises(CutError, match=r"enough for 5 blocks .*8 of its 18 parameters are frozen"):
         decouple(chain(*"0123"), 6)
     own = sedona_fx.decouple(chain(*"0123"), batch(), cuts=["1", "5"], heads="linear")  # a probe on frozen features
     assert own.plan.cuts == ("1", "5")
