@@ -56,6 +56,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def runs_python(graph: nn.Module) -> bool:
+    """Whether a graph calls modules of the user's own classes, which run as Python and may draw from its generators."""
+    return any(not type(inner).__module__.startswith(("torch.", "sedona_fx.")) for inner in graph.modules())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter, or else of its first buffer; the CPU if it has neither."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

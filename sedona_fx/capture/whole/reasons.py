@@ -51,6 +51,23 @@ class NeedsTensors(TraceError):
         self.path = path
 
 
+class Undecided(NeedsTensors):
+    """Code that decides by numbers in tensors, or by random ones: a graph would keep what was decided for ever.
+
+    It runs as Python in a module that is kept whole, in every step anew.
+    """
+
+
+def asks_for_numbers(error: BaseException | None) -> bool:
+    """Whether ``torch.export`` failed because Python code asked for a number in a tensor."""
+    kinds = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
+    while error is not None:
+        if not kinds.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            return True
+        error = error.__cause__
+    return False
+
+
 def is_opaque(error: BaseException) -> bool:
     """Whether an error was raised by code that has to run on real tensors: a transform, or ``backward``."""
     return bool(_transform(error)) or str(error) in (BACKWARD, GRAD, METHOD)
