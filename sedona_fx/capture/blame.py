@@ -77,10 +77,14 @@ def locate_side_effect(
         if guilty or not _is_users(frame.f_code.co_filename):
             return None
         # A line is guilty if the state changed while it ran, and no line of the user's that it called was found before.
-        if frame in running and event in ("line", "return") and watch.changed():
-            line = linecache.getline(frame.f_code.co_filename, running[frame]).strip()
-            text = f", {frame.f_code.co_filename} line {running[frame]}: `{line}`"
-            guilty.append((text, module_running(model, frame)))
+        # Before it calls one, it is the line itself.
+        suspect: FrameType | None = frame
+        while event == "call" and suspect is not None and (suspect is frame or suspect not in running):
+            suspect = suspect.f_back
+        if suspect is not None and suspect in running and event in ("call", "line", "return") and watch.changed():
+            file, number = suspect.f_code.co_filename, running[suspect]
+            text = f", {file} line {number}: `{linecache.getline(file, number).strip()}`"
+            guilty.append((text, module_running(model, suspect)))
         running[frame] = frame.f_lineno
         return watch_lines
 

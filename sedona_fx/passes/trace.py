@@ -142,7 +142,7 @@ def _trace(
                 exported = error
         chosen.add(symbolic, exported)
     chosen.tell()
-    traced.train.meta[CHOSEN] = tuple(chosen.reasons)
+    traced.train.meta[CHOSEN] = dict(chosen.reasons)
     return traced
 
 

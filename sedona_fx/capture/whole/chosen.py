@@ -16,7 +16,7 @@ WAYS_OUT = (
     "run as it is; or move the decision out of forward (into __init__, or into torch.where)."
 )
 CHOSEN = "whole_modules"
-"""Key in the ``meta`` of a train graph: the paths of the modules that stay whole without having been named."""
+"""Key in the ``meta`` of a train graph: path -> why, for modules that stay whole without having been named."""
 log = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ class ChosenWhole:
         asked: modules that the user keeps whole.
 
     Attributes:
-        reasons: path -> why, for those that the user has not named.
+        reasons: path -> why, for those that the user has not named; none is inside of another one.
         tries_export: whether ``torch.export`` is tried although there is a module which, kept whole, lets symbolic
             tracing go on; not if it fails for another reason.
     """
@@ -86,7 +86,8 @@ class ChosenWhole:
             log.warning("%s %s: %s", ", ".join(map(repr, paths)), stay, reason)
 
     def _is_new(self, path: str) -> bool:
-        return bool(path) and path not in self.reasons
+        """Whether a path is that of a module which does not stay whole yet."""
+        return bool(path) and not any(f"{path}.".startswith(f"{other}.") for other in self.reasons)
 
     def _choose(self, path: str, reason: str) -> None:
         kind = type(self.model.get_submodule(path))
@@ -94,3 +95,6 @@ class ChosenWhole:
         same = [other for other, module in self.model.named_modules() if other and type(module) is kind]
         for other in (path, *(same if again else ())):
             self.reasons.setdefault(other, reason)
+        inside = [p for p in self.reasons if any(p.startswith(f"{other}.") for other in self.reasons)]
+        for other in inside:
+            del self.reasons[other]

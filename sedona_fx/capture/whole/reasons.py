@@ -77,6 +77,8 @@ def reason_of(error: BaseException) -> str:
     """Return in a few words why a forward could not be recorded."""
     if function := _transform(error):
         return f"{function} needs tensors with numbers, {_NO_NUMBERS}"
+    if asks_for_numbers(error):
+        return f"Python code asks for a number in a tensor, {_NO_NUMBERS}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     if "__cuda_array_interface__" in reason:  # PyTorch tried to read the proxy as an array of numbers

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import fx
 
 from sedona_fx.capture.whole.grad_calls import derivatives
+from sedona_fx.capture.whole.chosen import CHOSEN
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.registry import is_built_in
 
@@ -32,7 +33,7 @@ def shortage(
     enough = f"{places + 1} block{'s' if places else ''}"
     return (
         f"{blocks} blocks need {cuts}; this model has {points}, enough for {enough} with parameters in each."
-        f"{_frozen(train)}{derivatives(train.graph)}"
+        f"{_frozen(train)}{_whole(train)}{derivatives(train.graph)}"
     )
 
 
@@ -42,6 +43,18 @@ def _with_heads(legal: Collection[str], candidates: Mapping[str, Sequence[HeadSp
         return ""
     built_in = all(is_built_in(spec) for specs in candidates.values() for spec in specs)
     return f", {len(candidates)} of them with a {'built-in ' if built_in else ''}head that fits"
+
+
+def _whole(train: fx.GraphModule) -> str:
+    """Return which modules stay whole because their code cannot be recorded, and why the first does."""
+    reasons: Mapping[str, str] = train.meta.get(CHOSEN, {})
+    if not reasons:
+        return ""
+    paths = ", ".join(map(repr, reasons))
+    return (
+        f" {paths} stay{'' if len(reasons) > 1 else 's'} whole ({next(iter(reasons.values()))}) Put these lines into a "
+        "module of their own: only that one stays whole then."
+    )
 
 
 def _frozen(train: fx.GraphModule) -> str:
