@@ -7,7 +7,8 @@ these it is, or neither, is found by running the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,8 @@ from sedona_fx.capture.hooks import Registrations, watch_hooks
 from sedona_fx.capture.keep import keep_gradients, keep_parameters, keep_state
 from sedona_fx.capture.state_watch import Left, StateWatch, content_of, refill
 from sedona_fx.data.args import Args
+from sedona_fx.errors import TraceError
+from sedona_fx.ir.copies import COMPUTED
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors
 from sedona_fx.ir.same_numbers import same_bits
@@ -58,6 +61,49 @@ def scratch_attributes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[
         except Exception:
             return None
     return paths if _succeeds(lambda: same_bits(expected, runs.of(inputs, others)[0])) else None
+
+
+def check_computed(model: nn.Module, example: Args) -> None:
+    """Raise TraceError if the forward reads a tensor that the user's model had computed before, from parameters.
+
+    The copy of such a tensor has no graph, so that its gradients would be lost. (That of a weight norm is computed
+    again before it is read.) This is tested: with NaN in its place the model must return the same.
+
+    Args:
+        model: the copy that the net owns; its state is the same afterwards.
+        example: one batch.
+    """
+    computed = dict(_computed(model))
+    runs, inputs = _Runs(model), example.first(2).bind(model.forward) if computed else {}
+    for path, tensor in computed.items():
+        for training in (True, False):
+            with keep_modes(model), keep_state(model), suppress(TypeError, ValueError, RuntimeError):
+                model.train(training)
+                expected, _ = runs.of(inputs)
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
+                if not same_bits(expected, runs.of(inputs)[0]):
+                    raise TraceError(
+                        f"the forward of {type(model).__name__} reads the attribute {path!r}, a tensor that was "
+                        "computed before, from something that requires a gradient. The net's own copy has no graph to "
+                        "that, and its gradients would be lost. Compute it in forward, or detach it."
+                    )
+
+
+def _computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the attributes that hold copies of computed tensors, with their paths."""
+
+    def within(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor) and hasattr(value, COMPUTED):
+            yield path, value
+        elif isinstance(value, (dict, list, tuple, deque)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from within(f"{path}.{key}", item)
+
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                yield from within(f"{path}.{name}".lstrip("."), value)
 
 
 def settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations, bool]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from sedona_fx.capture.attributes import UNWRITTEN, settle
+from sedona_fx.capture.attributes import UNWRITTEN, check_computed, settle
 from sedona_fx.capture.exporting.exported import Exported, record_by_export, why_fixed
 from sedona_fx.capture.exporting.free_sizes import in_both, resized
 from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
@@ -100,6 +100,7 @@ def trace(
             "on the layers that it is about."
         )
     allow_names(model)
+    check_computed(model, example)
     with keep_process_state():
         traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
     if dynamic and traced.capture.fixed_sizes:

@@ -42,11 +42,8 @@ from sedona_fx.capture.whole.operators import whole_calls
 from sedona_fx.capture.whole.reasons import NeedsTensors, Undecided, asks_for_numbers, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
-from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.plan_values import FreeSize
-from sedona_fx.rng import seed_all
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
@@ -239,7 +236,7 @@ def _capture(
         raise Undecided(text, path) if change == DRAWS else TraceError(text)
     assert isinstance(source, fx.GraphModule)
     inline_regions(source)
-    return _Capture(program, source, model_output, list(mode_reads), inside, unwritten or ())
+    return _Capture(program, source, model_output, list(mode_reads), inside=inside, unwritten=unwritten or ())
 
 
 def _drawing(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[str, str]:

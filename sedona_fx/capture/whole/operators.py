@@ -7,7 +7,6 @@ it. What the module returns is found out by running a copy of it on noise, of se
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.host_calls import replaced_forward
 from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import TraceError
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.rng import seeded
 
 _running: list[WholeCall] = []
@@ -204,7 +204,7 @@ def whole_calls(model: nn.Module, leaves: Iterable[nn.Module]) -> Iterator[list[
     def forward_of(leaf: nn.Module) -> Callable[..., Any]:
         path, original = paths[leaf], leaf.forward
         with copied_right(leaf):
-            stand_in = copy.deepcopy(leaf)
+            stand_in = deep_copy(leaf)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs))):

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.capture.whole.chosen import CHOSEN
+from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.registry import is_built_in
 

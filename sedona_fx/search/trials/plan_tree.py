@@ -6,7 +6,6 @@ same first blocks. Plans therefore form a tree with one node per block, and a ba
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.dtypes import make_head
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.ir.modules import keep_modes, like_of, runs_python
 from sedona_fx.rng import block_random, seeded_init
@@ -226,7 +226,7 @@ class PlanTree:
         return blocks
 
     def _node(self, choice: Choice, depth: int, last: bool, train: BlockGraph, evaluation: BlockGraph) -> Node:
-        train_module, eval_module = copy.deepcopy((train.module, evaluation.module))
+        train_module, eval_module = deep_copy((train.module, evaluation.module))
         head, end = None, None
         if not last:
             place, index = choice[-1]

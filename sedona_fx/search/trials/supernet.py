@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.heads.dtypes import make_head
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import like_of, runs_python
 from sedona_fx.rng import block_random, seeded_init
@@ -69,7 +69,7 @@ class Supernet:
         self.local_loss = local_loss_of(problem)
         nodes = [problem.node(place) for place in places]
         graphs = cut_into_stretches(problem.train, nodes)
-        modules = copy.deepcopy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
+        modules = deep_copy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
         self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
         self._ends = [info(node).site for node in nodes]
         self.heads: list[list[nn.Module]] = []

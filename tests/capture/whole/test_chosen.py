@@ -211,7 +211,9 @@ def test_too_few_places_name_what_stays_whole():
             return self.part(x) if random.random() < 2 else x
 
     model = nn.Sequential(nn.Linear(4, 8), Backbone(), nn.Flatten(), nn.Linear(40, 3)).double()
-    with pytest.raises(CutError, match=r"'1' stays whole.*`return self.part\(x\) if random.random.*Put these lines into"):
+    with pytest.raises(
+        CutError, match=r"'1' stays whole.*`return self.part\(x\) if random.random.*Put these lines into"
+    ):
         sedona_fx.decouple(model, (X, Y), blocks=6, search="uniform")
 
 
@@ -227,5 +229,7 @@ class OwnNumber(Model):
 
 @pytest.mark.parametrize(("kind", "line"), [(Own, "if random.random"), (OwnNumber, "if bool")])
 def test_the_models_own_forward_is_refused_with_its_line(kind, line):
-    with pytest.raises(TraceError, match=rf"test_chosen.py line \d+: `return self.part\(h\) {line}.*a module of their own"):
+    with pytest.raises(
+        TraceError, match=rf"test_chosen.py line \d+: `return self.part\(h\) {line}.*a module of their own"
+    ):
         sedona_fx.decouple(kind(Layer), (X, Y), blocks=1)
