@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -58,11 +59,18 @@ def block_seed(seed: int, block: int | str, step: int) -> int:
 
 
 @contextmanager
-def block_random(seed: int, block: int, step: int, device: torch.device) -> Iterator[None]:
-    """Seed PyTorch's generators of the CPU and of `device` for the body, and restore their states afterwards."""
+def block_random(seed: int, block: int, step: int, device: torch.device, *, python: bool = False) -> Iterator[None]:
+    """Seed PyTorch's generators of the CPU and of `device` for the body, and restore their states afterwards.
+
+    Args:
+        seed, block, step: as for :func:`block_seed`.
+        device: of the block.
+        python: seed Python's ``random`` and NumPy's generator as well; modules that run as Python may draw from them.
+    """
     derived_seed = block_seed(seed, block, step)
     devices = [device] if _has_generator(device) else []
-    with turn(), torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+    forked = torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda")
+    with turn(), forked, _python_seeded(derived_seed) if python else nullcontext():
         # torch.manual_seed would seed every accelerator there is, and only the state of this block's one is restored.
         torch.default_generator.manual_seed(derived_seed)
         for accelerator in devices:
@@ -170,6 +178,40 @@ def same_random_states(before: Sequence[Any], after: Sequence[Any]) -> bool:
     return torch.equal(before[0], after[0]) and before[1:3] == after[1:3] and accelerators_same
 
 
+Stream = random.Random | np.random.Generator | np.random.RandomState | torch.Generator
+"""A generator that somebody holds."""
+
+
+def stream_state(stream: Stream) -> Any:
+    """Return the state of a generator, for :func:`set_stream_state`; states are equal if their bytes are."""
+    if isinstance(stream, torch.Generator):
+        state: Any = stream.get_state()
+    elif isinstance(stream, random.Random):
+        state = stream.getstate()
+    else:
+        state = stream.bit_generator.state if isinstance(stream, np.random.Generator) else stream.get_state()
+    return state if isinstance(stream, torch.Generator) else pickle.dumps(state)
+
+
+def set_stream_state(stream: Stream, state: Any) -> None:
+    """Put a generator into the state that :func:`stream_state` returned."""
+    if isinstance(stream, torch.Generator):
+        stream.set_state(state)
+        return
+    value = pickle.loads(state)
+    if isinstance(stream, random.Random):
+        stream.setstate(value)
+    elif isinstance(stream, np.random.Generator):
+        stream.bit_generator.state = value
+    else:
+        stream.set_state(value)
+
+
+def same_stream_state(before: Any, after: Any) -> bool:
+    """Whether two states that :func:`stream_state` returned are equal."""
+    return bool(torch.equal(before, after) if isinstance(before, Tensor) else before == after)
+
+
 def loader_streams(loader: Any) -> list[torch.Generator]:
     """Return the generators that a data loader and its samplers hold themselves, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
@@ -197,6 +239,19 @@ def _accelerators_in_use() -> list[torch.device]:
     if not getattr(module, "is_initialized", lambda: True)():
         return []
     return [torch.device(kind.type, k) for k in range(module.device_count())]
+
+
+@contextmanager
+def _python_seeded(seed: int) -> Iterator[None]:
+    """Seed Python's ``random`` and NumPy's generator for the body, and restore their states afterwards."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _seed_cpu(seed: int) -> None:

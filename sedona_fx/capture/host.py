@@ -22,9 +22,9 @@ from torch import fx, nn
 
 from sedona_fx.capture.graph_module import with_record
 from sedona_fx.capture.host_calls import Enter, HostCall, Leave, outside, recorded, replaced_forward
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.capture.proof import autograd_nodes
 from sedona_fx.capture.regions import watch_regions
-from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.errors import CutError
 from sedona_fx.ir.graph import info, output_node

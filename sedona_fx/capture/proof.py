@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
-from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info

@@ -3,8 +3,8 @@
 A graph contains tensor operations only. Whatever else the forward pass does happens once, while it is recorded, and
 never again in training. So a recording is trusted only if it left all state as it was, and these count as changes:
 
-- A draw from a global random generator (PyTorch's, Python's ``random``, NumPy's) outside of PyTorch's modules: the
-  number would be frozen in the graph.
+- A draw from a global random generator (PyTorch's, Python's ``random``, NumPy's) outside of PyTorch's modules, or from
+  one among the attributes: the number would be frozen in the graph.
 - An attribute of a module that was set, deleted or replaced, and an item of a list, dictionary, set or deque among the
   attributes, however deep: a counter would stop, a cache would keep what it has. Objects of the user's own classes are
   not looked into. Attributes that ``nn.Module`` itself defines (hooks) are not either: they are most of all containers,
@@ -23,18 +23,27 @@ from __future__ import annotations
 import operator
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from sedona_fx.capture.whole.late_buffers import overwrite
-from sedona_fx.rng import random_states, restore_random, same_random_states, turn
+from sedona_fx.rng import (
+    Stream,
+    random_states,
+    restore_random,
+    same_random_states,
+    same_stream_state,
+    set_stream_state,
+    stream_state,
+)
 
 _CONTAINERS = (dict, list, set, deque)
-_WATCHED = (torch.Tensor, *_CONTAINERS)
+_WATCHED = (torch.Tensor, Stream, *_CONTAINERS)
+DRAWS = "draws random numbers outside of PyTorch's modules"
+"""A change that :meth:`StateWatch.changed` names."""
 _PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None), torch.dtype, torch.device)
 _NOTES = (bool, int, float, str, type(None))
 _CONSTANT = re.compile(r"_tensor_constant\d+")
@@ -64,13 +73,34 @@ class _Tensor(NamedTuple):
     copy: torch.Tensor | None  # None for parameters
 
 
+class Left(NamedTuple):
+    """What a forward left in a container.
+
+    Attributes:
+        container: the attributes of a module, or a container among them.
+        content: a copy of it; tensors and objects are the same.
+        names: what changed, by keys or indices.
+        paths: the same as the user knows it.
+    """
+
+    container: Any
+    content: Any
+    names: tuple[Any, ...]
+    paths: tuple[str, ...]
+
+
 class StateWatch:
-    """Remembers the state of a model and of the random generators; says what changed, and puts it back."""
+    """Remembers the state of a model and of the random generators; says what changed, and puts it back.
+
+    Attributes:
+        streams: the generators among the attributes, each with its state.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._random = random_states()
         self._containers: list[_Container] = []
         self._tensors: list[_Tensor] = []
+        self.streams: list[tuple[Stream, Any]] = []
         self._paths = {path for path, _ in model.named_modules()}
         seen: set[int] = set()
         for path, module in model.named_modules():
@@ -88,6 +118,9 @@ class StateWatch:
             # A forward pass writes to a parameter only behind autograd's back; copies of all would cost too much.
             copy = None if isinstance(value, nn.Parameter) else value.detach().clone()
             self._tensors.append(_Tensor(path, value, value._version, copy))
+        elif isinstance(value, Stream):
+            seen.add(id(value))
+            self.streams.append((value, stream_state(value)))
         elif isinstance(value, _CONTAINERS):
             seen.add(id(value))
             self._containers.append(_Container(path, value, value.copy()))
@@ -101,8 +134,8 @@ class StateWatch:
         Args:
             tensors: whether parameters and buffers are looked at. ``torch.export`` replaces them by fake tensors.
         """
-        if not same_random_states(self._random, random_states()):
-            return "draws random numbers outside of PyTorch's modules"
+        if self._drawn():
+            return DRAWS
         for entry in self._containers:
             if _untouched(entry) or (not tensors and entry.registry in _REGISTRIES):
                 continue
@@ -118,24 +151,33 @@ class StateWatch:
                 return f"overwrites {_readable(watched.path)!r}"
         return ""
 
-    def replaced_attributes(self) -> list[tuple[Any, str]] | None:
-        """Return the attributes of modules that have another value now, each as (``vars(module)``, name).
+    def _drawn(self) -> bool:
+        own = any(not same_stream_state(state, stream_state(stream)) for stream, state in self.streams)
+        return own or not same_random_states(self._random, random_states())
 
-        None if anything else changed: the content of an attribute, or random states. Parameters and buffers are not
-        looked at.
+    def only_attributes(self, *, tensors: bool = True) -> bool:
+        """Whether all that changed is attributes, and not random states, parameters and buffers.
+
+        Args:
+            tensors: as for :meth:`changed`.
         """
-        replaced = []
+        replaced = any(not _untouched(entry) for entry in self._containers if entry.registry in _REGISTRIES)
+        overwritten = any(watched.tensor._version != watched.version for watched in self._tensors)
+        return not self._drawn() and not (tensors and (replaced or overwritten))
+
+    def left(self) -> list[Left]:
+        """Return what is in the attributes, and in the containers among them, that changed since the start."""
+        found = []
         for entry in self._containers:
-            if entry.registry in _REGISTRIES:
-                continue
-            before, after = dict(_items(entry.copy)), dict(_items(entry.container))
-            for name in after:
-                if _CONSTANT.fullmatch(str(name)) or (name in before and _same(before[name], after[name])):
-                    continue
-                if entry.path not in self._paths or not isinstance(name, str):
-                    return None
-                replaced.append((entry.container, name))
-        return replaced if same_random_states(self._random, random_states()) else None
+            if entry.registry not in _REGISTRIES and not _untouched(entry):
+                before, after = dict(_items(entry.copy)), dict(_items(entry.container))
+                names = [n for n in after if not (n in before and _same(before[n], after[n]))]
+                names = [n for n in names if not _CONSTANT.fullmatch(str(n))]
+                if names or len(before) != len(after):
+                    paths = tuple(_readable(f"{entry.path}.{name}") for name in names)
+                    content = content_of(entry.container, names)
+                    found.append(Left(entry.container, content, tuple(names), paths))
+        return found
 
     def remove_added(self) -> None:
         """Delete the attributes of modules that were not there at the start."""
@@ -149,14 +191,14 @@ class StateWatch:
         changed = self.changed()
         for entry in self._containers:
             if not _untouched(entry):
-                container = entry.container
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(entry.copy)
+                refill(entry.container, entry.copy)
         with torch.no_grad():
             for watched in self._tensors:
                 if watched.copy is not None:  # even if the version is the same: batch norm does not count its updates
                     overwrite(watched.tensor, watched.copy)
         restore_random(self._random)
+        for stream, state in self.streams:
+            set_stream_state(stream, state)
         return changed
 
     def settle(self, after_one: StateWatch) -> bool:
@@ -200,49 +242,27 @@ class StateWatch:
         return True
 
 
-@contextmanager
-def keep_state(model: nn.Module) -> Iterator[None]:
-    """Restore on exit the model's attributes, buffers and gradients, and the states of the global random generators.
-
-    Other threads wait for their turn with the generators meanwhile, since what they draw would be undone.
-    """
-    with turn(), keep_gradients(model):
-        watch = StateWatch(model)
-        try:
-            yield
-        finally:
-            watch.restore()
+def content_of(container: Any, names: Collection[Any]) -> Any:
+    """Return a copy of a container, with copies of the containers under some of its keys or indices."""
+    content = container.copy()
+    for name in names if not isinstance(content, set) else ():
+        content[name] = _structure(content[name])
+    return content
 
 
-@contextmanager
-def keep_gradients(model: nn.Module) -> Iterator[None]:
-    """Let parameters have no gradients in the body, where a forward may call ``backward``, and theirs on exit."""
-    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    for parameter, gradient in gradients:
-        if gradient is not None:
-            parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+def _structure(value: Any) -> Any:
+    """Return a copy of nested containers that holds the same tensors and objects."""
+    if type(value) is dict:
+        return {key: _structure(item) for key, item in value.items()}
+    if type(value) in (list, deque):
+        return type(value)(_structure(item) for item in value)
+    return value.copy() if isinstance(value, _CONTAINERS) else value
 
 
-@contextmanager
-def keep_parameters(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Restore the values of the model's parameters on exit; the function tells whether any was overwritten so far."""
-    copies = [(parameter, parameter._version, parameter.detach().clone()) for parameter in model.parameters()]
-
-    def overwritten() -> bool:
-        return any(p._version != version or not torch.equal(p, value) for p, version, value in copies)
-
-    try:
-        yield overwritten
-    finally:
-        for parameter, _, value in copies:
-            if not torch.equal(parameter, value):
-                parameter.data.copy_(value)
+def refill(container: Any, content: Any) -> None:
+    """Let a list, deque, dictionary or set hold something else."""
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
 def _items(container: Any) -> Iterator[tuple[Any, Any]]:

@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import fx, nn
 
+from sedona_fx.capture.attributes import UNWRITTEN, scratch_attributes
 from sedona_fx.capture.blame import locate_side_effect
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, refusal, watch_hooks
-from sedona_fx.capture.state_watch import StateWatch
+from sedona_fx.capture.state_watch import DRAWS, StateWatch
 from sedona_fx.capture.tracer import Tracer
 from sedona_fx.capture.whole.derivatives import make_derivatives_local
+from sedona_fx.capture.whole.reasons import Undecided
 from sedona_fx.errors import TraceError, did_you_mean
 from sedona_fx.ir.graph import copy_graph
 
@@ -64,7 +66,7 @@ def record_symbolically(
         with watch_hooks(registrations), plain_checkpoints():
             graph = tracer.trace(model)
         hook = registrations.first()
-        change = watch.changed()
+        change, attributes_alone = watch.changed(), watch.only_attributes()
         graph, _ = copy_graph(graph)  # without the tracer's class, which would be asked to unpickle the graph
         make_derivatives_local(graph)
         gm = build_graph_module(model, graph, model)
@@ -75,10 +77,13 @@ def record_symbolically(
         watch.restore()
     if hook:
         raise TraceError(f"cannot record the forward of {type(model).__name__}: {refusal(hook)}")
-    if change:
-        line = locate_side_effect(model, lambda: Tracer(leaves, arguments).trace(model))
-        raise TraceError(
+    unwritten = scratch_attributes(model, arguments) if change and attributes_alone else None
+    if change and unwritten is None:
+        line, path = locate_side_effect(model, lambda: Tracer(leaves, arguments).trace(model))
+        text = (
             f"tracing {type(model).__name__} in {'train' if model.training else 'eval'} mode {change}: this would "
             f"happen once, now, and never again in training{line}."
         )
+        raise Undecided(text, path) if change == DRAWS else TraceError(text)
+    gm.meta[UNWRITTEN] = unwritten or ()
     return gm, list(tracer.mode_reads)

@@ -19,7 +19,7 @@ from sedona_fx.capture.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
 from sedona_fx.capture.whole.kinds import stays_whole
-from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, is_opaque, reason_of
+from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, Undecided, is_opaque, reason_of
 from sedona_fx.capture.whole.scripted import scripted_calls_recorded
 from sedona_fx.errors import TraceError
 from sedona_fx.ir.graph import INFO, NodeInfo, describe, info
@@ -163,7 +163,9 @@ class Tracer(fx.Tracer):
         if self._asked_for is not None:
             needed_value = f" It asks for the value of {self._asked_for.name!r}, made in {describe(self._asked_for)}."
         text = f"cannot record the forward of {where}{user_line(error)}: {reason_of(error)}.{needed_value}"
-        return NeedsTensors(text, self._failed_in or "") if is_opaque(error) else TraceError(text)
+        if is_opaque(error):
+            return NeedsTensors(text, self._failed_in or "")
+        return Undecided(text, self._failed_in or "") if self._asked_for is not None else TraceError(text)
 
 
 def holds_tensor(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from sedona_fx import passes
 from sedona_fx.capture.exporting.free_sizes import resized
-from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.head_reach import warn_of_missed
 from sedona_fx.compile.request import Request

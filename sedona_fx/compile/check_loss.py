@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import DataError, shape_text

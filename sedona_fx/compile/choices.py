@@ -96,7 +96,9 @@ def candidates(heads: Heads, traced: Analysed, *, searching: bool) -> dict[str, 
         except HeadError as error:
             first_refusal = first_refusal or error
     if first_refusal is not None and not fitting:
-        raise first_refusal
+        count = len(traced.contexts)
+        points = f"any of the {count} legal cut points" if count > 1 else "the only legal cut point"
+        raise HeadError(f"there is no built-in head for {points} of this model: {first_refusal}") from first_refusal
     return fitting
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import DataError, TraceError
+from sedona_fx.ir.copies import copied_anyway, uncopyable
 from sedona_fx.ir.modules import share_copy, unwrapped
 from sedona_fx.net.net import Net
 from sedona_fx.net.parallel import warn_of_replicas
@@ -60,18 +61,36 @@ def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
         )
     try:
         with copied_right(model):
-            owned: nn.Module = share_copy(model) if inplace else copy.deepcopy(model)
+            owned: nn.Module = share_copy(model) if inplace else _copied(model)
     except Exception as error:
-        raise DataError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}). Drop tensors with a graph "
-            "from its attributes; for torch.nn.utils.weight_norm and spectral_norm, which keep one, use those of "
-            "torch.nn.utils.parametrizations."
-        ) from error
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}).") from error
     _check_functions(model, owned)
     _name_arguments(owned)
     if not inplace:
         _copy_hooks(model, owned)
     return owned
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy of the model.
+
+    Raises:
+        DataError: something in it cannot be copied; names its place.
+    """
+    with copied_anyway():
+        try:
+            return copy.deepcopy(model)
+        except Exception as error:
+            for path, value, reason in uncopyable(model):
+                raise DataError(
+                    f"{path or 'the model itself'!r} of {type(model).__name__}, a {type(value).__name__}, cannot be "
+                    f"copied ({type(reason).__name__}: {reason}), and the net owns a copy of the model. Make it where "
+                    "it is needed, outside of the attributes, or decouple(..., inplace=True): then the net shares it, "
+                    "and the parameters, with your model."
+                ) from error
+            raise
 
 
 def _name_arguments(owned: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import math
@@ -24,6 +23,7 @@ from sedona_fx.export.model import compute_in_float32, rename, short_floats
 from sedona_fx.export.parametrized import bake_parametrizations
 from sedona_fx.extras import require
 from sedona_fx.files import replacing
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import copy_info
 
 TOLERANCE = 1e-5
@@ -95,7 +95,7 @@ def _export(module: Flat, inputs: tuple[Tensor, ...], *, free_batch: bool) -> An
     try:
         return _exported(module, inputs, free_batch=free_batch)
     except Exception:
-        unfused = copy.deepcopy(module)
+        unfused = deep_copy(module)
         assert isinstance(unfused.program, fx.GraphModule)
         if not unfuse_attention(unfused.program):
             raise
@@ -237,7 +237,7 @@ def _rounding_error(module: Flat, inputs: Sequence[Tensor], index: int, output: 
     """
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     errors = [0.0]
-    for exact, values in ((copy.deepcopy(module).double(), wide), (_without_casts(module), inputs)):
+    for exact, values in ((deep_copy(module).double(), wide), (_without_casts(module), inputs)):
         try:
             errors.append(_difference(output, _outputs(exact, values)[index].to(output.dtype)))
         except RuntimeError:
@@ -247,7 +247,7 @@ def _rounding_error(module: Flat, inputs: Sequence[Tensor], index: int, output: 
 
 def _without_casts(module: Flat) -> Flat:
     """Return a copy of a graph without its regions."""
-    plain = copy.deepcopy(module)
+    plain = deep_copy(module)
     assert isinstance(plain.program, fx.GraphModule)
     for node in plain.program.graph.nodes:
         copy_info(node, node, region=None)

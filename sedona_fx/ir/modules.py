@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.program import OWN
 
 _INNER = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
@@ -42,7 +42,7 @@ def direct_children(gm: fx.GraphModule) -> fx.GraphModule:
 
 def share_copy(module: nn.Module) -> Any:
     """Return a copy of a module whose parameters and buffers are those of the original, the same objects."""
-    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    return deep_copy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -54,6 +54,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while (name := _INNER.get(type(model).__name__)) and type(model).__module__.startswith("torch."):
         model = getattr(model, name)
     return model
+
+
+def runs_python(graph: nn.Module) -> bool:
+    """Whether a graph calls modules of the user's own classes, which run as Python and may draw from its generators."""
+    return any(not type(inner).__module__.startswith(("torch.", "sedona_fx.")) for inner in graph.modules())
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.capture.host import rehost
 from sedona_fx.data.args import Args
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.modules import device_of, direct_children
 from sedona_fx.net.accident import Accident
 from sedona_fx.net.follow import Follower
@@ -264,7 +264,7 @@ class Net(OneProcess, Inference):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         own = {k: v for k, v in vars(self).items() if k not in ("_follower", "_precision")}
-        vars(twin).update(copy.deepcopy(own, memo))
+        vars(twin).update(deep_copy(own, memo))
         rehost(twin._all_graphs(), twin.model)
         twin._follower = twin._make_follower(self._follower.flags)
         twin._precision = PrecisionProof(twin._signature.trial, twin._plain, twin._all_graphs, like=self._precision)

@@ -8,7 +8,6 @@ name are part of the graph (:func:`redirect`).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import PlanError
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import copy_info, info
 from sedona_fx.ir.modules import device_of
 from sedona_fx.plan import Plan
@@ -99,7 +99,7 @@ def copy_on_cpu(gm: fx.GraphModule, devices: Sequence[torch.device]) -> fx.Graph
         gm: a graph without boundaries.
         devices: of the blocks.
     """
-    copied = copy.deepcopy(gm).cpu()
+    copied = deep_copy(gm).cpu()
     redirect([copied], [torch.device("cpu")] * len(devices), devices)
     return copied
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sedona_fx.capture.exporting.exported import record_by_export
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import name_sites, same_graphs
-from sedona_fx.capture.state_watch import keep_state
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.capture.whole.derivatives import let_modules_derive
 from sedona_fx.capture.whole.grad_calls import argument, grad_calls
 from sedona_fx.errors import TraceError

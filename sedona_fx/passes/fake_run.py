@@ -7,7 +7,6 @@ operator, so what an operator did is remembered where that is possible (:mod:`se
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, eff
 from sedona_fx.fake.meter import Meter, Work
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
 from sedona_fx.fake.values import is_float, made_up, mutable, tensors_in
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
 from sedona_fx.ir.program import attribute
@@ -260,7 +260,7 @@ class FakeRun(fx.Interpreter):
 
             args, kwargs = pytree.tree_map_only(FakeTensor, real, (args, kwargs))
             if n.op == "call_module":
-                module = copy.deepcopy(self.module.get_submodule(str(n.target)))
+                module = deep_copy(self.module.get_submodule(str(n.target)))
                 self.meter.ignore([*module.parameters(), *module.buffers()])
                 result = self._observed(n, lambda: module(*args, **kwargs))
             else:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, fx
 
-from sedona_fx.capture.state_watch import keep_state
+from sedona_fx.capture.keep import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.ir.graph import copy_graph, copy_info, info, output_node
 from sedona_fx.ir.modules import keep_modes

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from sedona_fx.capture.exporting.exported import Exported, record_by_export, settle, why_fixed
+from sedona_fx.capture.attributes import UNWRITTEN, check_computed, settle
+from sedona_fx.capture.exporting.exported import Exported, record_by_export, why_fixed
 from sedona_fx.capture.exporting.free_sizes import in_both, resized
 from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
@@ -25,7 +26,7 @@ from sedona_fx.capture.proof import check_equal_forward
 from sedona_fx.capture.regions import keep_process_state
 from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
-from sedona_fx.capture.whole.reasons import NeedsTensors
+from sedona_fx.capture.whole.chosen import CHOSEN, ChosenWhole
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import keep_modes
@@ -34,11 +35,6 @@ from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
 from sedona_fx.plan_values import Capture, FreeSize, FrontEnd
 
-WAYS_OUT = (
-    "Ways out: name the module in leaf_modules=[...] to keep it whole (no cut inside it then; lines of the model's own "
-    "forward go into a module of their own first); decouple only a part of the model with root='...' and let the rest "
-    "run as it is; or move the decision out of forward (into __init__, or into torch.where)."
-)
 log = logging.getLogger(__name__)
 
 Recorder = Callable[[], tuple[fx.GraphModule, list[nn.Module]]]
@@ -104,10 +100,18 @@ def trace(
             "on the layers that it is about."
         )
     allow_names(model)
+    check_computed(model, example)
     with keep_process_state():
         traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
     if dynamic and traced.capture.fixed_sizes:
         _check_free(model, example, dynamic, traced.capture)
+    if unwritten := {path: None for gm in (traced.train, traced.eval) for path in gm.meta.get(UNWRITTEN, ())}:
+        log.warning(
+            "the forward of %s writes the attributes %s, which the net computes but does not write: read what you need "
+            "of them from the output.",
+            type(model).__name__,
+            ", ".join(map(repr, unwritten)),
+        )
     if not traced.capture.hosted:
         calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
         tell_of_silent_hooks(model, [model.get_submodule(path) for path in calls], traced.capture.front_end)
@@ -121,35 +125,25 @@ def _trace(
 
     Code that neither front end can record, but that runs in a module which is kept whole, makes its module whole.
     """
-    asked = find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules)
-    whole: dict[str, str] = {}  # path -> why
+    chosen = ChosenWhole(model, find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules))
     while True:
-        leaves = asked | find_leaves(model, whole)
+        exported: TraceError | None = None
         try:
-            traced = _trace_symbolically(model, example, leaves)
+            traced = _trace_symbolically(model, example, chosen.leaves)
             break
         except TraceError as error:
-            symbolic_error = error
+            symbolic = error
         if root:
             return _trace_root(model, example, leaf_modules, root)
-        try:
-            traced = _trace_by_export(model, example, leaves, free_sizes)
-            break
-        except TraceError as export_error:
-            both = f"{symbolic_error} torch.export cannot record it either: {export_error}"
-            reason = symbolic_error if isinstance(symbolic_error, NeedsTensors) else both
-            opaque = [e.path for e in (export_error, symbolic_error) if isinstance(e, NeedsTensors)]
-            if not opaque:
-                raise TraceError(f"{both} {WAYS_OUT}") from symbolic_error
-            path = next((path for path in opaque if path and path not in whole), None)
-            if path is None:
-                raise TraceError(
-                    f"{reason} Put these lines into a module of their own, which is kept whole then, with no cut "
-                    "inside of it; or decouple only a part of the model with root='...'."
-                ) from symbolic_error
-            whole[path] = str(reason)
-    for path, reason in whole.items():
-        log.warning("%r stays whole, with no cut inside of it: %s", path, reason)
+        if chosen.tries_export or not chosen.can_go_on(symbolic):
+            try:
+                traced = _trace_by_export(model, example, chosen.leaves, free_sizes)
+                break
+            except TraceError as error:
+                exported = error
+        chosen.add(symbolic, exported)
+    chosen.tell()
+    traced.train.meta[CHOSEN] = dict(chosen.reasons)
     return traced
 
 
@@ -160,13 +154,16 @@ def _trace_symbolically(model: nn.Module, example: Args, leaves: frozenset[nn.Mo
 
 def _trace_by_export(model: nn.Module, example: Args, leaves: frozenset[nn.Module], free_sizes: bool) -> Traced:
     """Trace by the second front end; if it cannot, the state of the model is as before."""
-    watch, registrations = settle(model, example)
+    watch, registrations, notes = settle(model, example)
     try:
         return _export_both(model, example, leaves, free_sizes)
     except TraceError:
         registrations.remove()
         watch.restore()
-        raise
+        if not notes:
+            raise
+    # A note may say that something is there which is not: a tensor beside it, made at the first call as well.
+    return _export_both(model, example, leaves, free_sizes)
 
 
 def _with_free_sizes(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
+from sedona_fx.ir.modules import runs_python
 from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
@@ -46,6 +47,7 @@ class Engine:
     def __init__(self, blocks: Sequence[Block], output: OutputFormat, loss: Loss | None, seed: int) -> None:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
         self.guard, self.misfit = FiniteGuard(), ""
+        self._runs_python = [runs_python(block.module) for block in self.blocks]
         self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
     def local_losses(self, batch: Batch) -> list[Tensor]:
@@ -248,7 +250,7 @@ class Engine:
         """
         if len(self.blocks) == 1:
             return turn()
-        return block_random(self.seed, block.index, step, block.device)
+        return block_random(self.seed, block.index, step, block.device, python=self._runs_python[block.index])
 
 
 def require_grad_mode(who: str) -> None:

@@ -163,9 +163,6 @@ def example(rows: int = 3) -> Args:
 @pytest.mark.parametrize(
     ("inner", "what", "line"),
     [
-        (TensorCoin(), "draws random numbers", "if torch.rand([]) < 0.5:"),
-        (PythonCoin(), "draws random numbers", "scale = random.uniform(0.0, 1.0)"),
-        (NumpyCoin(), "draws random numbers", "scale = float(np.random.rand())"),
         (Counter(), "changes the attribute 'inner.n'", "setattr(self, self.name, getattr(self, self.name) + 1)"),
         (Counter("_n"), "changes the attribute 'inner._n'", "setattr(self, self.name"),
         (Diary(), "changes the attribute 'inner.seen.sizes.0'", 'self.seen["sizes"].append(4)'),
@@ -199,18 +196,21 @@ def test_what_happens_once_while_tracing_is_refused_with_its_line(inner, what, l
 
 
 @pytest.mark.parametrize(
-    ("inner", "line", "more"),
+    ("model", "line", "more"),
     [
-        (ValueBranch(), "if x.sum() > 0:", ["'gt'", "inner (gt)", "leaf_modules", "torch.where"]),
+        (ValueBranch(), "if x.sum() > 0:", ["'gt'", "the model itself (gt)", "leaf_modules", "torch.where"]),
+        (TensorCoin(), "if torch.rand([]) < 0.5:", ["draws random numbers", "leaf_modules"]),
+        (PythonCoin(), "scale = random.uniform(0.0, 1.0)", ["draws random numbers", "leaf_modules"]),
+        (NumpyCoin(), "scale = float(np.random.rand())", ["draws random numbers", "leaf_modules"]),
     ],
-    ids=["branch"],
+    ids=["branch", "tensor", "python", "numpy"],
 )
-def test_what_cannot_be_recorded_names_module_file_line_and_value(inner, line, more):
+def test_what_the_models_own_forward_decides_is_refused_with_file_line_and_value(model, line, more):
     with pytest.raises(TraceError) as caught:
-        trace(Around(inner), example())
+        trace(model, example())
     text = str(caught.value)
     number = 1 + [source.strip() for source in Path(__file__).read_text().splitlines()].index(line)
-    assert f"the forward of inner, {__file__} line {number}: `{line}`" in text
+    assert f"{__file__} line {number}: `{line}`" in text
     for part in more:
         assert part in text
 

@@ -172,14 +172,20 @@ def test_parametrizations(kind, checks):
     copy.deepcopy(model).load_state_dict(net.original_state_dict(), strict=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("inplace", [False, True])
-def test_hook_based_weight_norm_is_refused_by_name(inplace):
-    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 3))
-    with pytest.raises(
-        DataError, match=r"weight_norm and spectral_norm, which keep one, use those of torch.nn.utils.par"
-    ):
-        sedona_fx.decouple(model, (torch.randn(2, 4), torch.tensor([0, 1])), blocks=2, inplace=inplace)
+@pytest.mark.filterwarnings("ignore:.*(weight|spectral)_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_norms_of_weights_by_hooks(kind):
+    model = nn.Sequential(nn.Linear(6, 6), getattr(nn.utils, kind)(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1])
+    net = sedona_fx.decouple(model, (x, y), cuts=["0", "1"], heads="linear")
+    for training in (True, False):
+        net.model.load_state_dict(model.state_dict())
+        plain = nn.Sequential(nn.Linear(6, 6), getattr(nn.utils, kind)(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3))
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(net.train(training)(x), plain.train(training)(x))
+        assert all(map(torch.equal, net.model.state_dict().values(), plain.state_dict().values()))
+    net.train().backward(x, y)
+    assert all(p.grad is not None for p in net.model.parameters())
 
 
 def test_objectives_of_ones_own():

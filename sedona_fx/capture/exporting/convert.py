@@ -98,16 +98,16 @@ class Converter:
         """Whether a node calls a module that stays whole, or takes a tensor out of its result; it is rewritten then."""
         arguments: Any = node.args
         if node.target is WHOLE:
-            call, path = self.calls[arguments[1]], self._own(_module_path(node))
-            tensors: Any = fx.map_arg(arguments[0], functools.partial(self._converted, path=path))
-            args, kwargs = call.arguments(tensors)
+            call, path = self.calls[arguments[2]], self._own(_module_path(node))
+            tensors, sizes = fx.map_arg(arguments[:2], functools.partial(self._converted, path=path))
+            args, kwargs = call.arguments(tensors, sizes)
             self.env[node] = with_record(self.graph.call_module(call.path, tuple(args), kwargs), path)
             self.attributes[call.path] = self.model.get_submodule(call.path)
             return True
         if node.target is not operator.getitem or getattr(arguments[0], "target", None) is not WHOLE:
             return False
         value = self.env[arguments[0]]
-        for key in self.calls[arguments[0].args[1]].keys(arguments[1]):
+        for key in self.calls[arguments[0].args[2]].keys(arguments[1]):
             value = with_record(self.graph.call_function(*_access(value, key)))
         self.env[node] = value
         return True

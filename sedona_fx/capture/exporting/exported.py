@@ -22,29 +22,28 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from sedona_fx.capture.blame import current_line, user_line
+from sedona_fx.capture.attributes import UNWRITTEN, scratch_attributes
+from sedona_fx.capture.blame import StreamWatch, current_line, locate_side_effect, user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.exporting.convert import Converter
 from sedona_fx.capture.exporting.free_sizes import GuardedProgram
 from sedona_fx.capture.exporting.inline_regions import inline_regions, mark_regions
 from sedona_fx.capture.graph_module import build_graph_module
 from sedona_fx.capture.hooks import Registrations, hooked_modules, refusal, watch_hooks
+from sedona_fx.capture.keep import keep_parameters, keep_state
 from sedona_fx.capture.layer_stacks import unknown_masks
 from sedona_fx.capture.names import INSIDE, Inside, has_own_names
 from sedona_fx.capture.regions import watch_regions
-from sedona_fx.capture.state_watch import StateWatch, keep_gradients, keep_parameters, keep_state
+from sedona_fx.capture.state_watch import DRAWS, StateWatch
 from sedona_fx.capture.tracer import watch_training_flags
 from sedona_fx.capture.whole.derivatives import DerivativeWatch
 from sedona_fx.capture.whole.kinds import whole_in_export
 from sedona_fx.capture.whole.operators import whole_calls
-from sedona_fx.capture.whole.reasons import NeedsTensors, is_opaque, module_of, reason_of
+from sedona_fx.capture.whole.reasons import NeedsTensors, Undecided, asks_for_numbers, is_opaque, module_of, reason_of
 from sedona_fx.data.args import Args
 from sedona_fx.errors import TraceError
-from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import leaves, map_tensors, without_objects
-from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.plan_values import FreeSize
-from sedona_fx.rng import seed_all
 
 _PRIMES = (13, 17, 19, 23, 29, 31, 37, 41)
 
@@ -116,6 +115,7 @@ def record_by_export(
         calls=calls,
     ).convert()
     gm = build_graph_module(model, graph, attributes)
+    gm.meta[UNWRITTEN] = capture.unwritten
     return Exported(gm, capture.mode_reads, free_batch=free_batch, free_sizes=sizes)
 
 
@@ -160,6 +160,7 @@ class _Capture:
 
     Attributes:
         inside: what the paths of the program begin with.
+        unwritten: attributes that the forward writes, and the program does not.
     """
 
     program: torch.export.ExportedProgram
@@ -167,6 +168,7 @@ class _Capture:
     model_output: Any
     mode_reads: list[nn.Module]
     inside: str
+    unwritten: tuple[str, ...]
 
 
 def _capture(
@@ -185,15 +187,15 @@ def _capture(
     watch, registrations = StateWatch(model), Registrations()
     mode_reads: dict[nn.Module, None] = {}
     changes: list[str] = []
-    replaced: list[tuple[Any, str]] | None = []
+    attributes_alone = True
     model_output: Any = None
 
     # torch.export undoes what a forward does to attributes that there were. This hook looks at them before that.
     def observe(_module: nn.Module, _inputs: Any, output: Any) -> list[Any]:
-        nonlocal replaced, model_output
+        nonlocal attributes_alone, model_output
         if change := watch.changed(tensors=False):
             changes.append(change)
-            replaced = watch.replaced_attributes()
+            attributes_alone = watch.only_attributes(tensors=False)
             watch.remove_added()
         model_output, _ = without_objects(output)
         return list(leaves(model_output))
@@ -216,6 +218,8 @@ def _capture(
         reason, line = f"{type(error).__name__}: {reason_of(error)}", user_line(error)
         if is_opaque(error):
             raise NeedsTensors(f"{path or type(model).__name__}: {reason}{line}.", path) from error
+        if asks_for_numbers(error):
+            raise Undecided(f"{reason}{f', in {path}' if path and line else ''}{line}.", path) from error
         raise TraceError(f"{reason}{f', in {path}' if path and line else ''}{line}.") from error
     finally:
         handle.remove()
@@ -223,56 +227,29 @@ def _capture(
         change_after = watch.restore()
     if hook:
         raise TraceError(refusal(hook))
-    if not change_after and changes and replaced and _are_scratch(model, arguments, replaced):
-        changes = []  # every forward writes these attributes before it reads them: earlier values have no effect
-    if change := next(filter(None, [*changes, change_after]), ""):
-        raise TraceError(f"its forward {change}, which would happen once, now, and never again in training.")
+    unwritten = None
+    if changes and attributes_alone:
+        unwritten = scratch_attributes(model, arguments)
+    if (change := next(filter(None, [*changes, change_after]), "")) and unwritten is None:
+        line, path = _drawing(model, arguments) if change == DRAWS else ("", "")
+        text = f"its forward {change}, which would happen once, now, and never again in training{line}."
+        raise Undecided(text, path) if change == DRAWS else TraceError(text)
     assert isinstance(source, fx.GraphModule)
     inline_regions(source)
-    return _Capture(program, source, model_output, list(mode_reads), inside)
+    return _Capture(program, source, model_output, list(mode_reads), inside=inside, unwritten=unwritten or ())
 
 
-def _are_scratch(model: nn.Module, arguments: Mapping[str, Any], replaced: list[tuple[Any, str]]) -> bool:
-    """Whether the forward never reads what stood in these attributes before it.
+def _drawing(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the line that draws from Python's or NumPy's generators, and the path of the module whose code it is.
 
-    This is tested: with a value in each that no code can use, the model must return the same bits.
-
-    Args:
-        model: its state is the same afterwards.
-        arguments: name -> value.
-        replaced: the attributes, as (``vars(module)``, name).
+    The model itself is run: as it is, nothing else looks at these generators meanwhile.
     """
 
-    def run(poisoned: bool) -> Any:
-        with keep_state(model), torch.no_grad():
-            for attributes, name in replaced if poisoned else ():
-                attributes[name] = object()
-            seed_all(0)
-            return model(**map_tensors(torch.clone, Args(**arguments).first(2).kwargs))
+    def run() -> None:
+        model(**map_tensors(torch.clone, Args(**arguments).first(2).kwargs))
 
-    with keep_parameters(model) as overwritten:
-        try:
-            return same_bits(run(poisoned=False), run(poisoned=True)) and not overwritten()
-        except Exception:
-            return False
-
-
-def settle(model: nn.Module, example: Args) -> tuple[StateWatch, Registrations]:
-    """Run the model twice in eval mode, so that what it notes at its first call alone is noted before it is recorded.
-
-    Returns:
-        The watch from before that, which can restore the state without the notes, and the hooks that stay with them.
-    """
-    watch, registrations = StateWatch(model), Registrations()
-    with keep_parameters(model), keep_gradients(model):
-        after_one = watch
-        with keep_modes(model), torch.no_grad(), watch_hooks(registrations), suppress(Exception):
-            for _ in range(2):
-                model.eval()(**map_tensors(torch.clone, example.first(2).bind(model.forward)))
-                after_one = after_one if after_one is not watch else StateWatch(model)
-        if not watch.settle(after_one):
-            registrations.remove()
-    return watch, registrations
+    with keep_state(model), keep_parameters(model), torch.no_grad():
+        return locate_side_effect(model, run, StreamWatch(model))
 
 
 @contextmanager

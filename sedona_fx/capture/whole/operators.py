@@ -7,7 +7,6 @@ it. What the module returns is found out by running a copy of it on noise, of se
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx.capture.host_calls import replaced_forward
 from sedona_fx.capture.whole.scripted import copied_right
 from sedona_fx.errors import TraceError
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.rng import seeded
 
 _running: list[WholeCall] = []
@@ -28,13 +28,13 @@ _running: list[WholeCall] = []
 
 
 @torch.library.custom_op("sedona_fx::whole", mutates_args=())
-def whole(tensors: list[Tensor], call: int) -> list[Tensor]:
+def whole(tensors: list[Tensor], sizes: Sequence[int], call: int) -> list[Tensor]:
     """Stands for a call of a module; only exported programs have it, and nobody runs these."""
     raise AssertionError("an exported program has been run before it was converted")
 
 
 @whole.register_fake
-def _(tensors: list[Tensor], call: int) -> list[Tensor]:
+def _(tensors: list[Tensor], sizes: Sequence[int], call: int) -> list[Tensor]:
     return [torch.empty(shape, dtype=t.dtype, device=t.device) for shape, t in _running[call].returned]
 
 
@@ -52,25 +52,30 @@ class WholeCall:
     Attributes:
         path: as given.
         tensors: those among the arguments.
+        sizes: the symbols for sizes among the arguments.
         returned: for each tensor that the module returns, its shape with the program's symbols, and one like it.
 
     Raises:
-        TraceError: a size of what the module returns is no linear function of a free size of its arguments.
+        TraceError: a size of what the module returns is no linear function of a free size of its arguments, or it
+            depends on numbers in tensors or on draws; so does a number that the module returns.
     """
 
     def __init__(self, path: str, stand_in: nn.Module, given: Any) -> None:
         self.path = path
         leaves, self._given = pytree.tree_flatten(given)
-        self._plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self._leaves = [_Slot(type(leaf)) if isinstance(leaf, (Tensor, torch.SymInt)) else leaf for leaf in leaves]
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
         self.returned = self._asked_of(stand_in)
 
-    def arguments(self, tensors: Sequence[Any]) -> Any:
-        """Return (args, kwargs) of the call with other values in the place of its tensors."""
-        values = iter(tensors)
+    def arguments(self, tensors: Sequence[Any], sizes: Sequence[Any]) -> Any:
+        """Return (args, kwargs) of the call with other values in the place of its tensors and sizes."""
+        values = {True: iter(sizes), False: iter(tensors)}
         return self._given.unflatten(
-            [next(values) if tensor else plain for tensor, plain in zip(self._is_tensor, self._plain, strict=True)]
+            [
+                next(values[issubclass(leaf.kind, torch.SymInt)]) if isinstance(leaf, _Slot) else leaf
+                for leaf in self._leaves
+            ]
         )
 
     def result(self, tensors: Sequence[Any]) -> Any:
@@ -85,6 +90,13 @@ class WholeCall:
     def _asked_of(self, stand_in: nn.Module) -> list[tuple[list[Any], Tensor]]:
         """Run a copy of the module for `returned`, at the example's sizes and with each free size larger by one."""
         sizes: list[Any] = [size for t in self.tensors for size in t.shape if isinstance(size, torch.SymInt)]
+        sizes += self.sizes
+        numbers = [leaf for leaf in self._leaves if isinstance(leaf, (torch.SymFloat, torch.SymBool))]
+        if numbers or not all(size.node.has_hint() for size in sizes):
+            raise TraceError(
+                f"{self.path!r} stays whole, and it gets a number that code before it has read from a tensor. Hand it "
+                "the tensor, and let it read the number itself."
+            )
         free = {size.node.expr: size for size in sizes if size.node.expr.is_Symbol}
         self._hints = {symbol: size.node.hint for symbol, size in free.items()}
         result = self._run(stand_in)
@@ -92,6 +104,7 @@ class WholeCall:
         numbers = iter(range(len(leaves)))
         self._result = spec.unflatten([next(numbers) if isinstance(t, Tensor) else _Plain(t) for t in leaves])
         found = _tensors(result)
+        self._check_that_it_is_sure(result, stand_in)
         shapes: list[list[Any]] = [list(t.shape) for t in found]
         at_all = [list(t.shape) for t in found]  # with all free sizes larger, if it is linear in them
         for symbol, size in free.items():
@@ -104,7 +117,25 @@ class WholeCall:
             raise TraceError(f"{self.path!r} stays whole, and its sizes are no linear functions of those that it gets")
         return list(zip(shapes, found, strict=True))
 
-    def _run(self, stand_in: nn.Module, *larger: Any) -> Any:
+    def _check_that_it_is_sure(self, result: Any, stand_in: nn.Module) -> None:
+        """Raise TraceError if the module returns other sizes, or other values that are no tensors, on other numbers."""
+        try:
+            other = self._run(stand_in, seed=1)
+        except Exception:  # not all numbers are valid: an index may be too large
+            return
+        leaves, others = pytree.tree_leaves(result), pytree.tree_leaves(other)
+        if [type(leaf) for leaf in leaves] == [type(leaf) for leaf in others]:
+            pairs = list(zip(leaves, others, strict=True))
+            sizes_same = all(a.shape == b.shape for a, b in pairs if isinstance(a, Tensor))
+            if sizes_same and all(_same(a, b) for a, b in pairs if not isinstance(a, Tensor)):
+                return
+        raise TraceError(
+            f"{self.path!r} stays whole, and what it returns has sizes, or values that are no tensors, which depend on "
+            "the numbers in its inputs or on random numbers: the code behind it would be recorded for one of them. Let "
+            "it return a tensor of a fixed size (a mask in place of a part), or put the code that needs them into it."
+        )
+
+    def _run(self, stand_in: nn.Module, *larger: Any, seed: int = 0) -> Any:
         """Return what the copy returns for noise of the example's sizes; those of some symbols are larger by one."""
         values = {symbol: hint + (symbol in larger) for symbol, hint in self._hints.items()}
 
@@ -121,15 +152,30 @@ class WholeCall:
             unset_fake_temporarily(),
             disable_proxy_modes_tracing(),
             torch._C.DisableTorchFunction(),
-            seeded(device, 0),
+            seeded(device, seed),
         ):
-            noise = [_noise(shape, tensor) for shape, tensor in zip(shapes, self.tensors, strict=True)]
-            args, kwargs = self.arguments(noise)
+            noise = [_noise(shape, tensor, seed) for shape, tensor in zip(shapes, self.tensors, strict=True)]
+            args, kwargs = self.arguments(noise, [size_of(size) for size in self.sizes])
             return pytree.tree_map_only(Tensor, Tensor.detach, stand_in(*args, **kwargs))
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values that are no tensors count as the same; what cannot be compared does."""
+    try:
+        return bool(first is second or first == second or (first != first and second != second))
+    except Exception:
+        return True
+
+
+class _Slot:
+    """The place of a tensor or of a size among the arguments of a call."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
 
 
 class _Plain:
@@ -158,14 +204,14 @@ def whole_calls(model: nn.Module, leaves: Iterable[nn.Module]) -> Iterator[list[
     def forward_of(leaf: nn.Module) -> Callable[..., Any]:
         path, original = paths[leaf], leaf.forward
         with copied_right(leaf):
-            stand_in = copy.deepcopy(leaf)
+            stand_in = deep_copy(leaf)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not any(isinstance(value, FakeTensor) for value in pytree.tree_leaves((args, kwargs))):
                 return original(*args, **kwargs)  # the model runs as it is
             call = WholeCall(path, stand_in, (args, kwargs))
             calls.append(call)
-            return call.result(whole(call.tensors, len(calls) - 1))
+            return call.result(whole(call.tensors, call.sizes, len(calls) - 1))
 
         return forward
 
@@ -178,10 +224,10 @@ def whole_calls(model: nn.Module, leaves: Iterable[nn.Module]) -> Iterator[list[
         _running = before
 
 
-def _noise(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return a tensor like another one: noise that requires a gradient if that holds floats, else zeros."""
+def _noise(shape: Sequence[int], like: Tensor, seed: int) -> Tensor:
+    """Return a tensor like another one: noise that requires a gradient if that holds floats, else `seed` throughout."""
     if not (like.dtype.is_floating_point or like.dtype.is_complex):
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    generator = torch.Generator(like.device).manual_seed(0)
+        return torch.full(shape, seed, dtype=like.dtype, device=like.device)
+    generator = torch.Generator(like.device).manual_seed(seed)
     noise = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     return noise.requires_grad_().clone()  # not a leaf: the module may write to it

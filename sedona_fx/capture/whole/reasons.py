@@ -51,6 +51,23 @@ class NeedsTensors(TraceError):
         self.path = path
 
 
+class Undecided(NeedsTensors):
+    """Code that decides by numbers in tensors, or by random ones: a graph would keep what was decided for ever.
+
+    It runs as Python in a module that is kept whole, in every step anew.
+    """
+
+
+def asks_for_numbers(error: BaseException | None) -> bool:
+    """Whether ``torch.export`` failed because Python code asked for a number in a tensor."""
+    kinds = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
+    while error is not None:
+        if not kinds.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            return True
+        error = error.__cause__
+    return False
+
+
 def is_opaque(error: BaseException) -> bool:
     """Whether an error was raised by code that has to run on real tensors: a transform, or ``backward``."""
     return bool(_transform(error)) or str(error) in (BACKWARD, GRAD, METHOD)
@@ -60,6 +77,8 @@ def reason_of(error: BaseException) -> str:
     """Return in a few words why a forward could not be recorded."""
     if function := _transform(error):
         return f"{function} needs tensors with numbers, {_NO_NUMBERS}"
+    if asks_for_numbers(error):
+        return f"Python code asks for a number in a tensor, {_NO_NUMBERS}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     if "__cuda_array_interface__" in reason:  # PyTorch tried to read the proxy as an array of numbers

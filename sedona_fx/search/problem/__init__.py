@@ -14,6 +14,7 @@ plan_costs       What plans cost, block by block, and which of them keep within 
 problem          The interface of a search: the problem it is given, the decision it returns, and the base class it
                  extends
 sampling         All plans of a net, listed or sampled, by the numbers of their places and heads
+shortage         What is said where a model has fewer places to cut than the blocks asked for need
 stretch_tables   Costs of all runs of stretches, as tables over (first stretch, last stretch), in time quadratic in
                  the stretches
 stretches        The stretches of a net between some of its cut points, each as a block of its own without a head

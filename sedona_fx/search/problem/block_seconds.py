@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError
 from sedona_fx.heads.registry import build_head, head_name
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.cost import gradient_reach
 from sedona_fx.ir.graph import BlockGraph, info
 from sedona_fx.measure import step_seconds
@@ -45,7 +45,7 @@ def measure_seconds(problem: Problem, places: Sequence[str]) -> dict[str, Any]:
     if not problem.analysed.example.kwargs:
         raise DataError("block_seconds is measured on the first batch of the data, and this problem has none.")
     parts = cut_into_stretches(problem.train, [problem.node(place) for place in places])
-    modules = copy.deepcopy([part.module for part in parts])  # in one call: modules that parts share stay shared
+    modules = deep_copy([part.module for part in parts])  # in one call: modules that parts share stay shared
     device = next(nn.ModuleList(modules).parameters()).device
     runs: dict[str, Callable[[], None]] = {}
     without_gradient = _frozen_values(problem.train.graph)

@@ -27,7 +27,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from sedona_fx.capture.whole.grad_calls import derivatives
 from sedona_fx.data.sources import Source
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.context import HeadContext, HeadSpec
@@ -39,6 +38,7 @@ from sedona_fx.ir.stretches.shares import Measure
 from sedona_fx.passes.cuts import resolve
 from sedona_fx.passes.places import marked_places
 from sedona_fx.search.problem.limits import Limits
+from sedona_fx.search.problem.shortage import shortage
 
 Choice = tuple[tuple[str, int], ...]
 """A plan by names: for each cut, in order, its place and the index of its head among the place's candidates."""
@@ -143,12 +143,8 @@ class Problem:
         """
         names = self._places
         if self.blocks - 1 > len(names):
-            enough = f"{len(names) + 1} block{'s' if names else ''}"
-            raise CutError(
-                f"{self.blocks} blocks need {self.blocks - 1} cuts; this model has {len(self.contexts)} legal cut "
-                f"points, enough for {enough} with parameters in each.{self._frozen()}"
-                f"{derivatives(self.train.graph)}{self.remedy(len(names)) if self.remedy is not None else ''}"
-            )
+            more = self.remedy(len(names)) if self.remedy is not None else ""
+            raise CutError(f"{shortage(self.train, self.blocks, self.contexts, self.candidates, len(names))}{more}")
         return list(names)
 
     def node(self, name: str) -> fx.Node:
@@ -217,16 +213,6 @@ class Problem:
             "candidates": {p: [head_name(spec) for spec in self.candidates[p]] for p in self.places()},
             "shapes": {name: list(p.shape) for name, p in self.train.named_parameters()},
         }
-
-    def _frozen(self) -> str:
-        """Return what is to be said of frozen parameters, if there are any, where there are too few cut points."""
-        flags = [parameter.requires_grad for parameter in self.train.parameters()]
-        if all(flags):
-            return ""
-        return (
-            f" {flags.count(False)} of its {len(flags)} parameters are frozen (requires_grad=False), and no block is "
-            "made without parameters to train: take fewer blocks, unfreeze some, or name cuts=[...]."
-        )
 
     @functools.cached_property
     def _places(self) -> list[str]:

@@ -6,7 +6,6 @@ same first blocks. Plans therefore form a tree with one node per block, and a ba
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.errors import CutError, DataError
 from sedona_fx.heads.dtypes import make_head
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import BlockGraph, info
-from sedona_fx.ir.modules import keep_modes, like_of
+from sedona_fx.ir.modules import keep_modes, like_of, runs_python
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.run import detached, run_graph
 from sedona_fx.search.problem.problem import Choice, Problem
@@ -110,7 +110,7 @@ class PlanTree:
         device: torch.device,
     ) -> None:
         self._problem, self._local_loss, self._device = problem, local_loss, device
-        self._optimizer = optimizer
+        self._optimizer, self._runs_python = optimizer, runs_python(problem.train)
         self.roots: list[Node] = []
         graphs_by_cuts: dict[tuple[str, ...], tuple[list[BlockGraph], list[BlockGraph]]] = {}  # train and eval
         for plan in plans:
@@ -179,7 +179,7 @@ class PlanTree:
         return {plan: sums.get(plan, math.inf) / count for plan in plans}
 
     def _train_from(self, node: Node, values: dict[str, Any], target: Any, step: int) -> None:
-        with block_random(self._problem.seed, node.depth, step, self._device):
+        with block_random(self._problem.seed, node.depth, step, self._device, python=self._runs_python):
             exports, local = node.local_output(node.train, values)
         loss = self._local_loss(node.last, local, target)
         trains = node.optimizer is not None and loss.requires_grad
@@ -226,7 +226,7 @@ class PlanTree:
         return blocks
 
     def _node(self, choice: Choice, depth: int, last: bool, train: BlockGraph, evaluation: BlockGraph) -> Node:
-        train_module, eval_module = copy.deepcopy((train.module, evaluation.module))
+        train_module, eval_module = deep_copy((train.module, evaluation.module))
         head, end = None, None
         if not last:
             place, index = choice[-1]

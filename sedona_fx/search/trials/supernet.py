@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from sedona_fx.capture.whole.late_buffers import overwrite
 from sedona_fx.heads.dtypes import make_head
+from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import info
-from sedona_fx.ir.modules import like_of
+from sedona_fx.ir.modules import like_of, runs_python
 from sedona_fx.rng import block_random, seeded_init
 from sedona_fx.runtime.guard import Snapshot
 from sedona_fx.runtime.run import detached, run_graph
@@ -65,11 +65,11 @@ class Supernet:
 
     def __init__(self, problem: Problem, places: Sequence[str], device: torch.device) -> None:
         self.places = list(places)
-        self._problem, self._device = problem, device
+        self._problem, self._device, self._runs_python = problem, device, runs_python(problem.train)
         self.local_loss = local_loss_of(problem)
         nodes = [problem.node(place) for place in places]
         graphs = cut_into_stretches(problem.train, nodes)
-        modules = copy.deepcopy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
+        modules = deep_copy([graph.module for graph in graphs])  # in one call: shared tensors stay shared
         self._graphs = [replace(graph, module=module) for graph, module in zip(graphs, modules, strict=True)]
         self._ends = [info(node).site for node in nodes]
         self.heads: list[list[nn.Module]] = []
@@ -107,7 +107,7 @@ class Supernet:
         values: dict[str, Any] = dict(inputs)
         ends: list[Tensor] = []
         output: Any = None
-        with block_random(self._problem.seed, 0, self._step, self._device):
+        with block_random(self._problem.seed, 0, self._step, self._device, python=self._runs_python):
             for graph, end in zip(self._graphs, [*self._ends, None], strict=True):
                 exports, output = run_graph(graph, values)
                 values |= exports
@@ -132,7 +132,7 @@ class Supernet:
         heads, losses = dict(plan), dict[str, Tensor]()
         buffers = Snapshot([*self._buffers, *(b for place, head in plan for b in self.heads[place][head].buffers())])
         for place, (graph, end) in enumerate(zip(self._graphs, [*self._ends, None], strict=True)):
-            with block_random(self._problem.seed, 1 + place, self._step, self._device):
+            with block_random(self._problem.seed, 1 + place, self._step, self._device, python=self._runs_python):
                 exports, output = run_graph(graph, values)
                 values |= exports
                 if end is not None and place in heads:
@@ -166,7 +166,7 @@ class Supernet:
 
     def local(self, run: Forward, place: int, head: int, target: Any) -> Tensor:
         """Return the local loss of a head on the activation at its place, in the graph of that forward pass."""
-        with block_random(self._problem.seed, 1 + place, self._step, self._device):
+        with block_random(self._problem.seed, 1 + place, self._step, self._device, python=self._runs_python):
             return self.local_loss(False, self.heads[place][head](run.ends[place]), target)
 
     def start(self) -> Start:

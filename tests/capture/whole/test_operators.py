@@ -1,6 +1,7 @@
 """Modules that stay whole in programs of torch.export: they run as they are, in every block, mode and batch size."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -181,8 +182,68 @@ def test_a_part_that_is_replaced_is_called_from_then_on():
     assert torch.equal(net.eval()(X), net.model.eval()(X))
 
 
-def test_what_it_cannot_be_named_for_is_said():
-    with pytest.raises(
-        TraceError, match=r"part, .*test_operators\.py line \d+: `return h.tanh\(\) if h.sum\(\).*leaf_mod"
-    ):
-        sedona_fx.decouple(Model(Branches), (X, Y), blocks=1)
+class Cropped(nn.Module):
+    """As many tokens as a random number or the numbers in the input say."""
+
+    def __init__(self, draws):
+        super().__init__()
+        self.linear, self.draws = nn.Linear(8, 8), draws
+
+    def forward(self, h):
+        count = random.randint(1, 5) if self.draws else int((h.sum() > 0).long() + 1)
+        return self.linear(h)[:, :count]
+
+
+class Counted(nn.Module):
+    """A number beside the tensor."""
+
+    def forward(self, h):
+        return h, int((h > 0).sum())
+
+
+class OfCounted(Model):
+    def part_of(self, h):
+        h, count = self.part(h)
+        return h * count
+
+
+class GetsNumber(Model):
+    def part_of(self, h):
+        return self.part(h, (h > 0).sum().item())
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h, count):
+        return self.linear(h) / count if count > 1 and bool(h.isfinite().all()) else h
+
+
+class GetsSize(Model):
+    def part_of(self, h):
+        return self.part(h, h.shape[0] + h.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "what"),
+    [
+        (Model, lambda: Cropped(True), r"'part' stays whole, and what it returns has sizes.*or on random numbers"),
+        (Model, lambda: Cropped(False), r"'part' stays whole, and what it returns has sizes"),
+        (OfCounted, Counted, r"'part' stays whole, and what it returns has.*values that are no tensors, which depend"),
+        (GetsNumber, Scales, r"'part' stays whole, and it gets a number that code before it has read from a tensor"),
+    ],
+    ids=["drawn", "read", "returned", "given"],
+)
+def test_numbers_that_would_be_recorded_once_are_refused(kind, part, what):
+    with pytest.raises(TraceError, match=what):
+        sedona_fx.decouple(kind(part), (X, Y), blocks=1, leaf_modules=["part"])
+
+
+def test_sizes_among_its_arguments_stay_free():
+    model = GetsSize(Scales)
+    net = sedona_fx.decouple(model, (X, Y), blocks=2, search="uniform")  # whole by itself
+    assert net.plan.capture.front_end == "export"
+    for x in (X, X[:2], torch.cat([X, X], 1)):
+        assert torch.equal(net.eval()(x), model.eval()(x))
