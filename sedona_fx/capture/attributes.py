@@ -36,7 +36,8 @@ def scratch_attributes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[
     This is tested, in the present mode. The model is run on the same inputs and draws from two states, as it is and
     with what another call has left, and must return the same bits and leave the same. That other call is one whose
     results no code can use (all that it left is replaced by bare objects), or, since a cache is read, one on other
-    numbers and with other parameters.
+    numbers, and one on these with other parameters. In eval mode the latter is followed by ``train()`` and ``eval()``,
+    since in between parameters are trained: a cache of what follows from them has to be dropped there.
 
     Args:
         model: its state is the same afterwards.
@@ -53,6 +54,9 @@ def scratch_attributes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[
             paths = tuple(path for one in left for path in one.paths)
             if _succeeds(lambda: same_bits(expected, runs.of(inputs, _poisoned(left))[0])):
                 return paths
+            _, others = runs.of(_other_numbers(inputs))
+            if not _succeeds(lambda: same_bits(expected, runs.of(inputs, others)[0])):
+                return None
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.is_floating_point() or parameter.is_complex():
@@ -60,7 +64,7 @@ def scratch_attributes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[
             _, others = runs.of(_other_numbers(inputs))
         except Exception:
             return None
-    return paths if _succeeds(lambda: same_bits(expected, runs.of(inputs, others)[0])) else None
+    return paths if _succeeds(lambda: same_bits(expected, runs.of(inputs, others, trained=True)[0])) else None
 
 
 def check_computed(model: nn.Module, example: Args) -> None:
@@ -131,17 +135,22 @@ class _Runs:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def of(self, inputs: Mapping[str, Any], before: Sequence[Left] = ()) -> tuple[Any, list[Left]]:
+    def of(
+        self, inputs: Mapping[str, Any], before: Sequence[Left] = (), *, trained: bool = False
+    ) -> tuple[Any, list[Left]]:
         """Return the output, and what the run left in attributes: all that differs from the state of the model.
 
         Args:
             inputs: name -> value.
             before: what an earlier run left.
+            trained: whether the model was trained since then: in eval mode it is switched to train mode and back.
         """
         watch = StateWatch(self.model)
         with keep_state(self.model), torch.no_grad():
             for left in before:
                 refill(left.container, content_of(left.content, left.names))
+            if trained and not self.model.training:
+                self.model.train().eval()
             seed_all(0)
             output = map_tensors(Tensor.detach, self.model(**map_tensors(torch.clone, inputs)))
             return map_tensors(torch.clone, output), watch.left()

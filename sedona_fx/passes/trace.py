@@ -110,7 +110,8 @@ def trace(
             "the forward of %s writes the attributes %s, which the net computes but does not write: read what you need "
             "of them from the output.",
             type(model).__name__,
-            ", ".join(map(repr, unwritten)),
+            ", ".join(map(repr, list(unwritten)[:5]))
+            + (f" and {more} more" if (more := len(unwritten) - 5) > 0 else ""),
         )
     if not traced.capture.hosted:
         calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}

@@ -100,9 +100,30 @@ class Angles(Base):
         return super().middle(h * self.cos) + self.sin
 
 
+class Bias(Base):
+    """LeViT: made of parameters, kept in evaluation, and dropped when training goes on."""
+
+    def set_up(self):
+        self.cache = {}
+
+    def train(self, mode=True):
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def middle(self, h):
+        if self.training:
+            return super().middle(h) + self.b.bias[[1, 0, 2, 3, 4, 5, 6, 7]]
+        key = str(h.device)
+        if key not in self.cache:
+            self.cache[key] = self.b.bias[[1, 0, 2, 3, 4, 5, 6, 7]]
+        return super().middle(h) + self.cache[key]
+
+
 @pytest.mark.parametrize(
     ("kind", "front_end", "names"),
     [
+        (Bias, "symbolic", ["cache.cpu"]),
         (Feature, "symbolic", ["feature", "size", "drop.seen"]),
         (ByKey, "symbolic", ["outs.h", "list.0", "queue.0", "queue.1"]),
         (Anchors, "export", ["anchors", "shape"]),
@@ -194,6 +215,13 @@ class FirstWeights(Base):
         return super().middle(h) / self.weight
 
 
+class StaleBias(Bias):
+    """Goes on with what it made of earlier parameters."""
+
+    def train(self, mode=True):
+        return nn.Module.train(self, mode)
+
+
 class FirstNumbers(FirstWeights):
     """Keeps what it made of the first batch."""
 
@@ -203,11 +231,13 @@ class FirstNumbers(FirstWeights):
         return Base.middle(self, h) / self.weight
 
 
-@pytest.mark.parametrize("kind", [Counter, State, Average, Diary, FirstWeights, FirstNumbers])
+@pytest.mark.parametrize("kind", [Counter, State, Average, Diary, FirstWeights, StaleBias, FirstNumbers])
 def test_what_the_next_call_would_find_is_refused(kind):
-    name = {Counter: "calls", Diary: "seen.0", FirstWeights: "weight", FirstNumbers: "weight"}.get(kind, "state")
+    name = {StaleBias: "cache.", Counter: "calls", Diary: "seen.0", FirstWeights: "weight", FirstNumbers: "weight"}.get(
+        kind, "state"
+    )
     model = kind()
     before = copy.deepcopy(vars(model)[name.partition(".")[0]])
-    with pytest.raises(TraceError, match=rf"the attribute '{name}'.*test_attributes.py line \d+"):
+    with pytest.raises(TraceError, match=rf"the attribute '{name}.*test_attributes.py line \d+"):
         sedona_fx.decouple(model, (X, Y), blocks=1)
     assert vars(model)[name.partition(".")[0]] == before
