@@ -105,13 +105,13 @@ def trace(
         traced = _trace(model, example, leaf_modules=leaf_modules, root=root, free_sizes=dynamic is not False)
     if dynamic and traced.capture.fixed_sizes:
         _check_free(model, example, dynamic, traced.capture)
-    if unwritten := {path: None for gm in (traced.train, traced.eval) for path in gm.meta.get(UNWRITTEN, ())}:
+    both = (traced.train, traced.eval)
+    if unwritten := list(dict.fromkeys(path for gm in both for path in gm.meta.get(UNWRITTEN, ()))):
         log.warning(
             "the forward of %s writes the attributes %s, which the net computes but does not write: read what you need "
             "of them from the output.",
             type(model).__name__,
-            ", ".join(map(repr, list(unwritten)[:5]))
-            + (f" and {more} more" if (more := len(unwritten) - 5) > 0 else ""),
+            ", ".join(map(repr, unwritten[:5])) + (f" and {more} more" if (more := len(unwritten) - 5) > 0 else ""),
         )
     if not traced.capture.hosted:
         calls = {str(node.target) for node in traced.train.graph.nodes if node.op == "call_module"}
