@@ -2,9 +2,9 @@
 
 A graph calls the modules that it was recorded with, reads tensors by name, and has frozen every other value that the
 recorded code read. So what is held in these places is remembered, and compared by identity: sub-modules, parameters and
-buffers in every module whose code is part of the graph, and its attributes, those in lists, dictionaries and objects
-(configurations) included. Modules that a graph calls whole run as they are; of these only the parameters are compared,
-for schedules, whose optimizers hold them.
+buffers in every module whose code is part of the graph, its class, and its attributes, those in lists, dictionaries and
+objects (configurations) included. Modules that a graph calls whole run as they are; of these only the parameters are
+compared, for schedules, whose optimizers hold them.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ class Watch:
     def take(self) -> None:
         """Remember what the modules hold now."""
         self._held: list[_Held] = []
+        self._modules: list[tuple[str, nn.Module]] = []  # whose code is part of the graph
         self._seen: set[int] = set()
         self._look()
+        self._classes = [type(module) for _, module in self._modules]
         small = [held for held in self._held if len(held.content) > 0]
         self._sized = [held.container for held in self._held]
         self._sizes = list(map(len, self._sized))
@@ -98,11 +100,15 @@ class Watch:
     def unchanged(self) -> bool:
         """Whether every container holds the very same objects."""
         try:
-            return list(map(len, self._sized)) == self._sizes and all(
-                map(
-                    operator.is_,
-                    chain.from_iterable(map(operator.call, self._getters, self._containers)),
-                    self._values,
+            return (
+                list(map(len, self._sized)) == self._sizes
+                and [type(module) for _, module in self._modules] == self._classes
+                and all(
+                    map(
+                        operator.is_,
+                        chain.from_iterable(map(operator.call, self._getters, self._containers)),
+                        self._values,
+                    )
                 )
             )
         except KeyError:
@@ -111,6 +117,10 @@ class Watch:
     def changes(self) -> list[Change]:
         """Return every value that is another one now; attributes that PyTorch's own code sets are left out."""
         changes = []
+        for (path, module), old_class in zip(self._modules, self._classes, strict=True):
+            if type(module).forward is not old_class.forward:  # parametrizations and sharding keep it
+                values = {"before": old_class, "after": type(module), "container": None, "key": None}
+                changes.append(Change(path, "module", module, path.rpartition(".")[2], **values))
         for path, kind, owner, attribute, container, before in self._held:
             after = _content(container)
             if kind == "attribute" and isinstance(owner, nn.Module) and not attribute:
@@ -158,6 +168,7 @@ class Watch:
         for registry, kind in _REGISTRIES.items():
             self._hold(path, kind, module, getattr(module, registry))
         if not self._root or f"{path}.".startswith(f"{self._root}."):
+            self._modules.append((path, module))
             for hooks in _HOOKS:
                 self._hold(path, "hook", module, getattr(module, hooks))
             self._hold_attributes(path, module)

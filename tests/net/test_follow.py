@@ -280,6 +280,14 @@ def test_other_modules_in_exported_nets_are_refused(exported):
     )
 
 
+def test_another_class_of_a_module_is_refused_where_its_forward_is_another_one(exported):
+    layer, kind = exported.model.b[1], nn.Tanh
+    layer.__class__ = type("Same", (kind,), {})
+    check(exported)
+    layer.__class__ = type("Triple", (kind,), {"forward": lambda self, x: 3 * kind.forward(self, x)})
+    refused(exported, r"'b.1' was replaced since the model was decoupled.*does not compute what the model computes")
+
+
 def test_other_programs_are_refused(net):
     net.model.b.append(nn.ReLU())
     refused(net, r"'b.3' is new.*decouple the model again", everywhere=True)

@@ -144,8 +144,16 @@ class Converter:
             name = self._own(target)
             self.attributes[name] = self.tensors[target]
         else:
+            value = fx.graph_module._get_attr(self.source, target)
+            if isinstance(value, torch.Generator):
+                where = path or type(self.model).__name__
+                raise NeedsTensors(
+                    f"{where} draws from a torch.Generator of its own, of which torch.export keeps a copy: nobody "
+                    "would seed that one, or make it anew.",
+                    path,
+                )
             name = self.constants.setdefault(target, f"_tensor_constant{len(self.constants)}")
-            self.attributes[name] = fx.graph_module._get_attr(self.source, target)
+            self.attributes[name] = value
         return with_record(self.graph.get_attr(name), path)
 
     def _build_output(self, value: Any, leaves: Iterator[Any]) -> Any:
