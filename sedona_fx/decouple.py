@@ -77,8 +77,9 @@ def decouple(
             that would leave a block without parameters. `cuts` and `plan` determine the number themselves, and this is
             ignored.
         loss: ``loss(output, target)``, which returns a scalar tensor. It is called with what the model returns, and
-            with each head's output in the same form, where every field but the primary output is None. None: no
-            schedule can train the net, and no search that trains can choose its cuts.
+            with each head's output in the same form, where every field but the primary output is None, except for
+            those that the forward computes from the inputs alone under ``torch.no_grad()``, as a momentum encoder does.
+            None: no schedule can train the net, and no search that trains can choose its cuts.
         val_data: validation batches for the search, without any example of `data`. None: `data` is split 60/40, a
             map-style loader by its indices (drawn with `seed`), another re-iterable by whole batches.
         search: how cuts and heads are chosen.
@@ -115,8 +116,8 @@ def decouple(
         root: module path of the part that is cut; the code around it belongs to the first and to the last block. If
             that code cannot be traced, it runs as Python, on one device, and what it does before `root` runs twice per
             step.
-        leaf_modules: module paths that are kept whole while tracing, with no cut inside. Only symbolic tracing can do
-            that: ``torch.export`` is not tried then.
+        leaf_modules: module paths that are kept whole while tracing, with no cut inside. Modules whose own code decides
+            by numbers in tensors, or by random numbers that it draws, stay whole by themselves; it is logged which.
         no_cut: module paths inside of which there is no cut; they are traced as usual.
         max_live: how many activations may cross at a cut, at least 1. Each one is held until the last block that reads
             it has run; more allow cuts inside of residual blocks and past the skips of a U-Net. None: as few as give
@@ -224,7 +225,8 @@ def _make(request: Request) -> Net:
         dynamic=request.dynamic,
     )
     if request.tries_loss:
-        check_target(request.model, analysed, request.target, request.loss, heads=request.trains_heads)
+        heads, searching = request.trains_heads, request.searches
+        check_target(request.model, analysed, request.target, request.loss, heads=heads, searching=searching)
     if request.devices is not None and analysed.capture.hosted:
         raise PlanError(f"the code around root={request.root!r} runs as it is, on one device: leave out devices=.")
     if request.own_heads:

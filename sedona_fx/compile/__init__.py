@@ -20,6 +20,8 @@ copying         The copy of the user's model that a net owns: with the hooks on 
 crossing_limit  How many activations may cross at a cut: as few as let the blocks share the work about as evenly as
                 any number does
 decide          The decision about cuts and heads: by the user's plan, by the user's cuts, or by a search
+given_fields    Fields of the output that heads are given: targets that a part of the forward computes without a
+                gradient
 head_reach      Tell of heads of the user's own that read so little of an activation that weights of their block
                 learn nothing
 provenance      The plan of a decision: what is saved with the net

@@ -6,6 +6,7 @@ import functools
 import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from sedona_fx import passes
 from sedona_fx.compile.contexts import context_of
 from sedona_fx.compile.crossing_limit import mark_cuts
+from sedona_fx.compile.given_fields import mark_given_fields
 from sedona_fx.compile.where import Where
 from sedona_fx.compile.whole_batch import repeated_to
 from sedona_fx.data.args import Args
@@ -103,12 +105,14 @@ def analyse(
         )
     head_of = context_of(train, output, pick(returned, key))
     offered = mark_cuts(train, evaluation, where, named=named, fits=_fits(train, where, head_of))
+    form = OutputFormat.of(traced.output, key, auxiliary)
+    given = () if traced.capture.hosted else mark_given_fields(train, evaluation, form)
     return Analysed(
         train=train,
         eval=evaluation,
         mode_paths=traced.mode_paths,
         # From what the model itself returned, since dicts and lists in a graph are immutable classes of fx.
-        output=OutputFormat.of(traced.output, key, auxiliary),
+        output=replace(form, given=given),
         contexts={str(info(node).cut): head_of(node) for node in cut_points(train.graph)},
         example=example,
         few=traced.output,

@@ -10,12 +10,12 @@ import torch
 from torch import fx, nn
 
 from sedona_fx import passes
-from sedona_fx.capture.exporting.free_sizes import resized
 from sedona_fx.capture.keep import keep_state
 from sedona_fx.compile.analyse import gc_paused
 from sedona_fx.compile.head_reach import warn_of_missed
 from sedona_fx.compile.request import Request
 from sedona_fx.compile.uneven import why_uneven
+from sedona_fx.data.sizes import resized
 from sedona_fx.errors import HeadError
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head

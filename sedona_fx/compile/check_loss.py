@@ -17,7 +17,15 @@ from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, pick
 
 
-def check_target(model: nn.Module, traced: Analysed, target: Any, loss: Loss | None, *, heads: bool = False) -> None:
+def check_target(
+    model: nn.Module,
+    traced: Analysed,
+    target: Any,
+    loss: Loss | None,
+    *,
+    heads: bool = False,
+    searching: bool = False,
+) -> None:
     """Try the loss on the model's own output, and on a head's, before anything is searched.
 
     The output of a few examples is at hand; repeated to the size of the batch, it tells most often. What fails so is
@@ -29,6 +37,7 @@ def check_target(model: nn.Module, traced: Analysed, target: Any, loss: Loss | N
         target: target of the example batch.
         loss: ``loss(output, target)``; None: nothing is checked.
         heads: whether heads are to be trained by this loss.
+        searching: whether a search compares them, which gives them no field of the output.
 
     Raises:
         DataError: the loss does not take the target (with both shapes), does not return a scalar tensor, or reads
@@ -41,10 +50,10 @@ def check_target(model: nn.Module, traced: Analysed, target: Any, loss: Loss | N
         output = traced.few
         wanted = first_examples(target, traced.example.batch_size(), 2) if traced.capture.free_batch else target
     try:
-        _try_loss(traced, output, wanted, loss, heads=heads)
+        _try_loss(traced, output, wanted, loss, heads=heads, searching=searching)
     except DataError:
         whole = _output(model, traced.train, traced.example, training=True)
-        _try_loss(traced, whole, target, loss, heads=heads)
+        _try_loss(traced, whole, target, loss, heads=heads, searching=searching)
 
 
 def check_validation(model: nn.Module, traced: Analysed, pair: Pair | None, loss: Loss) -> None:
@@ -83,7 +92,7 @@ def _output(model: nn.Module, graph: fx.GraphModule, inputs: Args, *, training: 
         return graph(*(inputs.kwargs[name] for name in names))
 
 
-def _try_loss(traced: Analysed, output: Any, target: Any, loss: Loss, *, heads: bool) -> None:
+def _try_loss(traced: Analysed, output: Any, target: Any, loss: Loss, *, heads: bool, searching: bool) -> None:
     primary = pick(output, traced.output.key)
     try:
         with torch.no_grad():
@@ -103,11 +112,11 @@ def _try_loss(traced: Analysed, output: Any, target: Any, loss: Loss, *, heads: 
             "mean over the batch, as a tensor."
         )
     if heads and not traced.output.bare and primary.dim():  # no head imitates a single number, as will be said
-        _try_head_output(traced.output, output, target, loss)
+        _try_head_output(traced.output, output, target, loss, searching=searching)
 
 
-def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss) -> None:
-    """Try the loss on what a head gives: the primary output in the model's output type, all other fields None.
+def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss, *, searching: bool) -> None:
+    """Try the loss on what a head gives: the primary output in the model's output type, what it is given, else None.
 
     Raises:
         DataError: the loss cannot take that; names the fields that it reads.
@@ -125,16 +134,24 @@ def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss) -
             return ""
         return f"it returns {type(value).__name__ if not isinstance(value, Tensor) else tuple(value.shape)}"
 
-    why = reason({})
+    at_hand = {key: given[key] for key in form.given}
+    why = reason({} if searching else at_hand)
     if not why:
         return
+    if searching and at_hand and not reason(at_hand):
+        raise DataError(
+            f"the loss reads {', '.join(map(repr, at_hand))} of the output, which a search that compares heads does "
+            "not hand to them. Choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
+        )
     others = {key: value for key, value in given.items() if key != form.key and value is not None}
-    read = [key for key in others if reason({k: v for k, v in others.items() if k != key})]
-    names = ", ".join(map(repr, read or others))
+    unknown = [key for key in others if key not in form.given]
+    read = [key for key in unknown if reason({k: v for k, v in others.items() if k != key})]
+    names = ", ".join(map(repr, read or unknown or others))
     raise DataError(
         f"the loss reads {names} of the output, which no head gives: a head imitates the primary output "
         f"({form.key!r}), and every other field is None then ({why.rstrip('.')}). Write the loss on that field alone, "
-        "or leave out fields that are None; name another primary output with output=...; give blocks with heads an "
-        "objective of their own, local_loss=sedona_fx.LocalLoss(loss, head); or take heads=False, for Backprop and "
-        "Delayed."
+        "or leave out fields that are None; if it is a target, compute it before the step and hand it over as one, or "
+        "in forward under torch.no_grad() from the inputs alone; name another primary output with output=...; give "
+        "blocks with heads an objective of their own, local_loss=sedona_fx.LocalLoss(loss, head); or take heads=False, "
+        "for Backprop and Delayed."
     )

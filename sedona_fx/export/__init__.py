@@ -3,6 +3,8 @@
 Files
 
 attention     Attention in plain operators, because the ONNX exporter fails on some uses of PyTorch's fused operator
+dynamic       Which sizes of inputs an ONNX file leaves free: that of the batch, and those that a captured net
+              leaves free
 flat          A graph as a function of tensors alone, each with a name: what an ONNX file holds
 model         What is changed in an exported ONNX model before it is written: its names, and operators on short
               floats

@@ -7,7 +7,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.data.args import Args
+from sedona_fx.data.sizes import resized
 from sedona_fx.errors import ExportError, shape_text
 from sedona_fx.export.attention import unfuse_attention
+from sedona_fx.export.dynamic import dynamic_shapes, fixed_text
 from sedona_fx.export.flat import Flat, flat
 from sedona_fx.export.model import compute_in_float32, rename, short_floats
 from sedona_fx.export.parametrized import bake_parametrizations
@@ -25,6 +27,9 @@ from sedona_fx.extras import require
 from sedona_fx.files import replacing
 from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.graph import copy_info
+from sedona_fx.plan_values import Capture, FreeSize
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 """Largest difference from PyTorch that a float32 file may have, as a fraction of the largest output."""
@@ -32,8 +37,11 @@ ROUNDING = 10.0
 """The same where PyTorch itself is not that exact, as a multiple of its own difference from float64."""
 
 
-def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str, free_batch: bool) -> Path:
+def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str, capture: Capture) -> Path:
     """Export an inference graph (without heads and boundaries) with a dynamic batch size.
+
+    The other sizes of inputs that the graph leaves free are dynamic as well, and the file is compared at a second value
+    of each. If that fails, they are fixed, which is logged.
 
     Inputs of the file are the tensors in the arguments, ``x`` or ``batch.ids``; its outputs those in what the model
     returns, ``logits`` or ``hidden.0``, or ``output`` if it returns a bare tensor. Other values are left out. Weights
@@ -49,8 +57,8 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
         example: a batch, every input as a keyword under the name of its placeholder.
         path: of the file.
         name: of the model, for messages.
-        free_batch: whether the graph takes batches of any size. If not, the file takes the size of `example`, and is
-            compared on `example` alone.
+        capture: says whether the graph takes batches of any size, and which other sizes of inputs are free. If the
+            batch is fixed, the file takes the size of `example`, and is compared on `example` alone.
 
     Returns:
         The path.
@@ -62,49 +70,74 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="onnx", purpose="exporting to ONNX")
     with torch.autocast("cpu", enabled=False):  # none of the caller's
-        return _checked(graph, example, Path(path), name=name, free_batch=free_batch)
+        return _checked(graph, example, Path(path), name=name, capture=capture)
 
 
-def _checked(graph: fx.GraphModule, example: Args, path: Path, *, name: str, free_batch: bool) -> Path:
+def _checked(graph: fx.GraphModule, example: Args, path: Path, *, name: str, capture: Capture) -> Path:
     bake_parametrizations(graph)
     order = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, example.kwargs[key]) for key in order}
-    size = Args(**inputs).batch_size() if free_batch else None
+    size = Args(**inputs).batch_size() if capture.free_batch else None
     module = Flat(graph, inputs)
     counts = (2, 1, 5) if size is not None else (None,)
-    samples = [flat({key: _resized(value, size, count) for key, value in inputs.items()}) for count in counts]
+
+    def samples_of(given: Mapping[str, Any]) -> list[tuple[Tensor, ...]]:
+        return [flat({key: _resized(value, size, count) for key, value in given.items()}) for count in counts]
+
+    samples = samples_of(inputs)
     _check_dtypes(module, samples[0], name)
+    free = capture.free_sizes if size is not None else ()
     with replacing(path) as temporary:
-        try:
-            with _quiet():
-                exported = _export(module, samples[0], free_batch=size is not None)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise ExportError(
-                f"{name} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
-                "torch.onnx.export on net.inference_module() shows the whole story."
-            ) from error
-        file = _File(exported, temporary, name)
+        other = resized(inputs, free) if free else None
+        if other is not None:
+            try:
+                file = _written(module, samples[0], temporary, name=name, free_batch=True, free_sizes=free)
+                for sample in (*samples, *samples_of(other)):
+                    _compare(module, file, sample, str(path))
+                return path
+            except ExportError as error:
+                log.warning("%s: %s. %s", name, fixed_text(inputs, free), _first_line(error))
+        file = _written(module, samples[0], temporary, name=name, free_batch=size is not None)
         for sample in samples:
             _compare(module, file, sample, str(path))
     return path
 
 
-def _export(module: Flat, inputs: tuple[Tensor, ...], *, free_batch: bool) -> Any:
+def _written(
+    module: Flat,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    name: str,
+    free_batch: bool,
+    free_sizes: Sequence[FreeSize] = (),
+) -> _File:
+    """Return the file that a graph is exported to."""
+    try:
+        with _quiet():
+            exported = _export(module, inputs, dynamic_shapes(module, inputs, free_batch, free_sizes))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ExportError(
+            f"{name} cannot be exported to ONNX: {type(error).__name__}: {reason}. "
+            "torch.onnx.export on net.inference_module() shows the whole story."
+        ) from error
+    return _File(exported, path, name)
+
+
+def _export(module: Flat, inputs: tuple[Tensor, ...], shapes: Any) -> Any:
     """Return the ONNX program of a graph, or, if that fails and it has fused attention, of one in plain operators."""
     try:
-        return _exported(module, inputs, free_batch=free_batch)
+        return _exported(module, inputs, shapes)
     except Exception:
         unfused = deep_copy(module)
         assert isinstance(unfused.program, fx.GraphModule)
         if not unfuse_attention(unfused.program):
             raise
-        return _exported(unfused, inputs, free_batch=free_batch)
+        return _exported(unfused, inputs, shapes)
 
 
-def _exported(module: Flat, inputs: tuple[Tensor, ...], *, free_batch: bool) -> Any:
-    batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} if free_batch and tensor.dim() > 0 else None for tensor in inputs)
+def _exported(module: Flat, inputs: tuple[Tensor, ...], shapes: Any) -> Any:
     program = torch.onnx.export(module, inputs, dynamo=True, dynamic_shapes=(shapes,), verbose=False)
     assert program is not None
     rename(program.model, inputs=module.inputs, outputs=module.outputs, inside="program.")

@@ -120,6 +120,7 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     - A node that nothing needs (an assertion, a write that nobody reads) stays in the block of what it reads.
     - No node moves past a later write to what it reads, except in branches of training outputs, for which
       :func:`~sedona_fx.passes.lower.lower` keeps a copy.
+    - What heads are given of the output is computed in the first block.
     - A tuple is unpacked in the block that computes it, so that only tensors cross.
 
     Args:
@@ -128,6 +129,8 @@ def block_of(graph: fx.Graph, ends: Sequence[fx.Node]) -> dict[fx.Node, int]:
     """
     needs = dependency_graph(graph)
     blocks: dict[fx.Node, int] = {}
+    if ends:  # every head reads these
+        _claim([node for node in graph.nodes if info(node).given], 0, needs, blocks)
     for block, end in enumerate(ends):
         _claim([end], block, needs, blocks)
     needed = ancestors(output_node(graph), needs)

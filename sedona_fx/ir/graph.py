@@ -70,6 +70,7 @@ class NodeInfo:
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
     channel_dim: int | None = None  # annotate: the dimension of the channels; None if unknown
     training_only: bool = False  # crossings: it is used only by outputs that exist in training
+    given: tuple[Any, ...] = ()  # analyse: fields of the output that hold this value, which heads are given
     crossing: int = 0  # crossings: activations that cross if a block ends here; 0 if no block can
     grown: Any = None  # batch: the value for a batch three times as large; None if the batch is where it always is
     rows: Rows | None = None  # batch: where the value holds the examples, if `grown` is known and a head may ask for it
@@ -173,6 +174,9 @@ def is_head(node: fx.Node) -> bool:
 @dataclass(frozen=True)
 class BlockGraph:
     """One block of the net. ``module(*inputs)`` returns ``(exports, local output)``.
+
+    Where heads are given fields of the output that hold no gradient, their local output is a dictionary
+    (:func:`~sedona_fx.ir.outputs.split_local`).
 
     Values are named by site, so that the names of a train graph and an eval graph agree. Exports are *not* detached:
     the caller that runs the blocks detaches them, or leaves them attached to backpropagate through the blocks.

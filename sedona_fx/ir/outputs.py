@@ -20,6 +20,8 @@ Key = str | int | None
 Loss = Callable[[Any, Any], Tensor]
 """The task's loss: ``(output, target) -> scalar``."""
 
+HEAD_OUTPUT = "head output"
+"""Key of what a head gives in the local output of a block whose head is given fields of the output."""
 _CONSTANTS = (type(None), bool, int, float, complex, str, slice, range, torch.dtype, torch.device)
 _LEAVES = (Tensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -147,6 +149,13 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
     )
 
 
+def split_local(local: Any) -> tuple[Any, Mapping[Key, Any]]:
+    """Return what a head gives, and the fields of the output that it was given, of the local output of a block."""
+    if isinstance(local, Mapping) and HEAD_OUTPUT in local:
+        return local[HEAD_OUTPUT], {key: value for key, value in local.items() if key != HEAD_OUTPUT}
+    return local, {}
+
+
 def resolve_key(output: Any, wanted: Key) -> Key:
     """Return the key of the field that the user means: an index (-1 is the last) is that field's key, names are kept.
 
@@ -168,6 +177,7 @@ class OutputFormat:
         key: of the primary output.
         kind: the model's output type; None if the model returns a bare tensor.
         names: the keys of all fields.
+        given: the fields that heads are given, since they hold no gradient and need no activation.
         auxiliary: the fields that exist only in training (GoogLeNet's two classifiers). If the loss reads the bare
             tensor, their losses are added to its own.
         aux_weight: factor of these losses.
@@ -177,6 +187,7 @@ class OutputFormat:
     kind: type | None
     names: tuple[Key, ...]
     auxiliary: tuple[Key, ...] = ()
+    given: tuple[Key, ...] = ()
     aux_weight: float = 0.3
 
     @classmethod
@@ -217,9 +228,10 @@ class OutputFormat:
                 return instance
         return kind(**values) if all(isinstance(name, str) for name in values) else kind(values)
 
-    def head_loss(self, loss: Callable[[Any, Any], Tensor], head_output: Tensor, target: Any) -> Tensor:
-        """Return the local loss of a head: `loss` of its output in the model's output type."""
-        return loss(self.wrap(head_output), target)
+    def head_loss(self, loss: Callable[[Any, Any], Tensor], local: Any, target: Any) -> Tensor:
+        """Return the local loss of a head: `loss` of its output in the model's output type, and of what it is given."""
+        head_output, given = split_local(local)
+        return loss(self.wrap(head_output, given), target)
 
     def final_loss(self, loss: Callable[[Any, Any], Tensor], output: Any, target: Any) -> Tensor:
         """Return the loss of the model's own output, auxiliary training outputs included.

@@ -12,7 +12,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.errors import HeadError, shape_text
 from sedona_fx.ir.graph import copy_graph, copy_info, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children, share_copy
-from sedona_fx.ir.outputs import Key, pick
+from sedona_fx.ir.outputs import Key, pick, split_local
 from sedona_fx.ir.program import Program
 from sedona_fx.plan_values import Capture
 from sedona_fx.runtime.block import Block
@@ -127,6 +127,7 @@ class EarlyExit(nn.Module):
         """Run a block, add its exports to `values`, and return the primary output of its head or of the model."""
         graph = self._graphs[index]
         exports, local = self.blocks[index](*[values[name] for name in graph.inputs])
+        local, _ = split_local(local) if index < len(self.blocks) - 1 else (local, {})
         hand_on(values, dict(zip(graph.exports, exports, strict=True)), index, self._last_reader)
         return local if isinstance(local, Tensor) else pick(local, self._key)
 

@@ -45,6 +45,9 @@ class Inference(Saved):
     def to_onnx(self, path: str | Path) -> Path:
         """Write the inference graph with a dynamic batch, and check the file against PyTorch in ONNX Runtime.
 
+        Sizes of inputs that a captured net leaves free (``net.plan.capture.free_sizes``) are dynamic in the file too; a
+        log line says which are fixed, where the exporter cannot leave them so.
+
         Raises:
             MissingExtraError: the packages of the extra ``onnx`` are not installed.
             ExportError: the graph cannot be exported, or the file computes something else.
@@ -58,7 +61,7 @@ class Inference(Saved):
         with off.entered():  # a file has the casts of the model, and not those of the caller
             module = self.inference_module()
         graph = copy_on_cpu(module, [block.device for block in self.blocks])
-        return to_onnx(graph, self._example(), path, name=self.plan.model, free_batch=self.capture.free_batch)
+        return to_onnx(graph, self._example(), path, name=self.plan.model, capture=self.capture)
 
     def inference_module(self) -> fx.GraphModule:
         """Return the eval graph without heads and boundaries, in eval mode; it shares the net's tensors.

@@ -14,6 +14,7 @@ from torch import fx
 
 from sedona_fx.ir.graph import INFO, BlockGraph, copy_graph, info, is_head, output_node
 from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.outputs import split_local
 from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.relax import boundary_record
@@ -31,6 +32,7 @@ def without_head(block: BlockGraph) -> BlockGraph:
         return block
     result = output_node(graph)
     exports, local = _exports_and_local(result)
+    local = split_local(local)[0]
     assert local in heads, "a block runs its own head only"
     result.args = ((exports, None),)
     for head in heads:

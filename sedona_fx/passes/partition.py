@@ -25,6 +25,7 @@ from sedona_fx.ir.graph import (
     split_point_nodes,
 )
 from sedona_fx.ir.modules import direct_children
+from sedona_fx.ir.outputs import HEAD_OUTPUT
 from sedona_fx.ir.program import Program
 from sedona_fx.ir.region import new_graph
 from sedona_fx.ir.spec import Phase, verify
@@ -97,8 +98,11 @@ def _block(whole: _WholeGraph, index: int) -> BlockGraph:
     body = [node for node in nodes if info(node).block == index and not _is_crossing(node)]
     is_last = index == whole.block_count - 1
     reads = dict.fromkeys(_source(argument) for node in body for argument in node.all_input_nodes)
+    local = whole.local_outputs.get(index)
+    given = _given(whole.graph) if local is not None and is_head(local) else {}
     if is_last:
         fx.map_arg(whole.output, lambda n: reads.setdefault(_source(n)))
+    reads.update(dict.fromkeys(given.values()))
     foreign = [source for source in reads if source.op == "placeholder" or info(source).block != index]
 
     block_graph = new_graph()
@@ -118,12 +122,12 @@ def _block(whole: _WholeGraph, index: int) -> BlockGraph:
         env[node] = block_graph.node_copy(node, lambda n: env[_source(n)])
         copy_info(node, env[node])
 
-    local = whole.local_outputs.get(index)
     exports = [] if is_last else _exports(whole, index, body)
     if is_last:
         result = fx.map_arg(whole.output, lambda n: env[_source(n)])
     else:
         result = env[local] if local is not None else None
+        result = {HEAD_OUTPUT: result, **{key: env[node] for key, node in given.items()}} if given else result
     info(block_graph.output((tuple(env[node] for node in exports), result))).block = index
     module = direct_children(Program(whole.gm, block_graph, class_name=f"Block{index}"))
     return BlockGraph(
@@ -134,6 +138,11 @@ def _block(whole: _WholeGraph, index: int) -> BlockGraph:
         boundary=info(local.all_input_nodes[0]).site if local is not None else None,
         live_exports=tuple(info(node).site for node in exports if info(node).is_live),
     )
+
+
+def _given(graph: fx.Graph) -> dict[Any, fx.Node]:
+    """Return the fields of the output that heads are given, with their nodes."""
+    return {key: _source(node) for node in graph.nodes if not info(node).boundary for key in info(node).given}
 
 
 def _exports(whole: _WholeGraph, index: int, body: list[fx.Node]) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from sedona_fx.capture.attributes import UNWRITTEN, check_computed, settle
 from sedona_fx.capture.exporting.exported import Exported, record_by_export, why_fixed
-from sedona_fx.capture.exporting.free_sizes import in_both, resized
+from sedona_fx.capture.exporting.free_sizes import in_both
 from sedona_fx.capture.hooks import Registrations, hooks_of, refusal, tell_of_silent_hooks, watch_hooks
 from sedona_fx.capture.host import graph_around, reads_of, watch_root
 from sedona_fx.capture.names import allow_names
@@ -28,6 +28,7 @@ from sedona_fx.capture.sites import match_sites, name_sites, same_graphs
 from sedona_fx.capture.symbolic import find_leaves, record_symbolically
 from sedona_fx.capture.whole.chosen import CHOSEN, ChosenWhole
 from sedona_fx.data.args import Args
+from sedona_fx.data.sizes import resized
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects

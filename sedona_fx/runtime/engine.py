@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.ir.modules import runs_python
-from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors
+from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors, split_local
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
 from sedona_fx.runtime.gradients import trained_in
@@ -164,12 +164,13 @@ class Engine:
         call = "loss(output, target)" if block.objective is None else "local_loss.loss(output, inputs, target)"
         try:
             if block.objective is not None:
-                loss = block.objective.loss(local, inputs, target)
+                loss = block.objective.loss(split_local(local)[0] if not last else local, inputs, target)
             elif self.loss is None:
                 raise ScheduleError("this net has no loss: hand one to decouple(..., loss=...) or load(..., loss=...).")
             elif last:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
+                local = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), local)  # what it was given
                 loss = self.output.head_loss(self.loss, local, target)
         except torch.OutOfMemoryError:
             raise  # a RuntimeError as well, but not one about the target

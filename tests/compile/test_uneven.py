@@ -9,7 +9,7 @@ from skips import UNet, images
 from torch import nn
 
 import sedona_fx
-from sedona_fx.errors import CutError
+from sedona_fx.errors import CutError, HeadError
 
 
 def batch(width=8):
@@ -178,3 +178,37 @@ def test_too_few_places_for_other_reasons():
         decouple(model, 7, leaf_modules=["0"])
     with pytest.raises(CutError, match=r"this model has 0 legal cut points, enough for 1 block.* help: blocks=1; "):
         decouple(nn.Linear(8, 3), 2)
+
+
+def test_too_few_places_say_at_how_many_a_head_can_stand():
+    class Steps(nn.Module):
+        """Scores a step, behind values of other numbers of steps and of a kind that no built-in head reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.layers, self.out = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = x
+            for layer in self.layers[:3]:
+                h = torch.tanh(layer(h))
+            h = torch.complex(h, h)
+            h = torch.tanh(self.layers[3](h.abs()))
+            return self.out(h)
+
+    data = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    told = (
+        r"^9 blocks need 8 cuts; this model has 10 legal cut points, 9 of them with a built-in head that fits, enough"
+    )
+    with pytest.raises(CutError, match=told):
+        sedona_fx.decouple(Steps(), data, blocks=9, search="uniform")
+    with pytest.raises(CutError, match=r"10 legal cut points, enough"):
+        sedona_fx.decouple(Steps(), data, blocks=9, search="uniform", heads=False)
+    with pytest.raises(HeadError, match=r"no built-in head for any of the 2 legal cut points of this model: no built-"):
+        sedona_fx.decouple(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Unflatten(1, (2, 1, 2, 1, 2))),
+            data,
+            blocks=2,
+            search="uniform",
+            loss=lambda output, y: output.sum(),
+        )

@@ -91,8 +91,8 @@ class WholeCall:
         """Run a copy of the module for `returned`, at the example's sizes and with each free size larger by one."""
         sizes: list[Any] = [size for t in self.tensors for size in t.shape if isinstance(size, torch.SymInt)]
         sizes += self.sizes
-        numbers = [leaf for leaf in self._leaves if isinstance(leaf, (torch.SymFloat, torch.SymBool))]
-        if numbers or not all(size.node.has_hint() for size in sizes):
+        others = any(isinstance(leaf, (torch.SymFloat, torch.SymBool)) for leaf in self._leaves)
+        if others or not all(size.node.has_hint() for size in sizes):
             raise TraceError(
                 f"{self.path!r} stays whole, and it gets a number that code before it has read from a tensor. Hand it "
                 "the tensor, and let it read the number itself."
