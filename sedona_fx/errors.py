@@ -21,7 +21,7 @@ class SedonaError(Exception):
 
 
 class SettingsError(SedonaError, ValueError):
-    """A setting of a search, a head rule or a loss has a value that it cannot have.
+    """A setting of a search or of a head rule has a value that it cannot have.
 
     Raised when the object is made (``Guided(states=0)``), or by the search if it depends on the data: steps or seconds
     that do not pay for a search.

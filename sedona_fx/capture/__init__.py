@@ -1,8 +1,9 @@
 """Front ends: record what a model's forward computes as a graph, and prove that the graph computes the same.
 
-``symbolic`` (with ``tracer`` and ``inplace``) is tried first, ``exported`` (with ``convert``) where it fails, ``host``
-where only a sub-module can be recorded. ``sites`` names the nodes, ``proof`` compares the graph with the model, and
-``state_watch`` and ``blame`` find side effects and the line of the user's code that has them.
+``symbolic`` (with ``tracer`` and ``inplace``) is tried first, ``exporting`` where it fails, ``host`` where only a
+sub-module can be recorded. ``whole`` has what neither looks into. ``sites`` names the nodes, ``proof`` compares the
+graph with the model, ``state_watch`` and ``blame`` find side effects and the line of the user's code that has them, and
+``attributes`` those that do no harm.
 
 Files
 
@@ -10,7 +11,8 @@ exporting/    The second front end: ``torch.export``, its program in the graph d
               free
 whole/        What a front end does not look into: modules that stay whole, functions that stay one node,
               derivatives in forward
-attributes    Attributes that a forward writes: no obstacle to a graph, if they carry no value from one call to the next
+attributes    Attributes that a forward writes: no obstacle to a graph, if they carry no value from one call to the
+              next
 blame         Find the line of the user's code that caused an error or a side effect while a forward pass is
               recorded
 checkpoints   Reentrant checkpoints (``torch.utils.checkpoint``, ``use_reentrant=True``) while a forward is recorded
@@ -23,7 +25,8 @@ host          ``root=``: only a sub-module becomes a graph; the code around it, 
 host_calls    The two calls that run the code around a sub-module as plain Python: up to the sub-module, and from it
               to the end
 inplace       In-place operators of Python, recorded as functions that write to their first argument and return it
-keep          Run a model without a trace: its attributes, buffers, parameters and gradients are as before afterwards
+keep          Run a model without a trace: its attributes, buffers, parameters and gradients are as before
+              afterwards
 layer_stacks  PyTorch's stacks of layers (``nn.TransformerEncoder``, ``nn.TransformerDecoder``, ``nn.Transformer``)
               in a graph
 names         Names that a model may have and torch.fx cannot write as code: keywords, ``self``, attributes of graph

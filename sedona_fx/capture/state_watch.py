@@ -1,7 +1,8 @@
 """Find and undo changes of state while a forward pass is recorded.
 
 A graph contains tensor operations only. Whatever else the forward pass does happens once, while it is recorded, and
-never again in training. So a recording is trusted only if it left all state as it was, and these count as changes:
+never again in training. So a recording is trusted only if it left all state as it was (but for attributes that
+:mod:`sedona_fx.capture.attributes` clears), and these count as changes:
 
 - A draw from a global random generator (PyTorch's, Python's ``random``, NumPy's) outside of PyTorch's modules, or from
   one among the attributes: the number would be frozen in the graph.

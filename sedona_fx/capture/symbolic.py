@@ -1,8 +1,9 @@
 """The first front end: symbolic tracing. It keeps modules and modes, and is thirty times faster than the second.
 
 Symbolic tracing alone can be silently wrong: a random branch is frozen, a counter is increased once and never again, a
-buffer update vanishes. So a recording during which random numbers were drawn or state changed is refused, and the error
-names the line of the user's code.
+buffer update vanishes. So if random numbers were drawn meanwhile, the module that draws is kept whole or the recording
+refused; if state changed, it is refused, unless only attributes did that carry nothing from call to call
+(:mod:`sedona_fx.capture.attributes`). Errors name the line of the user's code.
 """
 
 from __future__ import annotations

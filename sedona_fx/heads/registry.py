@@ -16,8 +16,8 @@
 
 Spatial activations are images (N, C, H, W), video (N, C, T, H, W) and sequences (N, C, L); vectors are (N, D); tokens
 are (N, T, D), or (N, H, W, D). Class scores are (N, classes), or (N,) for one number per example; dense maps are
-(N, K, H, W) or (N, K, T, H, W); token logits are (N, T, V) with the activation's T. For another output, register a
-factory of your own with :func:`register_head`.
+(N, K, H, W) or (N, K, T, H, W); token logits are (N, T, V), with the activation's T but for the heads that resample.
+For another output, register a factory of your own with :func:`register_head`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ stretches/    Stretches of a graph between two places where blocks may end: what
 analysed      What analysis found out about a model: its ANALYSED graphs, its output, and what a head has to fit at
               each cut
 channels      Find the dimension of an activation that holds the channels, from the layers that computed it
-copies        Copies of modules that hold what Python does not copy: tensors with a graph, locks, open files, iterators
+copies        Copies of modules that hold what Python does not copy: tensors with a graph, locks, open files,
+              iterators
 cost          FLOPs, parameters and activation bytes of a stretch of the graph, a block or a head
 flow          Data flow: what must run before a node, writes included, and which block runs a node
 graph         What the passes record about a node, and how to read a graph

@@ -1,7 +1,8 @@
 """The arguments of a net: bound by name, and checked against the ones that its graphs were made for.
 
 A graph is right for the arguments it was traced with. An argument without tensors (a flag, a scale) is part of the
-graph, and ``torch.export`` fixes all sizes except that of the batch: a call with others would compute something else.
+graph, and in an exported graph all sizes are fixed but those that it leaves free: a call with others would compute
+something else.
 """
 
 from __future__ import annotations

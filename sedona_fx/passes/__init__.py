@@ -4,20 +4,6 @@ A graph goes through phases (:class:`~sedona_fx.ir.spec.Phase`). Each pass takes
 the same or the next phase; the result is checked against the specification of its phase, always
 (:func:`~sedona_fx.ir.spec.verify`). In the order in which they run:
 
-===================== ============================ ====================================================================
-pass                  phases                       what for
-===================== ============================ ====================================================================
-``trace``             model -> TRACED              record the forward in both modes (with ``retype``)
-``annotate``          TRACED -> TRACED             what nodes make, keep, overwrite and cost (with ``fake_run``)
-``explicit_writes``   TRACED -> TRACED             in-place writes become edges
-``crossings``         TRACED -> TRACED             where a block can end, and how many activations cross there
-``cuts``              TRACED -> ANALYSED           which of these places are offered, under which names
-``relax``             ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
-``prune``             RELAXED -> PRUNED            only the chosen split points are left, each with one head
-``lower``             PRUNED -> LOWERED            split points become real boundaries: detach, head, device move
-``partition``         LOWERED, RELAXED -> BLOCK    one graph per block (``block_variants`` has other forms of these)
-``strip``             LOWERED -> TRACED            back to the graph that was traced
-===================== ============================ ====================================================================
 =================== ============================ ======================================================================
 pass                phases                       what for
 =================== ============================ ======================================================================
@@ -26,7 +12,6 @@ pass                phases                       what for
 ``explicit_writes`` TRACED -> TRACED             in-place writes become edges
 ``crossings``       TRACED -> TRACED             where a block can end, and how many activations cross there
 ``batch``           TRACED -> TRACED             where activations hold the batch (with ``batch_doubt``, ``row_order``)
-``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names
 ``cuts``            TRACED -> ANALYSED           which of these places are offered, under which names (with ``places``)
 ``relax``           ANALYSED -> RELAXED          a split point at each candidate cut: a search learns which to make
 ``prune``           RELAXED -> PRUNED            only the chosen split points are left, each with one head

@@ -2,7 +2,8 @@
 
 There are two front ends, which make the same kind of graph: symbolic tracing is tried first, ``torch.export`` if it
 fails. A recording is trusted only after checks, since either can be silently wrong: making it drew no random number and
-changed no state (:mod:`sedona_fx.capture.state_watch`), and one forward pass in each mode gives exactly what the model
+changed no state (:mod:`sedona_fx.capture.state_watch`) but attributes that carry nothing from call to call
+(:mod:`sedona_fx.capture.attributes`), and one forward pass in each mode gives exactly what the model
 gives, buffers included (:mod:`sedona_fx.capture.proof`). Gradients are compared as well where a recording may have lost
 what changes them: in all exported programs, and wherever the model has hooks (:mod:`sedona_fx.capture.hooks`).
 """

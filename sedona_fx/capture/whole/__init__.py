@@ -2,8 +2,8 @@
 
 Files
 
-chosen        Which modules stay whole because their code cannot be recorded: found one after the other, as front ends
-              fail
+chosen        Which modules stay whole because their code cannot be recorded: found one after the other, as front
+              ends fail
 derivatives   Calls of ``torch.autograd.grad`` in a forward: one node each, which finds its graph in whatever block
               it runs
 grad_calls    Calls of ``torch.autograd.grad`` in a graph, and the stretch of the graph that each of them

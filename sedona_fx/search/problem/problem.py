@@ -248,8 +248,8 @@ class Decision:
 class Search(ABC):
     """A way to choose cuts and heads: subclass it, and pass an instance to ``decouple(search=...)``.
 
-    A subclass states what it needs by overriding `needs_data`, `val_batch_size` and `folder`, as class attributes or
-    dataclass fields.
+    A subclass states what it needs by overriding `needs_data`, `balances`, `val_batch_size` and `folder`, as class
+    attributes or dataclass fields.
     """
 
     needs_data: ClassVar[bool] = False

@@ -5,8 +5,8 @@ Files
 alignment            How well local gradients agree with the gradient of backpropagation: a score of cuts and heads,
                      without training any
 descent              Settings of the SGD that trains the plans under trial
-effort               Cost of the parts of the guided search, in plain training steps, and how the allowed steps are
-                     shared among them
+effort               Cost of the parts of searches by trial, in plain training steps, and how the guided search
+                     shares its steps
 gradient_comparison  The first part of the guided search: train one set of weights along random plans, and compare
                      gradients on the way
 plan_tree            Many plans of one net, trained greedily at the same time; blocks that plans have in common are

@@ -1,4 +1,4 @@
-"""Cost of the parts of the guided search, in plain training steps, and how the allowed steps are shared among them."""
+"""Cost of the parts of searches by trial, in plain training steps, and how the guided search shares its steps."""
 
 from __future__ import annotations
 
