@@ -67,6 +67,8 @@ def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
                 raise
             trial = {**memo, **{id(one.value): one.value for one in refusing}}
             result = copy.deepcopy(value, trial)
+    # What the copies were made of has to live as long as the memo, which knows it by its id.
+    memo.setdefault(id(memo), []).extend(trial.pop(id(trial), []))
     memo.update(trial)
     return result
 
