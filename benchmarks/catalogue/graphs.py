@@ -40,7 +40,6 @@ def entries() -> Iterator[Entry]:
             partial(_net, kind, **options),
             citations,
             note="one graph: its nodes are the examples, and every one depends on its neighbours",
-            refused="edge_index",
             needs=NEEDS,
         )
     for kind in STATIC:
