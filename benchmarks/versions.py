@@ -67,11 +67,15 @@ def _told(value: Any) -> str:
 
 @functools.cache
 def _release(package: str) -> str:
-    names = importlib.metadata.packages_distributions().get(package, [package])
+    """Return the installed version of the distribution that has a package."""
+    names = _distributions().get(package, [package])
     try:
         return importlib.metadata.version(names[0])
     except importlib.metadata.PackageNotFoundError:
         return "missing"
+
+
+_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 
 @functools.cache
@@ -96,7 +100,7 @@ def _tree(module: str) -> ast.Module:
 @functools.cache
 def _meaning(module: str) -> str:
     """Return a digest of a module's syntax tree without docstrings."""
-    tree = ast.parse(ast.unparse(_tree(module)))
+    tree = _tree(module)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             node.body = [one for one in node.body if not _is_text(one)] or [ast.Pass()]
@@ -119,15 +123,16 @@ def _reached(start: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def _imports(module: str) -> Iterator[str]:
+@functools.cache
+def _imports(module: str) -> tuple[str, ...]:
+    """Return the modules of ours that a module imports, wherever in it."""
+    found: list[str | None] = []
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                source = _source(node.module, alias.name)
-                if source is not None:
-                    yield source
+            found += [_source(node.module, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if "." in alias.name and _file(alias.name))
+            found += [alias.name for alias in node.names if _file(alias.name) and alias.name != "sedona_fx"]
+    return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 def _source(module: str, name: str) -> str | None:
