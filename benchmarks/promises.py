@@ -37,6 +37,7 @@ class Case:
         net: made of the model.
         inputs: one batch.
         target: for the loss.
+        fewer: why the net has fewer blocks than the row asks for; empty if it has not.
     """
 
     entry: Entry
@@ -46,6 +47,7 @@ class Case:
     net: sedona_fx.Net
     inputs: Any
     target: Any
+    fewer: str = ""
 
     def reset(self, training: bool = True) -> tuple[nn.Module, sedona_fx.Net]:
         """Return the twin and the net with the model's numbers, without gradients, in one mode."""
@@ -71,13 +73,20 @@ def ready(entry: Entry) -> tuple[nn.Module, Any, Any]:
 
 def decoupled(entry: Entry, model: nn.Module, inputs: Any, target: Any, **how: Any) -> sedona_fx.Net:
     """Decouple a model as its row says; with fewer blocks than four where it has too few cuts."""
+    return decoupled_as_far(entry, model, inputs, target, **how)[0]
+
+
+def decoupled_as_far(entry: Entry, model: nn.Module, inputs: Any, target: Any, **how: Any) -> tuple[sedona_fx.Net, str]:
+    """Return the same, and the error that more blocks gave; empty if none did."""
     options = {"blocks": 4, "search": "balanced", "progress": False, **entry.options, **how}
     if entry.loss is not None:
         options["loss"] = entry.loss
+    fewer = ""
     while True:
         try:
-            return sedona_fx.decouple(model, (inputs, target), **options)
-        except sedona_fx.errors.CutError:
+            return sedona_fx.decouple(model, (inputs, target), **options), fewer
+        except sedona_fx.errors.CutError as error:
+            fewer = fewer or str(error)
             if options["blocks"] <= LEAST_BLOCKS or "cuts" in how:  # nothing is left to be given up
                 raise
             options["blocks"] -= 1
@@ -87,8 +96,8 @@ def make_case(entry: Entry) -> Case:
     """Build a row's model and its net."""
     model, inputs, target = ready(entry)
     before, twin = fingerprint(model), copy.deepcopy(model)
-    net = decoupled(entry, model, inputs, target)
-    return Case(entry, model, before, twin, net, inputs, target)
+    net, fewer = decoupled_as_far(entry, model, inputs, target)
+    return Case(entry, model, before, twin, net, inputs, target, fewer)
 
 
 def forward(case: Case) -> str:

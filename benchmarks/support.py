@@ -1,28 +1,31 @@
-"""Which models are supported: every promise checked on torchvision, timm and transformers, as ``docs/support.md``.
+"""Which models are supported: every promise checked on the models of a dozen packages, as ``docs/support.md``.
 
     python benchmarks/support.py                        # all of them; what is done already is not done again
     python benchmarks/support.py --family timm --jobs 1
     python benchmarks/support.py --only 'swin*,vit*' --again
 
 Each model has a process of its own with a limit of time and of memory, so that no crash and no hang stops the table.
-Rows are kept in ``benchmarks/results/support.json``, one JSON object a line, and are done again when the compiler
-changed. ``--draw`` only writes the page from the rows that there are.
+Rows are kept in ``benchmarks/results/support.json``, one JSON object a line, and are done again when something changed
+that they are made of (``versions.py``). Models of packages that are not installed are left out, and their rows kept.
+``--cuts`` only decouples, which takes a fifth of the time: what a net is like is written down anew, the promises stay
+as they were checked, and the row is done again the next time. ``--draw`` only writes the page from the rows there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from support_classes import NUMBERS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "support.json"
@@ -37,18 +40,26 @@ def main() -> None:
     chosen = _options()
     from catalogue import catalogue
     from support_page import page
+    from versions import version
 
-    entries, version = catalogue(), _version()
+    entries = catalogue()
     rows = _read(RESULTS)
     wanted = [] if chosen.draw else [key for key in entries if _matches(key, chosen)]
-    todo = [key for key in wanted if chosen.again or rows.get(key, {}).get("version") != version]
+    missing = {key: entries[key].missing for key in wanted if entries[key].missing}
+    versions = {key: version(entries[key]) for key in wanted if key not in missing}
+    todo = [key for key in versions if chosen.again or rows.get(key, {}).get("version") != versions[key]]
     print(f"{len(wanted)} models, {len(todo)} to do", flush=True)
+    if missing:
+        packages = sorted({package for names in missing.values() for package in names})
+        print(f"{len(missing)} models are left out, as there is no {', no '.join(packages)}", flush=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ThreadPoolExecutor(chosen.jobs) as pool:
         tasks = {key: pool.submit(_one, context, key, chosen) for key in todo}
         for done, (key, task) in enumerate(tasks.items(), 1):
-            rows[key] = {**task.result(), "version": version}
+            rows[key] = _merged(rows.get(key), task.result()) if chosen.cuts else task.result()
+            if not chosen.cuts:
+                rows[key]["version"] = versions[key]
             print(f"{done}/{len(todo)} {_summary(rows[key])}", flush=True)
             _write(RESULTS, (rows[k] for k in entries if k in rows))
     PAGE.write_text(page([rows[key] for key in entries if key in rows]))
@@ -58,11 +69,12 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names, as shell patterns with commas between them")
-    parser.add_argument("--family", default="", help="how the family's name begins: torchvision, timm, transformers")
+    parser.add_argument("--family", default="", help="how the family's name begins: torchvision, timm, monai, ...")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     parser.add_argument("--seconds", type=float, default=300, help="limit of time of a model")
     parser.add_argument("--memory", type=float, default=10, help="limit of address space of a model, GiB")
     parser.add_argument("--again", action="store_true", help="do again what is done already")
+    parser.add_argument("--cuts", action="store_true", help="only decouple, and keep what is known of the promises")
     parser.add_argument("--draw", action="store_true", help="check nothing, only write the page")
     return parser.parse_args()
 
@@ -77,7 +89,8 @@ def _one(context: Any, key: str, chosen: argparse.Namespace) -> Row:
     family, _, name = key.partition("/")
     row: Row = {"family": family, "name": name, "note": "", "promises": {}, "reason": "", "doing": "starting"}
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, key, chosen.memory))
+    only = () if chosen.cuts else NUMBERS
+    process = context.Process(target=_child, args=(theirs, key, chosen.memory, only))
     start = time.perf_counter()
     process.start()
     theirs.close()
@@ -108,7 +121,14 @@ def _blame(row: Row, doing: str, reason: str) -> None:
         row["reason"] = f"{doing}: {reason}"
 
 
-def _child(connection: Connection, key: str, memory: float) -> None:
+def _merged(old: Row | None, new: Row) -> Row:
+    """Return what is new of a net with the promises, the times and the version of the row that there was."""
+    if old is None or new["reason"] or old["reason"]:
+        return {"version": "", **new}
+    return {**new, **{name: old[name] for name in ("promises", "steps", "seconds", "version") if name in old}}
+
+
+def _child(connection: Connection, key: str, memory: float, only: Sequence[str]) -> None:
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     import logging
@@ -119,7 +139,7 @@ def _child(connection: Connection, key: str, memory: float) -> None:
     from row import measure, one_line
 
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of timm and transformers, about their own code
+    warnings.simplefilter("ignore")  # of the models' packages, about their own code
     logging.disable(logging.WARNING)
     last: Row = {}
 
@@ -129,28 +149,9 @@ def _child(connection: Connection, key: str, memory: float) -> None:
 
     entry = catalogue()[key]
     try:
-        measure(entry, tell)
+        measure(entry, tell, only)
     except BaseException as error:
         connection.send({**last, "error": one_line(error)})
-
-
-def _version() -> str:
-    """Return a digest of the compiler, of the checks and of the libraries that they ran with."""
-    import timm
-    import torch
-    import torchvision
-    import transformers
-
-    import sedona_fx
-
-    digest = hashlib.blake2b(digest_size=8)
-    sources = [*Path(sedona_fx.__file__).parent.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
-    for source in sorted(sources):
-        if source.name not in ("support.py", "support_page.py"):
-            digest.update(source.read_bytes())
-    for library in (torch, torchvision, timm, transformers):
-        digest.update(library.__version__.encode())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Row]:

@@ -107,3 +107,15 @@ def spectra(bins: int = 16, frames: int = 40, batch: int = 2, length: int = 8) -
     x = torch.randn(batch, bins, frames, generator=source)
     tokens, target = (torch.randint(4, VOCABULARY, (batch, length), generator=source) for _ in range(2))
     return {"input_features": x, "decoder_input_ids": tokens}, target
+
+
+def volumes(*sizes: int, channels: int = 1, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Return images of one, two or three dimensions, one channel each, and a class for every voxel."""
+    source = generator()
+    x = torch.randn(batch, channels, *sizes, generator=source)
+    return x, torch.randint(CLASSES, (batch, *sizes), generator=source)
+
+
+def targets_of(shape: tuple[int, ...]) -> Tensor:
+    """Return noise that an output of that shape is to become."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(4))

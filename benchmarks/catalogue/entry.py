@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,7 @@ class Entry:
         options: what ``decouple`` is told besides the loss: ``root=``, ``output=``, ``heads=``, ``blocks=``.
         note: what the reader of the table should know about how the model was made.
         refused: a word of the error that this model must be refused with; empty where it must work.
+        needs: the packages that it is made of, besides those that every test has: names as they are imported.
     """
 
     name: str
@@ -36,6 +39,12 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     refused: str = ""
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The packages that this model needs and that are not installed."""
+        return tuple(name for name in self.needs if importlib.util.find_spec(name) is None)
 
     def make(self) -> nn.Module:
         """Build the model with the same weights every time, none of them zero."""
@@ -62,3 +71,17 @@ def perturb(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def imported(package: str, name: str, *args: Any, **options: Any) -> nn.Module:
+    """Build a model by the name of its class or function; the package is imported only now.
+
+    Args:
+        package: module that has the class.
+        name: of the class or function in it.
+        args: what it is called with.
+        options: the same, by keyword.
+    """
+    maker: Any = getattr(importlib.import_module(package), name)
+    model: nn.Module = maker(*args, **options)
+    return model

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from catalogue import batches
+from catalogue import batches, more_configs
 from catalogue.entry import Entry
 from catalogue.small_configs import CLIP, DECODERS, ENCODERS, SEQ2SEQ, SPEECH, VISION, WHISPER
 
@@ -26,17 +26,22 @@ def entries() -> Iterator[Entry]:
         (VISION, "AutoModelForImageClassification", batches.pixels, label_loss),
         (SPEECH, "AutoModelForAudioClassification", batches.waveforms, label_loss),
         (WHISPER, "AutoModelForSpeechSeq2Seq", batches.spectra, token_loss),
+        (more_configs.ENCODERS, "AutoModelForSequenceClassification", batches.sentences, label_loss),
+        (more_configs.DECODERS, "AutoModelForCausalLM", per_token, token_loss),
+        (more_configs.SEQ2SEQ, "AutoModelForSeq2SeqLM", batches.translations, token_loss),
+        (more_configs.VISION, "AutoModelForImageClassification", batches.pixels, label_loss),
+        (more_configs.SPEECH, "AutoModelForAudioClassification", batches.waveforms, label_loss),
     )
     for configs, task, pair, loss in tables:
         for kind, options in configs.items():
             # Of DeiT, AutoModel knows the distilled classifier first, which cannot be trained.
             named = "DeiTForImageClassification" if kind == "deit" else task
-            yield Entry(kind, FAMILY, partial(_build, kind, named, options), pair, loss=loss)
+            yield Entry(kind, FAMILY, partial(build, kind, named, options), pair, loss=loss)
     skipping = {**SPEECH["wav2vec2"], "layerdrop": 0.5}
     yield Entry(
         "wav2vec2 with layerdrop",
         FAMILY,
-        partial(_build, "wav2vec2", "AutoModelForAudioClassification", skipping),
+        partial(build, "wav2vec2", "AutoModelForAudioClassification", skipping),
         batches.waveforms,
         loss=label_loss,
         note="draws anew in each step which layers run: there is no fixed graph",
@@ -45,7 +50,7 @@ def entries() -> Iterator[Entry]:
     yield Entry(
         "clip",
         FAMILY,
-        partial(_build, "clip", "CLIPModel", CLIP),
+        partial(build, "clip", "CLIPModel", CLIP),
         batches.captions,
         loss=contrastive_loss,
         note="its output is the similarities of all images and texts of a batch, which no head gives",
@@ -68,7 +73,8 @@ def contrastive_loss(output: Any, target: Tensor) -> Tensor:
     return F.cross_entropy(output.logits_per_image, target)
 
 
-def _build(kind: str, task: str, options: Mapping[str, Any]) -> nn.Module:
+def build(kind: str, task: str, options: Mapping[str, Any]) -> nn.Module:
+    """Build a model of transformers from its type, the class for its task, and its configuration."""
     import transformers
 
     config = transformers.AutoConfig.for_model(kind, **options)

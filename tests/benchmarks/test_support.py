@@ -7,8 +7,9 @@ import pytest
 import torch
 from catalogue import catalogue
 from gradient_promise import gradients
-from row import KEPT, NUMBERS, SKIPPED, measure
-from support_page import page, works
+from row import KEPT, SKIPPED, measure
+from support_classes import NUMBERS, works
+from support_page import page
 from torch import nn
 
 ENTRIES = catalogue()
