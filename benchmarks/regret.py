@@ -29,7 +29,7 @@ from regret_statistics import Plan, Table
 from torch import nn
 
 import sedona_fx
-from sedona_fx.errors import DataError
+from sedona_fx.errors import SettingsError
 from sedona_fx.heads.registry import head_name
 from sedona_fx.search import Balanced, Guided, Latest, Rollout, Search, Sedona, Uniform
 from sedona_fx.search.problem.plan_costs import PlanCosts
@@ -206,7 +206,7 @@ def main() -> None:
     for way in WAYS:
         try:
             rows.append(row_of(way, setting, table, halves, train, steps, half, chosen.seeds, run))
-        except DataError as error:  # so short a run does not pay for this search
+        except SettingsError as error:  # so short a run does not pay for this search
             left_out.append(f"{way.name}: {error}")
             print(left_out[-1], flush=True)
     default = rows[0]
