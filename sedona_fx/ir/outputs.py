@@ -145,7 +145,7 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
         raise OutputError(
             f"the model returns {type(output).__name__} whose float tensors are all inside of its fields "
             f"({', '.join(deeper[:3])}{', ...' if deeper[3:] else ''}), where no head can put its own. One of the "
-            "fields themselves has to be the tensor that the loss is about: wrap the model in a module that returns it so."
+            "fields has to be the tensor that the loss is about: wrap the model in a module that returns it as one."
         )
     raise OutputError(
         f"the model returns {type(output).__name__} with no float tensor that a loss could be about; name one with "
