@@ -5,6 +5,8 @@
     python benchmarks/support.py --only 'swin*,vit*' --again
 
 Each model has a process of its own with a limit of time and of memory, so that no crash and no hang stops the table.
+The time is the processor's, so that other work beside it changes no row; a process that hangs is ended after ten times
+as long.
 Rows are kept in ``benchmarks/results/support.json``, one JSON object a line, and are done again when something changed
 that they are made of (``versions.py``). Models of packages that are not installed are left out, and their rows kept.
 ``--cuts`` only decouples, which takes a fifth of the time: what a net is like is written down anew, the promises stay
@@ -18,6 +20,7 @@ import fnmatch
 import json
 import multiprocessing
 import resource
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "support.json"
 PAGE = ROOT / "docs" / "support.md"
 PRELOADED = ["row", "timm", "torchvision", "transformers", "onnxruntime", "onnxscript"]
+
+HANGS = 10
+"""A process that takes so many times its limit by the clock hangs."""
 
 Row = dict[str, Any]
 
@@ -71,7 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", default="*", help="names, as shell patterns with commas between them")
     parser.add_argument("--family", default="", help="how the family's name begins: torchvision, timm, monai, ...")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
-    parser.add_argument("--seconds", type=float, default=300, help="limit of time of a model")
+    parser.add_argument("--seconds", type=float, default=300, help="limit of a model's processor time")
     parser.add_argument("--memory", type=float, default=10, help="limit of address space of a model, GiB")
     parser.add_argument("--again", action="store_true", help="do again what is done already")
     parser.add_argument("--cuts", action="store_true", help="only decouple, and keep what is known of the promises")
@@ -90,20 +96,21 @@ def _one(context: Any, key: str, chosen: argparse.Namespace) -> Row:
     row: Row = {"family": family, "name": name, "note": "", "promises": {}, "reason": "", "doing": "starting"}
     ours, theirs = context.Pipe(duplex=False)
     only = () if chosen.cuts else NUMBERS
-    process = context.Process(target=_child, args=(theirs, key, chosen.memory, only))
+    process = context.Process(target=_child, args=(theirs, key, chosen.memory, int(chosen.seconds), only))
     start = time.perf_counter()
     process.start()
     theirs.close()
     ended = ""
     while not ended:
-        if not ours.poll(max(0.0, start + chosen.seconds - time.perf_counter())):
-            ended = f"took longer than {chosen.seconds:g} s"
+        if not ours.poll(max(0.0, start + HANGS * chosen.seconds - time.perf_counter())):
+            ended = f"took longer than {HANGS * chosen.seconds:g} s"
             break
         try:
             row = ours.recv()
         except EOFError:
             process.join()
-            ended = f"ended with code {process.exitcode}"
+            spent = process.exitcode == -signal.SIGXCPU
+            ended = f"took longer than {chosen.seconds:g} s" if spent else f"ended with code {process.exitcode}"
     if process.is_alive():
         process.kill()
         process.join()
@@ -128,9 +135,10 @@ def _merged(old: Row | None, new: Row) -> Row:
     return {**new, **{name: old[name] for name in ("promises", "steps", "seconds", "version") if name in old}}
 
 
-def _child(connection: Connection, key: str, memory: float, only: Sequence[str]) -> None:
+def _child(connection: Connection, key: str, memory: float, seconds: int, only: Sequence[str]) -> None:
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     import logging
     import warnings
 

@@ -143,6 +143,12 @@ def find_primary(output: Any, wanted: Key = None) -> Key:
         return "logits"
     if floats:
         return floats[0]
+    if deeper := list(_nested_floats(output)):
+        raise OutputError(
+            f"the model returns {type(output).__name__} whose float tensors are all inside of its fields "
+            f"({', '.join(deeper[:3])}{', ...' if deeper[3:] else ''}), where no head can put its own. One of the "
+            "fields has to be the tensor that the loss is about: wrap the model in a module that returns it as one."
+        )
     raise OutputError(
         f"the model returns {type(output).__name__} with no float tensor that a loss could be about; name one with "
         "output=... (an attribute, a key or an index of what the model returns)."
@@ -154,6 +160,15 @@ def split_local(local: Any) -> tuple[Any, Mapping[Key, Any]]:
     if isinstance(local, Mapping) and HEAD_OUTPUT in local:
         return local[HEAD_OUTPUT], {key: value for key, value in local.items() if key != HEAD_OUTPUT}
     return local, {}
+
+
+def _nested_floats(output: Any, where: str = "") -> Iterator[str]:
+    """Yield the places of the float tensors in the fields of an output: ``"one2many.boxes"``."""
+    for key, value in fields(output) if is_container(output) else ():
+        place = f"{where}.{key}" if where else str(key)
+        if _is_float(value):
+            yield place
+        yield from _nested_floats(value, place)
 
 
 def resolve_key(output: Any, wanted: Key) -> Key:

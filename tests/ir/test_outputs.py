@@ -74,6 +74,8 @@ def test_find_primary_says_what_there_is():
         find_primary(Plain(H, Z), "nope")
     with pytest.raises(OutputError, match="names no float tensor"):
         find_primary({"ids": N}, "ids")
+    with pytest.raises(OutputError, match=r"all inside of its fields \(many\.boxes, many\.rest\.0, one\.boxes\)"):
+        find_primary({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": Z}})
     with pytest.raises(OutputError, match="no float tensor that a loss could be about"):
         find_primary((N, None))
 
