@@ -216,3 +216,8 @@ def did_you_mean(name: str, known: Iterable[str], limit: int = 3) -> str:
 def shape_text(shape: Sequence[int]) -> str:
     """Return a shape as people write it: ``(2, 64, 8, 8)``."""
     return "(" + ", ".join(str(int(s)) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or the name of its class if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

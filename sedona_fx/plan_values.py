@@ -150,7 +150,10 @@ def read_capture(value: dict[str, Any], source: str) -> Capture:
     are_names = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
     if not are_names or not all(isinstance(flag, bool) for flag in flags):
         raise PlanError(f"{source}: the field 'capture' should have two flags and a list of names: {value!r}.")
-    sizes = tuple(_read_size(size, source) for size in value.get("free_sizes", []))
+    free_sizes = value.get("free_sizes", [])
+    if not isinstance(free_sizes, list):
+        raise PlanError(f"{source}: the entry 'free_sizes' of the field 'capture' should be a list: {free_sizes!r}.")
+    sizes = tuple(_read_size(size, source) for size in free_sizes)
     capture = Capture(**{**value, "left_out": tuple(left_out), "free_sizes": sizes})
     if capture.front_end not in ("symbolic", "export"):
         raise PlanError(f"{source}: the front end {capture.front_end!r} is neither 'symbolic' nor 'export'.")

@@ -156,6 +156,7 @@ def but(**changes):
         (but(capture={"front_end": "magic"}), "the front end 'magic' is neither 'symbolic' nor 'export'"),
         (but(capture={"free_batch": 1}), "the field 'capture' should have two flags and a list of names"),
         (but(capture={"left_out": [3]}), "the field 'capture' should have two flags and a list of names"),
+        (but(capture={"free_sizes": None}), "the entry 'free_sizes' of the field 'capture' should be a list"),
         (but(capture={"left_out": 3}), "the field 'capture' should have two flags and a list of names"),
         (but(block_seconds=[]), "the field 'block_seconds' should be an object, not list"),
         (but(block_seconds={"places": []}), "the field 'block_seconds' should have places, stretches and heads"),

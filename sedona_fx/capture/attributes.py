@@ -81,12 +81,15 @@ def check_computed(model: nn.Module, example: Args) -> None:
     runs, inputs = _Runs(model), example.first(2).bind(model.forward) if computed else {}
     for path, tensor in computed.items():
         for training in (True, False):
-            with keep_modes(model), keep_state(model), suppress(TypeError, ValueError, RuntimeError):
+            with keep_modes(model), keep_state(model):
                 model.train(training)
-                expected, _ = runs.of(inputs)
+                try:
+                    expected, _ = runs.of(inputs)
+                except Exception:  # the proof of the graph says so later
+                    continue
                 with torch.no_grad():
                     tensor.fill_(float("nan"))
-                if not same_bits(expected, runs.of(inputs)[0]):
+                if not _succeeds(lambda: same_bits(expected, runs.of(inputs)[0])):  # noqa: B023 (called at once)
                     raise TraceError(
                         f"the forward of {type(model).__name__} reads the attribute {path!r}, a tensor that was "
                         "computed before, from something that requires a gradient. The net's own copy has no graph to "

@@ -16,7 +16,7 @@ from sedona_fx.compile.head_reach import warn_of_missed
 from sedona_fx.compile.request import Request
 from sedona_fx.compile.uneven import why_uneven
 from sedona_fx.data.sizes import resized
-from sedona_fx.errors import HeadError
+from sedona_fx.errors import HeadError, first_line
 from sedona_fx.heads.context import HeadSpec
 from sedona_fx.heads.dtypes import make_head
 from sedona_fx.ir.analysed import Analysed
@@ -113,8 +113,8 @@ def _fault_of_heads(request: Request, analysed: Analysed, lowered: fx.GraphModul
     with keep_modes(request.model, lowered), keep_state(request.model), keep_state(lowered), torch.no_grad():
         try:
             *locals_, output = lowered.train()(*inputs)
-        except RuntimeError as error:
-            return f"a head does not run ({str(error).splitlines()[0]})"
+        except Exception as error:  # of a head of the user's, of any kind
+            return f"a head does not run ({first_line(error)})"
     shape = pick(output, analysed.output.key).shape
     for index, (local, objective) in enumerate(zip(locals_, request.objectives, strict=True)):
         if objective is None and local is not None and local.shape != shape:

@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import itertools
+from collections import deque
 from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -27,7 +28,8 @@ from sedona_fx.net.net import Net
 from sedona_fx.net.parallel import warn_of_replicas
 
 _INTERNALS = frozenset(vars(nn.Module()))
-_MOST = 10_000  # objects that are looked at behind one attribute
+_MOST = 200_000
+"""Objects that are looked at behind one function, the nearest first."""
 
 
 def owned_copy(model: nn.Module, *, inplace: bool) -> nn.Module:
@@ -169,9 +171,9 @@ def _functions(value: Any) -> Iterator[Any]:
 
 def _reaches(function: Any, originals: frozenset[int]) -> bool:
     """Whether a function can get hold of one of the modules and tensors with these ids, other than by an argument."""
-    seen, stack = dict[int, Any](), [function]  # the values are kept, so that no id is given twice
-    while stack and len(seen) < _MOST:
-        value = stack.pop()
+    seen, waiting = dict[int, Any](), deque([function])  # the values are kept, so that no id is given twice
+    while waiting and len(seen) < _MOST:
+        value = waiting.popleft()
         if id(value) in seen or isinstance(value, (type, ModuleType, str, int, float, CodeType)):
             continue
         seen[id(value)] = value
@@ -179,11 +181,11 @@ def _reaches(function: Any, originals: frozenset[int]) -> bool:
             if id(value) in originals:
                 return True
         elif isinstance(value, (list, tuple, set, frozenset)):
-            stack += value
+            waiting.extend(value)
         elif isinstance(value, dict):
-            stack += value.values()
+            waiting.extend(value.values())
         else:
-            stack += _behind(value)
+            waiting.extend(_behind(value))
     return False
 
 

@@ -209,7 +209,8 @@ def _raised(offers: OfferedByLimit, start: Offered, blocks: int) -> Offered:
     limits = [max_live for max_live in offers if max_live >= start.max_live]
     # Only if it helps where anything may cross, another chain than the longest is tried elsewhere.
     ways = offers.either(limits[-1])
-    another = _evenest(ways, blocks) is not ways[0]
+    allowed = [way for way in ways if way.rank <= start.rank] or ways
+    another = _evenest(allowed, blocks) is not ways[0]
     tried, least = [start], min(_largest(way, blocks) for way in (start, *ways) if way.rank <= start.rank)
     for max_live in limits:
         found = offers.either(max_live) if another else [offers[max_live]]
@@ -217,7 +218,8 @@ def _raised(offers: OfferedByLimit, start: Offered, blocks: int) -> Offered:
         if _largest(tried[-1], blocks) <= NEAR * least:
             break
     least = min(least, *(_largest(offer, blocks) for offer in tried))
-    return next(offer for offer in tried if _largest(offer, blocks) <= NEAR * least)
+    near = (offer for offer in tried if _largest(offer, blocks) <= NEAR * least)
+    return next(near, min(tried, key=lambda offer: _largest(offer, blocks)))
 
 
 def _evenest(tried: Sequence[Offered], blocks: int) -> Offered:

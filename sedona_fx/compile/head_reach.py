@@ -18,6 +18,7 @@ from sedona_fx.heads.registry import head_name, is_built_in
 from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.graph import TensorSpec, info
 from sedona_fx.ir.rows.reach import missed_parameters
+from sedona_fx.rng import seeded
 
 _EXAMPLES = 4
 _SHOWN = 3
@@ -62,8 +63,7 @@ def _rows_read(head: nn.Module, activation: TensorSpec, batch: Rows) -> dict[int
     generator = torch.Generator().manual_seed(0)
     shape = (_EXAMPLES, *activation.shape[1:]) if batch == Rows() else activation.shape
     x = torch.randn(shape, generator=generator).to(activation.device, activation.dtype).requires_grad_()
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
+    with seeded(activation.device, 0), torch.enable_grad():
         try:
             output = copy.deepcopy(head)(x)
             if not isinstance(output, Tensor) or not output.requires_grad:

@@ -208,7 +208,7 @@ class _Told:
         """Return the options that are in the way, in words."""
         request = self.request
         legal = [self.nodes[name] for name in offer.legal]
-        kept = list(request.leaf_modules) if not isinstance(request.leaf_modules, str) else [request.leaf_modules]
+        kept = list(request.leaf_modules)
         ways = [
             (bool(request.no_cut), f"fewer modules in no_cut={list(request.no_cut)}"),
             (bool(kept), f"fewer modules in leaf_modules={kept}"),

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.data.args import Args
 from sedona_fx.data.sizes import resized
-from sedona_fx.errors import ExportError, shape_text
+from sedona_fx.errors import ExportError, first_line, shape_text
 from sedona_fx.export.attention import unfuse_attention
 from sedona_fx.export.dynamic import dynamic_shapes, fixed_text
 from sedona_fx.export.flat import Flat, flat
@@ -96,7 +96,7 @@ def _checked(graph: fx.GraphModule, example: Args, path: Path, *, name: str, cap
                     _compare(module, file, sample, str(path))
                 return path
             except ExportError as error:
-                log.warning("%s: %s. %s", name, fixed_text(inputs, free), _first_line(error))
+                log.warning("%s: %s. %s", name, fixed_text(inputs, free), first_line(error))
         file = _written(module, samples[0], temporary, name=name, free_batch=size is not None)
         for sample in samples:
             _compare(module, file, sample, str(path))
@@ -177,7 +177,7 @@ class _File:
                     raise
                 self._session = session()
         except Exception as error:
-            raise ExportError(f"{name} was exported, but ONNX Runtime cannot run it: {_first_line(error)}.") from error
+            raise ExportError(f"{name} was exported, but ONNX Runtime cannot run it: {first_line(error)}.") from error
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return the outputs for inputs.
@@ -190,12 +190,8 @@ class _File:
             values = self._session.run(None, {name: t.numpy() for name, t in zip(names, inputs, strict=True)})
         except Exception as error:
             shapes = ", ".join(shape_text(t.shape) for t in inputs)
-            raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {_first_line(error)}.") from error
+            raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {first_line(error)}.") from error
         return [torch.from_numpy(value) for value in values]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _check_dtypes(module: Flat, inputs: Sequence[Tensor], name: str) -> None:

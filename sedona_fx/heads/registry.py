@@ -35,6 +35,7 @@ from sedona_fx.errors import HeadError, did_you_mean, shape_text
 from sedona_fx.heads import fit as head_fit
 from sedona_fx.heads.context import HeadContext, HeadFactory, HeadSpec
 from sedona_fx.heads.rows import ArrangedHead
+from sedona_fx.rng import seeded
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def _check_users_head(name: str, head: object, context: HeadContext) -> None:
     output_shape = (shape[0], *context.output_shape[1:])
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode, torch.no_grad():
+        with seeded(torch.device("cpu"), 0), mode, torch.no_grad():  # it may draw, which nobody should notice
             fakes: dict[str, Tensor] = {key: mode.from_tensor(tensor) for key, tensor in tensors.items()}
             dtype = context.dtypes.activation if context.dtypes and context.is_complex else like.dtype
             x = torch.empty(shape, dtype=dtype, device=like.device)

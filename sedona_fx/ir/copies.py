@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from sedona_fx.rng import turn
+
 T = TypeVar("T")
 COMPUTED = "_sedona_fx_computed"
 """Attribute of tensors that are copies of computed ones, without their graph."""
@@ -76,6 +78,11 @@ def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
 @contextmanager
 def copied_anyway() -> Iterator[None]:
     """Let ``copy.deepcopy`` copy computed tensors without their graph, and share locks, files and Python modules."""
+    with turn():  # both are the process's own
+        yield from _patched()
+
+
+def _patched() -> Iterator[None]:
     original, table = Tensor.__deepcopy__, copyreg.dispatch_table
     before = {kind: table.get(kind) for kind in _SHARED}
 

@@ -15,6 +15,7 @@ from sedona_fx.heads.dtypes import converted
 from sedona_fx.heads.registry import build_head
 from sedona_fx.ir.flow import block_of
 from sedona_fx.ir.graph import TensorSpec, info
+from sedona_fx.rng import seeded
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def head_cost(make: Callable[[], nn.Module], activation: TensorSpec) -> Cost:
     meter = Meter([*head.parameters(), *head.buffers(), sample])
     meter.watch_weights(parameter for parameter in head.parameters() if parameter.dim() >= 2)
     dtype = activation.dtype.to_real() if activation.dtype.is_complex else activation.dtype
-    with torch.enable_grad(), meter.measuring():
+    with seeded(torch.device("cpu"), 0), torch.enable_grad(), meter.measuring():  # it may draw
         converted(head, sample.device, dtype)(sample)
     return Cost(
         flops=meter.work.estimated(meter.work.flops_a_byte),
@@ -155,7 +156,8 @@ def cost_of_head(costs: dict[Hashable, Cost], spec: HeadSpec, context: HeadConte
         node: a cut point.
     """
     value = info(node).value
-    key = (spec, value, replace(context, place=""))
+    # A factory of the user's need not be hashable. It lives as long as the call in which costs are known.
+    key = (spec if isinstance(spec, str) else id(spec), value, replace(context, place=""))
     if key not in costs:
         costs[key] = head_cost(lambda: build_head(spec, context), value)
     return costs[key]

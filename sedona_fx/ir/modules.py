@@ -45,6 +45,9 @@ def share_copy(module: nn.Module) -> Any:
     return deep_copy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
 
 
+_LIBRARIES = ("torch", "torchvision", "sedona_fx", "_operator", "operator", "builtins", "math", "collections")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside of ``DataParallel``, ``DistributedDataParallel`` and what ``torch.compile`` returns.
 
@@ -57,8 +60,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def runs_python(graph: nn.Module) -> bool:
-    """Whether a graph calls modules of the user's own classes, which run as Python and may draw from its generators."""
-    return any(not type(inner).__module__.startswith(("torch.", "sedona_fx.")) for inner in graph.modules())
+    """Whether a graph calls modules or functions of the user's own, which may draw from Python's generators."""
+    if any(not type(inner).__module__.startswith(("torch.", "sedona_fx.")) for inner in graph.modules()):
+        return True
+    nodes = graph.graph.nodes if isinstance(graph, fx.GraphModule) else ()
+    return any(node.op == "call_function" and _is_users(node.target) for node in nodes)
+
+
+def _is_users(function: Any) -> bool:
+    """Whether a function is the user's own, or an object that stands for code of the user's (around a ``root=``)."""
+    module = str(getattr(function, "__module__", None) or type(function).__module__)
+    return f"{module}.".startswith("sedona_fx.capture.") or module.partition(".")[0] not in _LIBRARIES
 
 
 def device_of(model: nn.Module) -> torch.device:

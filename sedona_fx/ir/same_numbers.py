@@ -23,6 +23,14 @@ def near(first: Tensor, second: Tensor | None, tolerance: float) -> bool:
     return near(torch.where(finite, first, 0), torch.where(finite, second, 0), tolerance)
 
 
+def _equal_but_for_nan(first: Tensor, second: Tensor) -> bool:
+    """Whether tensors of one shape and dtype have NaN in the same places, and the same numbers in all others."""
+    if not (first.is_floating_point() or first.is_complex()):
+        return False
+    nan, other = first.isnan(), second.isnan()
+    return torch.equal(nan, other) and torch.equal(first.masked_fill(nan, 0), second.masked_fill(nan, 0))
+
+
 def same_bits(first: Any, second: Any) -> bool:
     """Return whether two nested values hold the same numbers, NaN equal to NaN.
 
@@ -32,7 +40,7 @@ def same_bits(first: Any, second: Any) -> bool:
         return (
             first.shape == second.shape
             and first.dtype == second.dtype
-            and (torch.equal(first, second) or torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)))
+            and (torch.equal(first, second) or _equal_but_for_nan(first, second))
         )
     first_items, second_items = fields(first), fields(second)
     if first_items and first_items[0][0] is None:  # not nested

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from sedona_fx.capture.proof import autograd_nodes, check_equal_forward
 from sedona_fx.data.args import same_plain
-from sedona_fx.errors import DataError, ScheduleError, TraceError
+from sedona_fx.errors import DataError, ScheduleError, TraceError, first_line
 from sedona_fx.ir.graph import HEADS
 from sedona_fx.ir.outputs import pick
 from sedona_fx.net.parallel import refuse_sharded
@@ -229,8 +229,8 @@ class Follower:
         try:
             with trial.same_start(training=False), torch.no_grad():
                 *locals_, output = graph(*inputs)
-        except RuntimeError as error:
-            return f"the heads cannot run ({str(error).splitlines()[0]}) {since}"
+        except Exception as error:  # of a head of the user's, of any kind
+            return f"the heads cannot run ({first_line(error)}) {since}"
         primary = output if isinstance(output, Tensor) else pick(output, self._engine.output.key)
         for block, local in zip(self._engine.blocks[:-1], locals_, strict=True):
             if block.head is not None and block.objective is None and local.shape != primary.shape:

@@ -214,7 +214,9 @@ class Net(OneProcess, Inference):
             ScheduleError: a module is in a mode that the graph was not made for, or something was replaced that the
                 graphs cannot follow.
         """
-        return self._follower.check(self.training)
+        version = self._follower.check(self.training)
+        self._precision.at(version)
+        return version
 
     def check_precision(self, autocast: torch.dtype | None = None) -> None:
         """Prove captured graphs in a precision that they have not run in yet; every call and step does it.

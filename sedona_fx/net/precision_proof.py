@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.sites import match_sites
-from sedona_fx.errors import ScheduleError
+from sedona_fx.errors import ScheduleError, first_line
 from sedona_fx.ir.graph import info
 from sedona_fx.ir.modules import device_of
 from sedona_fx.ir.outputs import fields, map_tensors, without_objects
@@ -58,6 +58,7 @@ class PrecisionProof:
         self._trial, self._plain, self._graphs = trial, plain, graphs
         self._needed = trial.capture.front_end == "export"
         self._followers: WeakSet[fx.GraphModule] = WeakSet()
+        self._version = -1
         self.converted()
         if like is None:
             self._now = self._precision(None)
@@ -69,8 +70,13 @@ class PrecisionProof:
     def converted(self) -> None:
         """Note that tensors of the model were moved or converted."""
         model = self._trial.model
-        self._device = device_of(model)
-        self._dtypes = tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers()))
+        self._device, self._tensors = device_of(model), (*model.parameters(), *model.buffers())
+
+    def at(self, version: int) -> None:
+        """Note how often tensors of the model were replaced so far."""
+        if version != self._version:
+            self._version = version
+            self.converted()
 
     def follow(self, module: nn.Module) -> None:
         """Let graphs inside of another module have the constants of the present precision as well, while it lives."""
@@ -99,7 +105,8 @@ class PrecisionProof:
         device = self._device.type
         if autocast is None and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
-        return autocast, self._dtypes
+        # Read each time: ``net.model.bfloat16()`` changes the tensors themselves, and nobody is told.
+        return autocast, tuple(tensor.dtype for tensor in self._tensors)
 
     def _prove(self, training: bool, precision: Precision) -> None:
         """Compare the graph of a mode with the model; if they differ, take the constants of a new capture."""
@@ -138,10 +145,11 @@ class PrecisionProof:
             with trial.same_start(training=training), casting(self._device, autocast):
                 actual, _ = without_objects(graph(*map_tensors(torch.clone, inputs)))
         except Exception as error:
-            return f"it does not run ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            return f"it does not run ({first_line(error)})"
         finally:
             torch.clear_autocast_cache()
-        low = {dtype for dtype in (autocast, *self._dtypes) if dtype is not None and dtype.is_floating_point}
+        _, dtypes = self._precision(autocast)
+        low = {dtype for dtype in (autocast, *dtypes) if dtype is not None and dtype.is_floating_point}
         eps = 0.0 if exact else _ROUNDINGS * max((torch.finfo(dtype).eps for dtype in low), default=0.0)
         return _difference(expected, actual, eps)
 

@@ -22,6 +22,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.heads.rows import Rows
 from sedona_fx.ir.graph import NodeInfo, TensorSpec, copy_graph, info
 from sedona_fx.ir.graph_pass import graph_pass
+from sedona_fx.ir.program import Program
 from sedona_fx.ir.spec import Phase
 from sedona_fx.passes.annotate import annotate
 from sedona_fx.passes.batch_doubt import in_doubt
@@ -142,7 +143,7 @@ def _values(gm: fx.GraphModule, example: Args) -> list[Any] | None:
     """Return the value of every node for another batch, tensors as specs; None if the graph cannot run on it."""
     graph, copies = copy_graph(gm.graph)
     try:
-        annotate(fx.GraphModule(gm, graph), example.kwargs, training=True, memo={})
+        annotate(Program(gm, graph, class_name=type(gm).__name__), example.kwargs, training=True, memo={})
     except TraceError:
         return None
     return [info(copies[node]).value for node in gm.graph.nodes]

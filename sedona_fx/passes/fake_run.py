@@ -191,16 +191,20 @@ class FakeRun(fx.Interpreter):
                 return run(*args)
             with DerivativeWatch() as watch, watch_hooks(hooks):
                 result = run(*args)
-            hooks.remove()
             info(n).derives = "autograd" if watch.seen else ""
             info(n).hooked |= hooks.on_values
             return result
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
+        finally:
+            hooks.remove()
         info(n).derives, self.meter.saved, self.meter.work = "transform", {}, Work()
-        with self.meter.not_observing():
-            result = run(*args)
+        try:
+            with self.meter.not_observing(), watch_hooks(hooks):
+                result = run(*args)
+        finally:
+            hooks.remove()
         for tensor in tensors_in(result):
             if tensor.requires_grad:
                 self.meter.keep(tensor)

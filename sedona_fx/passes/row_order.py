@@ -18,6 +18,7 @@ from sedona_fx.capture.keep import keep_state
 from sedona_fx.data.args import Args
 from sedona_fx.ir.graph import copy_graph, copy_info, info, output_node
 from sedona_fx.ir.modules import keep_modes
+from sedona_fx.ir.program import Program
 from sedona_fx.rng import seed_all
 
 _EXAMPLES = 3
@@ -128,7 +129,7 @@ def _reading(gm: fx.GraphModule, nodes: list[fx.Node]) -> fx.GraphModule:
             kept.append(graph.call_method("clone", (copies[node],)))
         copy_info(node, kept[-1], site=f"{info(node).site}@kept")
     result.args = (tuple(kept),)
-    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    return Program(gm, graph, class_name=type(gm).__name__)
 
 
 def _run(reader: fx.GraphModule, gm: fx.GraphModule, args: Args) -> tuple[Tensor, ...]:

@@ -101,6 +101,7 @@ def trace(
             f"a backward hook hangs on {type(model).__name__} itself, and no block runs the whole of it. Register it "
             "on the layers that it is about."
         )
+    leaf_modules = [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules
     allow_names(model)
     check_computed(model, example)
     with keep_process_state():
@@ -128,7 +129,7 @@ def _trace(
 
     Code that neither front end can record, but that runs in a module which is kept whole, makes its module whole.
     """
-    chosen = ChosenWhole(model, find_leaves(model, [leaf_modules] if isinstance(leaf_modules, str) else leaf_modules))
+    chosen = ChosenWhole(model, find_leaves(model, leaf_modules))
     while True:
         exported: TraceError | None = None
         try:

@@ -157,14 +157,15 @@ class Engine:
             DataError: the loss cannot take the target; with both shapes.
             OutputError: the loss is not a scalar tensor.
         """
-        target, inputs = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, dict(inputs or {})))
+        read = dict(inputs or {}) if block.objective is not None else {}
+        target, read = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, read))
         last = block is self.blocks[-1]
         if self.misfit and not last and block.objective is None:
             raise ScheduleError(self.misfit)
         call = "loss(output, target)" if block.objective is None else "local_loss.loss(output, inputs, target)"
         try:
             if block.objective is not None:
-                loss = block.objective.loss(split_local(local)[0] if not last else local, inputs, target)
+                loss = block.objective.loss(split_local(local)[0] if not last else local, read, target)
             elif self.loss is None:
                 raise ScheduleError("this net has no loss: hand one to decouple(..., loss=...) or load(..., loss=...).")
             elif last:

@@ -1,6 +1,7 @@
 """``root=``: a sub-module is cut, the code around it runs as it is."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -227,3 +228,34 @@ def test_a_net_of_a_host_says_what_it_cannot_do(tmp_path):
         net.backward(batch()[0], None)
     with pytest.raises(DataError, match="missing a required argument: 'images'"):
         net.train()(target=torch.tensor([1]))
+
+
+class RandomHost(nn.Module):
+    """Draws from Python's generator around its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * random.random())
+
+
+def test_draws_of_the_host_depend_on_seed_block_and_step_alone() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    net = sedona_fx.decouple(RandomHost(), (x, y), root="body", cuts=["body.1"], heads="linear")
+    losses = []
+    for seed in (1, 2):
+        random.seed(seed)
+        net.steps = 0
+        losses.append(net.backward(x, y).losses[0])
+    assert torch.equal(*losses)
+
+
+def test_one_leaf_module_may_be_a_text() -> None:
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    for leaves in ("body.1", ["body.1"]):
+        net = sedona_fx.decouple(RandomHost(), (x, y), root="body", blocks=1, leaf_modules=leaves)
+        called = {str(node.target) for node in net.graph_module.graph.nodes if node.op == "call_module"}
+        assert called == {"body.0", "body.1", "body.2"}

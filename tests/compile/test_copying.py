@@ -1,6 +1,8 @@
 """The copy that a net owns: hooks of parameters come along, and functions that would use the original are refused."""
 
+import copyreg
 import functools
+import threading
 import types
 
 import pytest
@@ -196,3 +198,25 @@ def test_lazy_modules_are_to_be_run_once(lazy):
     model(x)
     net = sedona_fx.decouple(model, (x, y), cuts=["1"], heads="linear")
     assert torch.equal(net(x), model(x))
+
+
+def test_a_function_behind_much_else_is_refused_too():
+    model = make()
+    layer, table = model[1][0], [{"key": object()} for _ in range(20_000)]
+    model[1][0].forward = lambda h: F.linear(h, layer.weight) * len(table) / len(table)
+    with pytest.raises(TraceError, match="by its closure"):
+        owned_copy(model, inplace=False)
+
+
+def test_copies_in_two_threads_leave_pytorch_as_it_was():
+    def copies():
+        for _ in range(30):
+            owned_copy(make(), inplace=False)
+
+    before = torch.Tensor.__deepcopy__, dict(copyreg.dispatch_table)
+    threads = [threading.Thread(target=copies) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (torch.Tensor.__deepcopy__, copyreg.dispatch_table) == before

@@ -1,6 +1,8 @@
 """Heads of the user's own that read too little of an activation: told of, with the parameters that learn nothing."""
 
 import copy
+import dataclasses
+import random
 import warnings
 
 import pytest
@@ -96,3 +98,28 @@ def test_frozen_parameters_and_random_numbers_are_left_alone():
     state = net.heads["0"].state_dict()
     assert state["norm.num_batches_tracked"] == 0
     assert copy.deepcopy(heads)
+
+
+def test_a_factory_need_not_be_hashable():
+    @dataclasses.dataclass
+    class Factory:
+        width: int
+
+        def __call__(self, context):
+            return nn.Sequential(nn.Linear(8, self.width), nn.Tanh(), nn.Linear(self.width, 3))
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(6, 8), torch.arange(6) % 3
+    net = sedona_fx.decouple(model, (x, y), blocks=2, search="balanced", heads=[Factory(5)])
+    assert net.blocks[0].head[0].out_features == 5
+
+
+def test_a_head_that_draws_from_pythons_generator_leaves_it_as_it_was():
+    class Draws(nn.Linear):
+        def forward(self, x):
+            return super().forward(x * (1 + random.random()))
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    state = random.getstate()
+    sedona_fx.decouple(model, (torch.randn(6, 8), torch.arange(6) % 3), cuts=["0"], heads=[lambda context: Draws(8, 3)])
+    assert random.getstate() == state

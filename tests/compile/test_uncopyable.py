@@ -165,3 +165,41 @@ def test_a_computed_tensor_that_is_read_is_refused(inplace):
         TraceError, match=r"the forward of Reads reads the attribute 'scales.b', a tensor that was comp"
     ):
         sedona_fx.decouple(Reads(), (X, Y), blocks=1, inplace=inplace)
+
+
+class Raises(Base):
+    """Reads a computed tensor, and does not take NaN in it."""
+
+    def set_up(self):
+        self.b = Leaf()
+
+
+class Leaf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8))
+        self.scale = 2 * self.w
+
+    def forward(self, h):
+        if not torch.isfinite(self.scale).all():
+            raise ValueError("not finite")
+        return h * self.scale
+
+
+class Zero(Base):
+    """Reads a computed tensor, and returns zeros today."""
+
+    def set_up(self):
+        self.w = nn.Parameter(torch.randn(3))
+        self.scale = 2 * self.w
+        nn.init.zeros_(self.c.weight)
+        nn.init.zeros_(self.c.bias)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("kind", [Raises, Zero])
+def test_a_computed_tensor_that_is_read_is_refused_whatever_nan_does_in_it(kind):
+    with pytest.raises(TraceError, match=r"reads the attribute '(b\.)?scale', a tensor that was computed before"):
+        sedona_fx.decouple(kind(), (X, Y), blocks=1)

@@ -245,3 +245,22 @@ def test_a_saved_net_is_right_in_another_precision(tmp_path):
     net.save(tmp_path)
     loaded = sedona_fx.load(tmp_path, Norm(), data=(X, Y), loss=loss).bfloat16()
     torch.testing.assert_close(loaded(X.bfloat16()), copy.deepcopy(model).bfloat16()(X.bfloat16()), rtol=0, atol=0)
+
+
+class Rounding(Exported):
+    """Adds what the precision of its argument rounds away."""
+
+    def between(self, h):
+        return h + 100 * torch.finfo(h.dtype).eps
+
+
+def test_parts_of_a_net_that_are_converted_one_by_one():
+    """The parameters are the same objects then, and nobody tells the net."""
+    net = sedona_fx.decouple(Rounding(), (X, Y), cuts=["layers.1"], heads="linear").eval()
+    assert torch.equal(net(X), net.model(X))
+    net.model.bfloat16()
+    net.heads.bfloat16()
+    assert torch.equal(net(X.bfloat16()), net.model(X.bfloat16()))
+    net.model.float()
+    net.heads.float()
+    assert torch.equal(net(X), net.model(X))

@@ -212,3 +212,26 @@ def test_a_program_has_all_names_of_fx_for_its_layers():
         assert program.graph is graph
         program.recompile()
         assert copy.deepcopy(program).get_submodule(name).weight.equal(root._modules[name].weight)
+
+
+class Steps(nn.Module):
+    """Sequence first, with as many steps as examples: which dimension is which shows at a second size of the batch."""
+
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.a, self.c = name, nn.Linear(4, 8), nn.Linear(8, 3)
+        self.add_module(name, nn.Linear(8, 8))
+
+    def forward(self, x):
+        h = self.a(x).transpose(0, 1).tanh()
+        return self.c(getattr(self, self.name)(h).tanh().mean(0))
+
+
+@pytest.mark.parametrize("name", ["graph", "code"])
+def test_where_the_batch_is_in_doubt(name):
+    x = torch.randn(6, 6, 4, generator=torch.Generator().manual_seed(2))
+    nets = [sedona_fx.decouple(Steps(called), (x, Y), blocks=2, search="balanced") for called in (name, "plain")]
+    assert len(nets[0].plan.cuts) == 1
+    assert [cut.replace("plain", name) for cut in nets[1].plan.cuts] == list(nets[0].plan.cuts)
+    assert torch.equal(nets[0](x), nets[0].model(x))

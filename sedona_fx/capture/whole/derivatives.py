@@ -9,6 +9,7 @@ left to :mod:`sedona_fx.passes.crossings`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,14 +45,15 @@ def make_derivatives_local(graph: fx.Graph) -> None:
                 readers = [node for node in source.users if node in inside]
                 last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
                 with graph.inserting_after(last[0] if source.op == "placeholder" else source):
-                    leaf = with_record(graph.call_function(with_gradient, (source,)), info(source).path)
+                    leaf = graph.call_function(with_gradient, (source,))
+                    with_record(leaf, info(source).path, region=info(source).region)
                 for reader in readers:
                     reader.replace_input_with(source, leaf)
     needs = input_graph(graph)
     for node in set().union(*(stretch(call, needs) for call in calls)):
         region = info(node).region or Region()
         if region.grad is None:
-            info(node).region = Region(True, region.casts)
+            info(node).region = replace(region, grad=True)
 
 
 def let_modules_derive(gm: fx.GraphModule) -> None:
@@ -67,7 +69,7 @@ def let_modules_derive(gm: fx.GraphModule) -> None:
     for node in modules:
         record = info(node)
         region = record.region or Region()
-        record.region = region if region.grad is not None else Region(True, region.casts)
+        record.region = region if region.grad is not None else replace(region, grad=True)
         for number, source in enumerate(node.all_input_nodes):
             if info(source).is_live and info(source).is_tensor and source.target is not with_gradient:
                 with gm.graph.inserting_before(node):

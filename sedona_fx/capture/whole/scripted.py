@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.rng import turn
+
 _HOOK = "__deepcopy__"
 
 
@@ -79,14 +81,15 @@ def copied_right(module: nn.Module) -> Iterator[None]:
     functions = (value for inner in module.modules() for value in vars(inner).values())
     if any(isinstance(value, torch.jit.ScriptFunction) for value in functions):
         torch.jit.ScriptFunction.__deepcopy__ = _same  # type: ignore[attr-defined]
-    marked = [inner for inner in scripted_modules(module) if _HOOK not in vars(inner)]
-    for inner in marked:
-        vars(inner)[_HOOK] = functools.partial(_copied, inner)
-    try:
-        yield
-    finally:
+    with turn():  # another thread that copies the same modules has to find the marks, until it is done
+        marked = [inner for inner in scripted_modules(module) if _HOOK not in vars(inner)]
         for inner in marked:
-            del vars(inner)[_HOOK]
+            vars(inner)[_HOOK] = functools.partial(_copied, inner)
+        try:
+            yield
+        finally:
+            for inner in marked:
+                del vars(inner)[_HOOK]
 
 
 def _same(function: Any, memo: dict[int, Any]) -> Any:

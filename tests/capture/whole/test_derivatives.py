@@ -457,3 +457,42 @@ def test_in_the_models_own_forward_it_is_refused_by_name(kind):
         sedona_fx.decouple(Bare(kind), (X, Y), blocks=2, search="balanced")
     assert torch.equal(torch.vmap(torch.sin)(X), X.sin())  # nothing is left behind in the interpreter
     assert torch.func.jvp(torch.sin, (X,), (X,))[1].isfinite().all()
+
+
+class Low(Middle):
+    """A derivative inside of an autocast region, whose layers are used again there."""
+
+    def forward(self, h):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            leaf = h.float()
+            (slope,) = torch.autograd.grad(self.energy_of(leaf).float().sum(), leaf, create_graph=True)
+            return (slope + self.one(h).float()).to(h.dtype)
+
+
+def test_a_derivative_is_in_the_same_autocast_region_as_what_is_around_it():
+    """A second region would cast the weights anew, and sum their gradients in another way."""
+    model = Model(Low).float()
+    x = X.float().requires_grad_()
+    net = sedona_fx.decouple(model, (X.float(), Y), blocks=1)
+    net.backward(X.float(), Y)
+    F.cross_entropy(model(x), Y).backward()
+    for (name, p), q in zip(net.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+class Hooking(nn.Module):
+    """Registers a hook in its forward, and calls torch.func, for which it is run twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, h):
+        self.layer.weight.register_hook(lambda gradient: gradient)
+        slope = torch.func.vmap(torch.func.grad(lambda row: self.layer(row).square().sum()))
+        return self.layer(h) + slope(h)
+
+
+def test_hooks_of_a_forward_that_is_run_to_see_what_it_keeps_are_removed():
+    net = sedona_fx.decouple(Model(Hooking), (X, Y), blocks=1, leaf_modules=["middle"])
+    assert not net.model.middle.layer.weight._backward_hooks
