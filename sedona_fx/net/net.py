@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -27,6 +28,7 @@ from sedona_fx.net.variants import Variants
 from sedona_fx.passes import strip
 from sedona_fx.plan_values import Capture
 from sedona_fx.report.text import net_report
+from sedona_fx.rng import turn
 from sedona_fx.runtime.block import Block, StepResult, users_of
 from sedona_fx.runtime.engine import Engine, OnBlock
 from sedona_fx.runtime.options import Batch, StepOptions
@@ -130,11 +132,13 @@ class Net(OneProcess, Inference):
         self.check()
         self.check_precision()
         values = self.bind(args)
-        if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
-            output = self.model(**{name: value for name, value in values.items() if value is not None})
-        else:
-            graph = self._plain[self.training]
-            output = graph(*[values[name] for name in self._placeholders])
+        # In train mode it may draw, and another thread may just compare draws of a model with those of its graph.
+        with turn() if self.training and not torch.compiler.is_compiling() else nullcontext():
+            if self.capture.hosted:  # the model itself runs the code before `root` once, the graph runs it twice
+                output = self.model(**{name: value for name, value in values.items() if value is not None})
+            else:
+                graph = self._plain[self.training]
+                output = graph(*[values[name] for name in self._placeholders])
         if self.training and not backprop and len(self.heads):
             self._accident.watch(output, self.model)
         return output
