@@ -67,6 +67,19 @@ class Capture:
         return self.front_end == "export" and not self.hosted
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How ``torch.export`` was asked to capture a model; asked otherwise, it may give another program.
+
+    Attributes:
+        free_sizes: whether sizes of inputs other than the batch were to be left free where possible.
+        tell_autocast: whether code that asks whether autocast is on was told that it is.
+    """
+
+    free_sizes: bool = True
+    tell_autocast: bool = True
+
+
 def finite(value: Any) -> Any:
     """Return a nested value with None in place of every number that is not finite; the same object if all are."""
     if isinstance(value, float):

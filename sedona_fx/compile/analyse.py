@@ -120,6 +120,7 @@ def analyse(
         offered=offered,
         named=named,
         capture=traced.capture,
+        export=traced.export,
     )
 
 

@@ -14,7 +14,7 @@ from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.cost import Cost
 from sedona_fx.ir.outputs import OutputFormat
 from sedona_fx.ir.stretches.shares import Shares
-from sedona_fx.plan_values import Capture
+from sedona_fx.plan_values import Capture, ExportOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class Analysed:
         whole: the same in the shapes of the whole batch, its rows repeated; None if these shapes are not known.
         named: the user's cuts, each by the name of its cut point.
         capture: how the graphs were recorded.
+        export: with which options, where they were captured by ``torch.export``.
         offered: what is offered at the chosen number of crossing activations, and at others.
         head_costs: what heads were found to cost so far; filled as costs are asked for.
     """
@@ -78,4 +79,5 @@ class Analysed:
     whole: Any = None
     named: tuple[str, ...] = ()
     capture: Capture = field(default_factory=Capture)
+    export: ExportOptions = field(default_factory=ExportOptions)
     head_costs: dict[Hashable, Cost] = field(default_factory=dict, repr=False, compare=False)

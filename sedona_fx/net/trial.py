@@ -20,7 +20,7 @@ from sedona_fx.ir.modules import device_of, first_float_parameter, keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.same_numbers import same_bits
 from sedona_fx.net.parts import NetParts
-from sedona_fx.plan_values import Capture
+from sedona_fx.plan_values import Capture, ExportOptions
 from sedona_fx.rng import seed_all
 
 
@@ -31,14 +31,22 @@ class Trial:
         model: the model that the net owns.
         example: the batch that the net was traced with, every input under its argument name.
         capture: how the graphs were made.
+        export: with which options, if by ``torch.export``.
         whole: paths of the modules that the graphs call whole.
         spread: whether the blocks are on several devices; the model cannot run as it is then.
     """
 
     def __init__(
-        self, model: nn.Module, example: Args, capture: Capture, *, whole: Collection[str], spread: bool
+        self,
+        model: nn.Module,
+        example: Args,
+        capture: Capture,
+        *,
+        export: ExportOptions,
+        whole: Collection[str],
+        spread: bool,
     ) -> None:
-        self.model, self.example, self.capture = model, example, capture
+        self.model, self.example, self.capture, self.export = model, example, capture, export
         self.whole, self.spread = tuple(whole), spread
         self._recorded_in = self._dtype()
 
@@ -48,7 +56,9 @@ class Trial:
         analysed, nodes = parts.analysed, (*parts.analysed.train.graph.nodes, *parts.analysed.eval.graph.nodes)
         whole = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")
         spread = len(set(parts.plan.devices or ())) > 1
-        return cls(parts.model, analysed.example, analysed.capture, whole=whole, spread=spread)
+        return cls(
+            parts.model, analysed.example, analysed.capture, export=analysed.export, whole=whole, spread=spread
+        )
 
     def arguments(self, *, whole_batch: bool = False) -> Args:
         """Return the examples, on the device that the model has now, and in its precision if that has changed.
@@ -123,7 +133,9 @@ class Trial:
                         gm, _ = record_symbolically(self.model, values, find_leaves(self.model, self.whole))
                     else:
                         leaves = find_leaves(self.model, self.whole)
-                        gm = record_by_export(self.model, values, leaves, told=[]).graph
+                        told: list[str] | None = [] if self.export.tell_autocast else None
+                        sizes = self.export.free_sizes
+                        gm = record_by_export(self.model, values, leaves, free_sizes=sizes, told=told).graph
                 except TraceError:
                     return []
             name_sites(gm.graph)

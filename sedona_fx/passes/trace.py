@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -35,7 +35,7 @@ from sedona_fx.ir.modules import keep_modes
 from sedona_fx.ir.outputs import map_tensors, without_objects
 from sedona_fx.ir.spec import Phase, verify
 from sedona_fx.passes.retype import retype
-from sedona_fx.plan_values import Capture, FreeSize, FrontEnd
+from sedona_fx.plan_values import Capture, ExportOptions, FreeSize, FrontEnd
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class Traced:
         output: what the model returned in train mode for the first two examples.
         capture: how the graphs were recorded: which front end, which sizes are free, whether the code around `root`
             runs as Python, and which fields of the output (``"past_key_values (DynamicCache)"``) a graph cannot give.
+        export: with which options, where ``torch.export`` recorded them.
     """
 
     train: fx.GraphModule
@@ -63,6 +64,7 @@ class Traced:
     mode_paths: Mapping[str, tuple[bool, bool]]
     output: Any
     capture: Capture
+    export: ExportOptions = field(default_factory=ExportOptions)
 
 
 Dynamic = Mapping[str, Collection[int]] | Literal[False] | None
@@ -219,7 +221,8 @@ def _export_both(model: nn.Module, example: Args, leaves: frozenset[nn.Module], 
             return made[-1].graph, made[-1].mode_readers
 
         traced = _record_both(model, example, record, "export", lambda: all(one.free_batch for one in made))
-        return _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
+        traced = _with_free_sizes(model, inputs, traced, in_both(*(one.free_sizes for one in made)))
+        return replace(traced, export=ExportOptions(free_sizes=free_sizes, tell_autocast=told is not None))
 
     told: list[str] = []
     try:

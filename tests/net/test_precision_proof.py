@@ -264,3 +264,39 @@ def test_parts_of_a_net_that_are_converted_one_by_one():
     net.model.float()
     net.heads.float()
     assert torch.equal(net(X), net.model(X))
+
+
+class Resizable(Norm):
+    """Any length will do, and the program for any length differs from the one for five tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 2:
+            raise ValueError
+        for layer in self.layers:
+            x = self.between(torch.tanh(layer(x)))
+        return self.fc(x.mean(1) * x.shape[1])
+
+
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_a_program_of_fixed_sizes_is_captured_anew_with_fixed_sizes(dynamic):
+    net = decoupled(Resizable(), blocks=2, search="uniform", dynamic=dynamic)
+    assert bool(net.capture.free_sizes) == (dynamic is None)
+    model = copy.deepcopy(net.model).bfloat16()
+    net.bfloat16()
+    x = X.bfloat16()
+    assert torch.equal(net(x), model(x))
+
+
+class Told(Norm):
+    """The program that code gives which is told of autocast is not the model; so it was captured with the truth."""
+
+    def between(self, h):
+        return super().between(h * 2 if torch.is_autocast_enabled("cpu") else h)
+
+
+def test_code_that_was_told_the_truth_of_autocast_is_told_it_again():
+    net = decoupled(Told())
+    model = copy.deepcopy(net.model).bfloat16()
+    net.bfloat16()
+    x = X.bfloat16()
+    assert torch.equal(net(x), model(x))
