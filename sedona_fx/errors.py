@@ -1,7 +1,8 @@
 """Every error that sedona_fx raises on purpose. Its message names the place in the user's model and the next step.
 
 Each class says what is wrong and which calls raise it. An exception from the user's own code goes through unchanged,
-with its traceback.
+with its traceback. One kind is told in other words: of a loss that fails on what a block gives it, since the shapes say
+more there than the line; the exception is the ``__cause__`` of the :class:`DataError`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,16 @@ def made_up(fake: Tensor, generator: torch.Generator) -> Tensor:
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor holds real or complex numbers, which autograd can follow."""
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def hands_on(given: Iterable[Any], result: Any) -> bool:
+    """Whether a result has one of the given tensors itself in it, as that of ``x.float()`` has if x is float32."""
+    ids = {id(_made(tensor)) for tensor in given}
+    return any(id(_made(tensor)) in ids for tensor in tensors_in(result))
+
+
+def _made(tensor: Any) -> Any:
+    return tensor.made if isinstance(tensor, Abstract) and tensor.made is not None else tensor
 
 
 def tensors_in(value: Any) -> list[Any]:

@@ -12,12 +12,13 @@ import copyreg
 import io
 import threading
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from sedona_fx.errors import DataError
 from sedona_fx.rng import turn
 
 T = TypeVar("T")
@@ -57,6 +58,10 @@ def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
     Args:
         value: a module, or a container with modules.
         memo: as for ``copy.deepcopy``.
+
+    Raises:
+        DataError: a module with parameters or buffers of its own cannot be copied. What is done with the copy would be
+            done to them.
     """
     memo = {} if memo is None else memo
     with copied_anyway():
@@ -67,12 +72,24 @@ def deep_copy(value: T, memo: dict[int, Any] | None = None) -> T:
             refusing = uncopyable(value)
             if not refusing:
                 raise
+            _check_apart(refusing, memo)
             trial = {**memo, **{id(one.value): one.value for one in refusing}}
             result = copy.deepcopy(value, trial)
     # What the copies were made of has to live as long as the memo, which knows it by its id.
     memo.setdefault(id(memo), []).extend(trial.pop(id(trial), []))
     memo.update(trial)
     return result
+
+
+def _check_apart(refusing: Iterable[Uncopyable], memo: Mapping[int, Any]) -> None:
+    for path, module, error in refusing:
+        tensors = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+        if any(id(tensor) not in memo for tensor in tensors):
+            raise DataError(
+                f"{path!r}, a {type(module).__name__}, cannot be copied ({type(error).__name__}: {error}), and this "
+                "needs a copy of its parameters, so that your own stay as they are. Let its class be copied: searches, "
+                "copies of the net and the checks of an ONNX file need that."
+            )
 
 
 @contextmanager

@@ -67,6 +67,7 @@ class NodeInfo:
     hooked: bool = False  # annotate: a module that is kept whole and has hooks on the gradients of what it reads
     saved: dict[int, int] = dataclasses.field(default_factory=dict)  # annotate: storage kept for backward -> bytes
     storages: frozenset[int] = frozenset()  # annotate: storages of the value
+    hands_on: bool = False  # annotate: the value is an input itself, or has one in it
     mutates: frozenset[int] = frozenset()  # annotate: storages that this node overwrites
     channel_dim: int | None = None  # annotate: the dimension of the channels; None if unknown
     training_only: bool = False  # crossings: it is used only by outputs that exist in training

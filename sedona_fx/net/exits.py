@@ -110,13 +110,15 @@ class EarlyExit(nn.Module):
                 output[leaving], blocks[leaving] = primary[leaving], index
                 done = not (blocks < 0).any()
             else:
-                rows = (blocks < 0).nonzero().flatten() if rows is None else rows
-                output[rows[confident]], blocks[rows[confident]] = primary[confident], index
-                rows = rows[~confident]
+                rows = torch.arange(len(primary), device=output.device) if rows is None else rows
+                leaving = confident.nonzero().flatten()  # the one wait for the device: a number of rows
+                kept = confident.logical_not().nonzero().flatten() if len(leaving) < len(rows) else rows[:0]
+                output[rows[leaving]], blocks[rows[leaving]] = primary[leaving], index
+                rows = rows[kept]
                 done = not len(rows)
-                for name in self._batched.keys() & values.keys():
-                    kept = (~confident).nonzero().flatten().to(values[name].device)
-                    values[name] = values[name].index_select(self._batched[name], kept)
+                for name in self._batched.keys() & values.keys() if not done else ():
+                    there = kept.to(values[name].device)
+                    values[name] = values[name].index_select(self._batched[name], there)
             if done:
                 break
         assert output is not None

@@ -56,9 +56,7 @@ class Trial:
         analysed, nodes = parts.analysed, (*parts.analysed.train.graph.nodes, *parts.analysed.eval.graph.nodes)
         whole = dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module")
         spread = len(set(parts.plan.devices or ())) > 1
-        return cls(
-            parts.model, analysed.example, analysed.capture, export=analysed.export, whole=whole, spread=spread
-        )
+        return cls(parts.model, analysed.example, analysed.capture, export=analysed.export, whole=whole, spread=spread)
 
     def arguments(self, *, whole_batch: bool = False) -> Args:
         """Return the examples, on the device that the model has now, and in its precision if that has changed.

@@ -126,7 +126,8 @@ def _follow_data_flow(gm: fx.GraphModule) -> None:
         stops_gradient = is_call and operation(node) in _GRADIENT_STOPS
         stops_gradient |= node.target is torch.autograd.grad and not argument(node, "create_graph")
         if record.region is not None and record.region.grad is False:
-            stops_gradient |= not record.mutates  # what it overwrites keeps its gradient
+            # What it overwrites, or returns as it is (x.float() of float32), keeps its gradient.
+            stops_gradient |= not (record.mutates or record.hands_on)
             record.weighty = False
         depends = bool(record.parameters) or any(source.depends for source in sources)
         # A size or a dtype of an activation takes no gradient to it, nor does what is made of it.

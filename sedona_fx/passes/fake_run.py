@@ -33,7 +33,7 @@ from sedona_fx.errors import TraceError
 from sedona_fx.fake.memo import Call, Memo, Run, call_of, does_only_its_own, effect_of, replay
 from sedona_fx.fake.meter import Meter, Work
 from sedona_fx.fake.tensors import Abstract, CannotMake, Storage, Storages, geometry
-from sedona_fx.fake.values import is_float, made_up, mutable, tensors_in
+from sedona_fx.fake.values import hands_on, is_float, made_up, mutable, tensors_in
 from sedona_fx.ir.copies import deep_copy
 from sedona_fx.ir.flow import ancestors, input_graph
 from sedona_fx.ir.graph import NodeInfo, describe, info
@@ -96,6 +96,7 @@ class FakeRun(fx.Interpreter):
         record.saved = {storage.number: size for storage, size in saved.items()}
         record.storages = frozenset(self.storages.of(t).number for t in tensors_in(result))
         record.mutates = frozenset(storage.number for storage in mutates)
+        record.hands_on = hands_on((t for s in n.all_input_nodes for t in tensors_in(self.env[s])), result)
         parameters = list(self._parameters(n))
         record.parameters = tuple(self.parameter_names[parameter] for parameter in parameters)
         record.trained = tuple(self.parameter_names[p] for p in parameters if p.requires_grad)

@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 import sedona_fx
 from sedona_fx.errors import DataError, TraceError
+from sedona_fx.search import Guided, Search, Sedona
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -149,6 +152,26 @@ def test_what_refuses_to_be_copied_is_named_and_shared_in_place(kind, what):
     with pytest.raises(DataError, match=what):
         sedona_fx.decouple(kind(), (X, Y), blocks=1)
     check(kind(), inplace=True)
+
+
+class Refusal(NamedTuple):
+    search: Search
+    message: str
+
+
+SEARCHES = [
+    Refusal(Guided(training_steps=20, states=2, finalists=2, batch_size=3), "b', a Single, cannot be copied.*stay as"),
+    Refusal(Sedona(warmup_steps=4, meta_steps=1), ""),  # it trains tensors of its own in the place of parameters
+]
+
+
+@pytest.mark.parametrize(("search", "message"), SEARCHES)
+def test_no_search_trains_parameters_that_cannot_be_copied(search, message):
+    model = HoldsModule()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(DataError, match=message) if message else nullcontext():
+        sedona_fx.decouple(model, [(X, Y)] * 4, blocks=2, search=search, inplace=True, leaf_modules=["b"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 class Reads(Base):

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -160,7 +161,7 @@ def features(program: Program) -> set[str]:
 
 
 def loses_a_hook(program: Program) -> bool:
-    """Whether a hook is put on a tensor by code that is recorded, which a graph cannot keep."""
+    """Whether a hook may be put on a tensor by code that is recorded, which a graph cannot keep."""
     return any(step.op in TENSOR_HOOKS and not step.whole for step in program.body)
 
 
@@ -198,8 +199,8 @@ def _made(program: Program, cutting: Cutting, seen: Counter[str]) -> Case:
 def for_every_program(check: Callable[[Case], None]) -> None:
     """Check a property on many programs, print what kinds there were, and demand enough of the difficult ones.
 
-    What must be refused is refused by its own error and counted: a tensor's hook in recorded code, numbers that are not
-    finite. Where there are places for fewer blocks than were drawn, the model is cut into as many as the error says.
+    What must be refused is refused by its own error and counted: a tensor's hook in recorded code that no module can be
+    kept whole for, numbers that are not finite. Where there are places for fewer blocks than were drawn, the model is cut into as many as the error says.
     """
     seen = Counter[str]()
 
@@ -222,7 +223,6 @@ def for_every_program(check: Callable[[Case], None]) -> None:
                 raise
             seen[NO_HOOK] += 1
             return
-        assert not loses_a_hook(program)
         for kind in ("models", *sorted(case.kinds)):
             hypothesis.event(kind)
             seen[kind] += 1
@@ -236,7 +236,9 @@ def for_every_program(check: Callable[[Case], None]) -> None:
     for program, cutting in EXPLICIT:
         run = hypothesis.example(program, cutting)(run)
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "hooks hang on .*torch.export has recorded")
+            run()
     finally:
         print(dict(sorted(seen.items())))  # noqa: T201  (pytest shows it with -s, or when a program fails)
     assert seen[NO_HOOK] < seen["models"] // 20

@@ -14,7 +14,7 @@ from zoo import SHORT, ZOO, Entry, tensors
 import sedona_fx
 from sedona_fx.compile.analyse import analyse
 from sedona_fx.data.args import Args
-from sedona_fx.train import block_seed
+from sedona_fx.train import Backprop, block_seed
 
 TOLERANCE = 1e-12
 
@@ -196,3 +196,75 @@ def test_what_sinks_behind_a_write_reads_the_old_numbers():
     _, wanted = reference_gradients(model, net, x, y)
     for found, reference in zip(net_gradients(net), wanted, strict=True):
         assert_right(found, reference)
+
+
+# ---- what code without gradients returns as it is -------------------------------------------------------------------
+
+SAME = {
+    "to": lambda m, h: h.to(torch.float64),
+    "double": lambda m, h: h.double(),
+    "contiguous": lambda m, h: h.contiguous(),
+    "dropout": lambda m, h: F.dropout(h, 0.5, training=False),
+    "module": lambda m, h: m.same(h),
+    "tuple": lambda m, h: torch.broadcast_tensors(h, h.sum(1, keepdim=True))[0],
+    "view": lambda m, h: h.view(h.shape),
+    "written": lambda m, h: h.mul_(0.5),
+}
+
+
+class Same(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.same = way, nn.Dropout(0.0) if way == "module" else None
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.a(x).tanh() + 1
+
+    def check(self, x: Tensor) -> None:
+        """Nothing that hinders symbolic tracing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        h = self.first(x)
+        with torch.no_grad():
+            kept = SAME[self.way](self, h)
+        return self.c(self.b(h).tanh() * kept)
+
+
+class CapturedSame(Same):
+    def check(self, x: Tensor) -> None:
+        if x.shape[1] != 6:
+            raise ValueError
+
+
+@pytest.mark.parametrize("kind", [Same, CapturedSame])
+@pytest.mark.parametrize("way", SAME)
+def test_a_tensor_that_code_without_gradients_returns_as_it_is_keeps_its_gradient_and_crosses_detached(way, kind):
+    model, x, y = kind(way).double(), torch.randn(4, 6).double(), torch.randn(4, 6).double()
+    net = sedona_fx.decouple(model, (x, y), loss=F.mse_loss, cuts=["b"], max_live=2, heads="linear")
+    assert net.capture.front_end == ("symbolic" if kind is Same else "export")
+    local, output = net.graph_module(x)
+    (F.mse_loss(local, y) + F.mse_loss(output, y)).backward()
+    chained = sedona_fx.decouple(model, (x, y), loss=F.mse_loss, cuts=["b"], max_live=2, heads=False)
+    Backprop(chained, lambda parameters: torch.optim.SGD(parameters, lr=1.0)).step(x, y)
+
+    h = model.first(x)
+    with torch.no_grad():
+        kept = SAME[way](model, h)
+    F.mse_loss(model.c(model.b(h).tanh() * kept), y).backward()
+    for name, parameter in chained.model.named_parameters():
+        own = model.get_parameter(name)
+        torch.testing.assert_close(own - parameter, own.grad, rtol=1e-9, atol=1e-12)
+    model.zero_grad()
+
+    head = net.heads["0"]
+    h = model.first(x)
+    with torch.no_grad():
+        kept = SAME[way](model, h)
+    between = model.b(h)
+    F.mse_loss(copy.deepcopy(head)(between), y).backward()
+    F.mse_loss(model.c(between.detach().tanh() * kept.detach()), y).backward()
+    for name, parameter in net.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, model.get_parameter(name).grad, rtol=TOLERANCE, atol=0)

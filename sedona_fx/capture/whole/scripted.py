@@ -15,6 +15,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,7 +46,12 @@ class Scripted:
         return self  # it has no state
 
 
-_as_function = functools.cache(Scripted)  # one object a function, so that two graphs can be compared
+_known: WeakValueDictionary[int, Scripted] = WeakValueDictionary()
+
+
+def _as_function(function: Any) -> Scripted:
+    """Return one object a function, as long as a graph has it, so that two graphs can be compared."""
+    return _known.setdefault(id(function), Scripted(function))  # what it holds lives, so no other gets the id
 
 
 @contextmanager

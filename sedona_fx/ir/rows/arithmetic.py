@@ -26,12 +26,20 @@ def elementwise(gm: fx.GraphModule, node: fx.Node, part: Part) -> Needs | None:
 
 @functools.cache
 def is_elementwise(name: str) -> bool:
-    """Whether PyTorch says that all forms of an operator work element by element."""
+    """Whether PyTorch says of a form of an operator that it works element by element.
+
+    The other forms are on numbers and lists (``add`` has some), but for ``max`` and ``min``, which have rules of their
+    own.
+    """
     packet = getattr(torch.ops.aten, name.rstrip("_"), None) if name.isidentifier() else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return False
-    tagged = [torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()]
-    return any(tagged)
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def extremum(gm: fx.GraphModule, node: fx.Node, part: Part) -> Needs | None:
+    """``max`` and ``min`` of two tensors work element by element; of one, no rule tells."""
+    return elementwise(gm, node, part) if len(node.all_input_nodes) > 1 else None
 
 
 def mixing(dims: Dims) -> Rule:

@@ -10,6 +10,7 @@ from sedona_fx.ir.graph import info, operation
 from sedona_fx.ir.rows.arithmetic import (
     attention,
     elementwise,
+    extremum,
     is_elementwise,
     last,
     mixing,
@@ -125,6 +126,7 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), mixing(normalized)),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "glu"), mixing(named_dim)),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "logsumexp", "var", "std"), reduction),
+    **dict.fromkeys(("max", "min"), extremum),
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm"), product),
     **dict.fromkeys(("cat", "concat", "concatenate"), concatenation),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expansion),

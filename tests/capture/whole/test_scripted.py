@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sedona_fx
+from sedona_fx.capture.whole.scripted import _as_function
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -220,3 +222,16 @@ def test_a_method_of_a_scripted_module(inside):
     assert gradients(net.model).keys() == gradients(model).keys() == dict(model.named_parameters()).keys()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradients(net.model)[name], gradient, rtol=1e-12, atol=1e-14)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def test_functions_live_no_longer_than_their_graphs():
+    function = scripted(doubled)
+    one, two = _as_function(function), _as_function(function)
+    assert one is two
+    known = weakref.ref(one)
+    del one, two
+    assert known() is None

@@ -200,12 +200,23 @@ WAYS = {
     ).transpose(1, 2),
     "cumsum": lambda m, a, b: torch.cat([a, b], 1).cumsum(1),
     "where": lambda m, a, b: torch.where(torch.cat([a, b], 1) > 0, torch.cat([a, b], 1), torch.zeros(())),
+    "maximum": lambda m, a, b: torch.max(torch.cat([a, b], 1), torch.cat([a, b], 1) / 2),
+    "distance to the maximum": lambda m, a, b: torch.cat([a, b], 1) - torch.cat([a, b], 1).max(1, keepdim=True)[0],
     "slices": lambda m, a, b: torch.cat([torch.cat([a, b], 1)[:, ::2], torch.cat([a, b], 1)[:, 1::2]], 1),
     "ellipsis": lambda m, a, b: torch.cat([torch.cat([a, b], 1)[..., :3], torch.cat([a, b], 1)[..., 3:]], -1),
     "repeat": lambda m, a, b: torch.cat([a[:, :1].repeat(1, 2, 1), b], 1),
     "written": lambda m, a, b: torch.cat([a, b], 1).mul_(2).add_(1),
 }
-CERTAIN = set(WAYS) - {"flip", "roll", "rows of the batch", "einsum", "convolution", "cumsum", "repeat"}
+CERTAIN = set(WAYS) - {
+    "flip",
+    "roll",
+    "rows of the batch",
+    "einsum",
+    "convolution",
+    "cumsum",
+    "repeat",
+    "distance to the maximum",
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
