@@ -200,7 +200,8 @@ def for_every_program(check: Callable[[Case], None]) -> None:
     """Check a property on many programs, print what kinds there were, and demand enough of the difficult ones.
 
     What must be refused is refused by its own error and counted: a tensor's hook in recorded code that no module can be
-    kept whole for, numbers that are not finite. Where there are places for fewer blocks than were drawn, the model is cut into as many as the error says.
+    kept whole for, numbers that are not finite. Where there are places for fewer blocks than were drawn, the model is
+    cut into as many as the error says.
     """
     seen = Counter[str]()
 
