@@ -111,8 +111,8 @@ def decouple(
             the measurements of an earlier decision.
         devices: one device per block, to which its tensors are moved; blocks on different devices cannot share a
             parameter. None: those of `plan`, else the model's device for all.
-        output: key, attribute or index (-1 is the last) of the primary output, the one that heads imitate. None:
-            ``logits``, else the only or first float tensor.
+        output: key, attribute or index (-1 is the last) of the primary output, the one that heads imitate, or a path
+            to a field of a field (``"one2many.boxes"``). None: ``logits``, else the only or first float tensor.
         root: module path of the part that is cut; the code around it belongs to the first and to the last block. If
             that code cannot be traced, it runs as Python, on one device, and what it does before `root` runs twice per
             step.

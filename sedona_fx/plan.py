@@ -39,8 +39,8 @@ class Plan:
             or the site of an operation.
         heads: for each cut, the registered name of its head, or None for no head.
         devices: one device name per block. None: all blocks are on the model's device.
-        output: attribute, key or index of the primary output; None if the model returns a bare tensor, or to find it by
-            rule.
+        output: attribute, key or index of the primary output, or a path of these with dots between; None if the model
+            returns a bare tensor, or to find it by rule.
         root: module path of the part that was cut; empty for the whole model.
         model: name of the model's class, for messages.
         base_layers: names of the cut points that end base layers, except for the last base layer; searches choose among

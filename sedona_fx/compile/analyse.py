@@ -24,7 +24,7 @@ from sedona_fx.heads.context import HeadContext
 from sedona_fx.heads.registry import default_candidates
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import cut_points, info, output_node
-from sedona_fx.ir.outputs import Key, OutputFormat, fields, find_primary, pick, resolve_key
+from sedona_fx.ir.outputs import Key, OutputFormat, Step, fields, find_primary, has_field, pick, resolve_key
 from sedona_fx.passes.crossings import loss_node
 from sedona_fx.passes.cuts import cut_name, is_inside, possible, start_of
 from sedona_fx.passes.trace import Dynamic
@@ -77,7 +77,7 @@ def analyse(
     train = passes.explicit_writes(passes.annotate(traced.train, example.kwargs, training=True, memo=memo))
     returned = _returned_specs(train)
     key = find_primary(returned, output)
-    auxiliary: tuple[Key, ...] = ()
+    auxiliary: tuple[Step, ...] = ()
     passes.crossings(train, output=output, whole=traced.capture.hosted)
     if traced.eval is traced.train:
         evaluation = train
@@ -86,7 +86,7 @@ def analyse(
         evaluation = passes.explicit_writes(evaluation)
         eval_returned = _returned_specs(evaluation)
         eval_key = resolve_key(eval_returned, output)
-        eval_key = eval_key if eval_key in dict(fields(eval_returned)) else None
+        eval_key = eval_key if has_field(eval_returned, eval_key) else None
         passes.crossings(evaluation, output=eval_key, whole=traced.capture.hosted)
         auxiliary = _auxiliary_fields(returned, eval_returned, key)
     sizes_are_free = traced.capture.free_batch and not traced.capture.hosted
@@ -180,12 +180,13 @@ def _returned_specs(gm: fx.GraphModule) -> Any:
     return pytree.tree_map(lambda n: info(n).value if isinstance(n, fx.Node) else n, result)
 
 
-def _auxiliary_fields(returned: Any, eval_returned: Any, key: Key) -> tuple[Key, ...]:
+def _auxiliary_fields(returned: Any, eval_returned: Any, key: Key) -> tuple[Step, ...]:
     """Return the fields in the shape of the primary output that are returned in train mode only (GoogLeNet has two)."""
     shape = pick(returned, key).shape
+    first = key[0] if isinstance(key, tuple) else key
     in_eval = dict(fields(eval_returned))
     return tuple(
         name
         for name, value in fields(returned)
-        if name != key and getattr(value, "shape", None) == shape and in_eval.get(name) is None
+        if name != first and getattr(value, "shape", None) == shape and in_eval.get(name) is None
     )

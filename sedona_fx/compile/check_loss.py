@@ -14,7 +14,7 @@ from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import DataError, shape_text
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.modules import keep_modes
-from sedona_fx.ir.outputs import Key, Loss, OutputFormat, fields, pick
+from sedona_fx.ir.outputs import Loss, OutputFormat, Step, fields, named, pick
 
 
 def check_target(
@@ -123,11 +123,11 @@ def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss, *
     """
     given = dict(fields(output))
 
-    def reason(values: Mapping[Key, Any]) -> str:
+    def reason(values: Mapping[Step, Any]) -> str:
         """Return why the loss cannot take an output with these fields, or ``""`` if it can."""
         try:
             with torch.no_grad():
-                value = loss(form.wrap(given[form.key], values), target)
+                value = loss(form.wrap(pick(output, form.key), values), target)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         if isinstance(value, Tensor) and value.dim() == 0:
@@ -143,13 +143,13 @@ def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss, *
             f"the loss reads {', '.join(map(repr, at_hand))} of the output, which a search that compares heads does "
             "not hand to them. Choose cuts by rule (search='balanced'), by name (cuts=[...]), or by a plan."
         )
-    others = {key: value for key, value in given.items() if key != form.key and value is not None}
+    others = {key: value for key, value in given.items() if key != form.first and value is not None}
     unknown = [key for key in others if key not in form.given]
     read = [key for key in unknown if reason({k: v for k, v in others.items() if k != key})]
-    names = ", ".join(map(repr, read or unknown or others))
+    names = ", ".join(map(repr, read or unknown or others)) or "other fields"
     raise DataError(
         f"the loss reads {names} of the output, which no head gives: a head imitates the primary output "
-        f"({form.key!r}), and every other field is None then ({why.rstrip('.')}). Write the loss on that field alone, "
+        f"({named(form.key)!r}), and every other field is None then ({why.rstrip('.')}). Write the loss on that field alone, "
         "or leave out fields that are None; if it is a target, compute it before the step and hand it over as one, or "
         "if weights compute it (a momentum encoder), in forward under torch.no_grad() from the inputs alone; name "
         "another primary output with output=...; give blocks with heads an objective of their own, "

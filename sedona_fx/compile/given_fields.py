@@ -12,10 +12,10 @@ from torch import fx
 
 from sedona_fx.ir.flow import ancestors, dependency_graph
 from sedona_fx.ir.graph import info, output_node
-from sedona_fx.ir.outputs import Key, OutputFormat, fields
+from sedona_fx.ir.outputs import OutputFormat, Step, fields
 
 
-def mark_given_fields(train: fx.GraphModule, evaluation: fx.GraphModule, form: OutputFormat) -> tuple[Key, ...]:
+def mark_given_fields(train: fx.GraphModule, evaluation: fx.GraphModule, form: OutputFormat) -> tuple[Step, ...]:
     """Mark, in both graphs, the values that heads are given, and return their keys in the output.
 
     They hold no gradient, are computed of parameters, and need no value that gradients flow through.
@@ -27,7 +27,7 @@ def mark_given_fields(train: fx.GraphModule, evaluation: fx.GraphModule, form: O
     """
     if form.bare:
         return ()
-    found = [_candidates(gm, form.key) for gm in dict.fromkeys((train, evaluation))]
+    found = [_candidates(gm, form.first) for gm in dict.fromkeys((train, evaluation))]
     keys = tuple(key for key in found[0] if all(key in other for other in found))
     for nodes in found:
         for key in keys:
@@ -35,7 +35,7 @@ def mark_given_fields(train: fx.GraphModule, evaluation: fx.GraphModule, form: O
     return keys
 
 
-def _candidates(gm: fx.GraphModule, primary: Key) -> dict[Key, fx.Node]:
+def _candidates(gm: fx.GraphModule, primary: Step) -> dict[Step, fx.Node]:
     """Return key -> node of the fields of a graph's output that qualify."""
     returned: Any = output_node(gm.graph).args[0]
     nodes = {key: value for key, value in _fields(returned).items() if isinstance(value, fx.Node) and key != primary}

@@ -10,6 +10,7 @@ from sedona_fx.compile.request import Request
 from sedona_fx.heads.registry import head_name
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.loss import loss_name
+from sedona_fx.ir.outputs import named
 from sedona_fx.net.signature import described
 from sedona_fx.passes.cuts import base_layers
 from sedona_fx.plan import Plan
@@ -34,7 +35,7 @@ def plan_of(request: Request, analysed: Analysed, decision: Decision) -> Plan:
         cuts=tuple(decision.cuts),
         heads=tuple(head_name(spec) if spec is not None else None for spec in decision.heads),
         devices=request.devices,
-        output=request.output,
+        output=named(request.output),
         root=request.root,
         model=type(request.model).__name__,
         base_layers=tuple(base_layers(analysed.train)),

@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from sedona_fx.errors import OutputError
 from sedona_fx.ir.graph import TensorSpec
 
-Key = str | int | None
-"""Attribute, mapping key or index of the primary output; None if the model returns a bare tensor."""
+Step = str | int | None
+"""Attribute, mapping key or index of a field; None: the output is a bare tensor."""
+Key = Step | tuple[Step, ...]
+"""Where the primary output is: a field, or a field of a field and so on, as a tuple of steps."""
 
 Loss = Callable[[Any, Any], Tensor]
 """The task's loss: ``(output, target) -> scalar``."""
@@ -26,7 +28,7 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, slice, range, torch.dt
 _LEAVES = (Tensor, fx.Proxy, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def fields(output: Any) -> list[tuple[Key, Any]]:
+def fields(output: Any) -> list[tuple[Step, Any]]:
     """Return the (key, value) pairs of a model's output; a bare tensor is one pair with the key None."""
     if isinstance(output, Mapping):
         return list(output.items())
@@ -41,7 +43,23 @@ def fields(output: Any) -> list[tuple[Key, Any]]:
 
 def pick(output: Any, key: Key) -> Any:
     """Return the field of an output with the given key."""
-    return output if key is None else dict(fields(output))[key]
+    for step in key if isinstance(key, tuple) else (key,):
+        output = output if step is None else dict(fields(output))[step]
+    return output
+
+
+def named(key: Key) -> Step:
+    """Return a key as the user writes it: a path as ``"one2many.boxes"``."""
+    return ".".join(map(str, key)) if isinstance(key, tuple) else key
+
+
+def has_field(output: Any, key: Key) -> bool:
+    """Whether an output has a field with the given key."""
+    try:
+        pick(output, key)
+    except KeyError:
+        return False
+    return True
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -123,52 +141,50 @@ def without_objects(output: Any) -> tuple[Any, tuple[str, ...]]:
 def find_primary(output: Any, wanted: Key = None) -> Key:
     """Return the key of the primary output: `wanted`, else ``logits``, else the only or first float tensor.
 
+    Fields of fields are looked at where no field is a float tensor itself.
+
     Args:
         output: what the model returns, tensors or :class:`TensorSpec` at its leaves.
-        wanted: the user's ``output=``: an attribute, a key or an index; a negative one counts from the end.
+        wanted: the user's ``output=``: an attribute, a key or an index, a negative one counts from the end; or a path
+            of these, ``"one2many.boxes"``.
 
     Raises:
         OutputError: no float tensor is named `wanted`, or there is no float tensor at all.
     """
-    floats = [key for key, value in fields(output) if _is_float(value)]
+    found = list(_floats(output))
     if wanted is not None:
-        named = resolve_key(output, wanted)
-        if named in floats:
-            return named
+        meant = resolve_key(output, wanted)
+        if meant in found:
+            return meant
+        names = [named(key) for key in found]
         raise OutputError(
             f"output={wanted!r} names no float tensor in what the model returns ({type(output).__name__}); "
-            f"float tensors are {floats or 'none'}."
+            f"float tensors are {names or 'none'}."
         )
-    if "logits" in floats:
+    if "logits" in found:
         return "logits"
-    if floats:
-        return floats[0]
-    if deeper := list(_nested_floats(output)):
-        raise OutputError(
-            f"the model returns {type(output).__name__} whose float tensors are all inside of its fields "
-            f"({', '.join(deeper[:3])}{', ...' if deeper[3:] else ''}), where no head can put its own. One of the "
-            "fields has to be the tensor that the loss is about: wrap the model in a module that returns it as one."
-        )
+    if found:
+        return next((key for key in found if not isinstance(key, tuple)), found[0])
     raise OutputError(
         f"the model returns {type(output).__name__} with no float tensor that a loss could be about; name one with "
         "output=... (an attribute, a key or an index of what the model returns)."
     )
 
 
-def split_local(local: Any) -> tuple[Any, Mapping[Key, Any]]:
+def split_local(local: Any) -> tuple[Any, Mapping[Step, Any]]:
     """Return what a head gives, and the fields of the output that it was given, of the local output of a block."""
     if isinstance(local, Mapping) and HEAD_OUTPUT in local:
         return local[HEAD_OUTPUT], {key: value for key, value in local.items() if key != HEAD_OUTPUT}
     return local, {}
 
 
-def _nested_floats(output: Any, where: str = "") -> Iterator[str]:
-    """Yield the places of the float tensors in the fields of an output: ``"one2many.boxes"``."""
-    for key, value in fields(output) if is_container(output) else ():
-        place = f"{where}.{key}" if where else str(key)
+def _floats(output: Any, where: tuple[Step, ...] = ()) -> Iterator[Key]:
+    """Yield the keys of the float tensors in an output."""
+    for step, value in fields(output):
         if _is_float(value):
-            yield place
-        yield from _nested_floats(value, place)
+            yield (*where, step) if where else step
+        elif is_container(value):
+            yield from _floats(value, (*where, step))
 
 
 def resolve_key(output: Any, wanted: Key) -> Key:
@@ -178,6 +194,18 @@ def resolve_key(output: Any, wanted: Key) -> Key:
         output: what the model returns, tensors or :class:`TensorSpec` at its leaves.
         wanted: the user's ``output=``.
     """
+    if isinstance(wanted, str) and "." in wanted and wanted not in dict(fields(output)):
+        wanted = tuple(int(step) if step.lstrip("-").isdecimal() else step for step in wanted.split("."))
+    if not isinstance(wanted, tuple):
+        return _resolve_step(output, wanted)
+    path = list[Step]()
+    for step in wanted:
+        path.append(_resolve_step(output, step) if is_container(output) else step)
+        output = dict(fields(output)).get(path[-1])
+    return tuple(path)
+
+
+def _resolve_step(output: Any, wanted: Step) -> Step:
     keys = [key for key, _ in fields(output)]
     if wanted in keys or keys == [None] or isinstance(wanted, bool) or not isinstance(wanted, int):
         return wanted
@@ -192,6 +220,7 @@ class OutputFormat:
         key: of the primary output.
         kind: the model's output type; None if the model returns a bare tensor.
         names: the keys of all fields.
+        inner: the format of the field that the primary output is inside of, if it is no field itself.
         given: the fields that heads are given, since they hold no gradient and need no activation.
         auxiliary: the fields that exist only in training (GoogLeNet's two classifiers). If the loss reads the bare
             tensor, their losses are added to its own.
@@ -200,16 +229,25 @@ class OutputFormat:
 
     key: Key
     kind: type | None
-    names: tuple[Key, ...]
-    auxiliary: tuple[Key, ...] = ()
-    given: tuple[Key, ...] = ()
+    names: tuple[Step, ...]
+    auxiliary: tuple[Step, ...] = ()
+    given: tuple[Step, ...] = ()
     aux_weight: float = 0.3
+    inner: OutputFormat | None = None
 
     @classmethod
-    def of(cls, output: Any, key: Key, auxiliary: tuple[Key, ...] = ()) -> OutputFormat:
+    def of(cls, output: Any, key: Key, auxiliary: tuple[Step, ...] = ()) -> OutputFormat:
         """Return the format of an output (tensors or specs at its leaves) whose primary field is `key`."""
         kind = None if key is None else type(output)
-        return cls(key, kind, tuple(k for k, _ in fields(output)), auxiliary)
+        inner = None
+        if isinstance(key, tuple):
+            inner = cls.of(pick(output, key[0]), key[1:] if len(key) > 2 else key[1])
+        return cls(key, kind, tuple(k for k, _ in fields(output)), auxiliary, inner=inner)
+
+    @property
+    def first(self) -> Step:
+        """The key of the field that is the primary output, or that it is inside of."""
+        return self.key[0] if isinstance(self.key, tuple) else self.key
 
     @property
     def bare(self) -> bool:
@@ -217,19 +255,23 @@ class OutputFormat:
 
         So it is if the model returns a bare tensor or a namedtuple.
         """
-        return self.kind is None or hasattr(self.kind, "_fields")
+        return self.kind is None or (hasattr(self.kind, "_fields") and self.inner is None)
 
-    def wrap(self, primary: Tensor, others: Mapping[Key, Any] | None = None) -> Any:
+    def wrap(self, primary: Tensor, others: Mapping[Step, Any] | None = None) -> Any:
         """Return a head's output in the form that the loss reads: in the model's output type, other fields are None.
 
         Args:
             primary: what the head gives.
             others: values for fields that would be None.
         """
-        if self.bare:
-            return primary
-        values: dict[Any, Any] = dict.fromkeys(self.names) | dict(others or {}) | {self.key: primary}
+        return primary if self.bare else self._wrapped(primary, others or {})
+
+    def _wrapped(self, primary: Tensor, others: Mapping[Step, Any]) -> Any:
+        field = primary if self.inner is None else self.inner._wrapped(primary, {})
+        values: dict[Any, Any] = dict.fromkeys(self.names) | dict(others) | {self.first: field}
         kind: Any = self.kind
+        if hasattr(kind, "_fields"):
+            return kind(**values)
         is_dataclass = dataclasses.is_dataclass(kind)
         if issubclass(kind, (list, tuple)):
             return kind(values.values())

@@ -27,7 +27,7 @@ from sedona_fx.errors import OutputError
 from sedona_fx.ir.flow import ancestors, dependency_graph
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
-from sedona_fx.ir.outputs import Key, fields, find_primary
+from sedona_fx.ir.outputs import Key, Step, find_primary, pick
 from sedona_fx.ir.spec import Phase
 from sedona_fx.passes.explicit_writes import opaque_writes
 
@@ -80,9 +80,12 @@ def primary_node(graph: fx.Graph, output: Key = None) -> fx.Node:
     (result,) = output_node(graph).args
     if not isinstance(result, fx.Node):
         specs = pytree.tree_map(lambda n: info(n).value if isinstance(n, fx.Node) else n, result)
-        return dict(fields(result))[find_primary(specs, output)]
+        primary: fx.Node = pick(result, find_primary(specs, output))
+        return primary
     key = find_primary(info(result).value, output)
-    return _constructor_arguments(result).get(key, result) if key is not None else result
+    for step in key if isinstance(key, tuple) else (key,):
+        result = _constructor_arguments(result).get(step, result)
+    return result
 
 
 def read_token(graph: fx.Graph, output: Key = None) -> tuple[int | None, int]:
@@ -132,7 +135,7 @@ def _selected_token(node: fx.Node, source: fx.Node, dim: int) -> int | None:
     return None
 
 
-def _constructor_arguments(node: fx.Node) -> dict[Key, fx.Node]:
+def _constructor_arguments(node: fx.Node) -> dict[Step, fx.Node]:
     """Return field -> node if a node only builds the model's output type (a namedtuple, a dataclass) from values."""
     if node.op != "call_function" or not isinstance(node.target, type):
         return {}

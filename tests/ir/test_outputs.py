@@ -62,6 +62,13 @@ class Custom(dict):
         (Pair(H, Z), None, "logits"),
         (Plain(H, Z), None, "logits"),
         (Frozen(Z), None, "scores"),
+        ({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": H}}, None, ("many", "boxes")),
+        ({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": H}}, "many.rest.0", ("many", "rest", 0)),
+        ({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": H}}, ("one", "boxes"), ("one", "boxes")),
+        ({"many": {"boxes": Z, "rest": [N, H]}, "one": H}, "many.rest.-1", ("many", "rest", 1)),
+        ({"many": {"boxes": Z}, "one": H}, None, "one"),
+        ({"a.b": Z, "one": H}, "a.b", "a.b"),
+        ([N, Pair(H, Z)], None, (1, "aux")),
     ],
 )
 def test_find_primary(output, wanted, key):
@@ -74,8 +81,9 @@ def test_find_primary_says_what_there_is():
         find_primary(Plain(H, Z), "nope")
     with pytest.raises(OutputError, match="names no float tensor"):
         find_primary({"ids": N}, "ids")
-    with pytest.raises(OutputError, match=r"all inside of its fields \(many\.boxes, many\.rest\.0, one\.boxes\)"):
-        find_primary({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": Z}})
+    for wanted in ("many.rest.1", "many", "none.boxes", ("many", "boxes", "x")):
+        with pytest.raises(OutputError, match=r"names no float.*\['many\.boxes', 'many\.rest\.0', 'one\.boxes'\]"):
+            find_primary({"many": {"boxes": Z, "rest": [H, N]}, "one": {"boxes": Z}}, wanted)
     with pytest.raises(OutputError, match="no float tensor that a loss could be about"):
         find_primary((N, None))
 
@@ -101,6 +109,14 @@ def test_wrap_gives_the_models_own_type_with_the_other_fields_none(output, key):
     assert [name for name, _ in fields(wrapped)] == [name for name, _ in fields(output)]
     for name, value in fields(wrapped):
         assert value is (head if name == key else None)
+
+
+def test_wrap_fills_in_a_field_of_a_field():
+    output = {"ids": N, "many": [Pair(H, Z), H], "one": {"boxes": Z}}
+    wrapped = OutputFormat.of(output, ("many", 0, "logits")).wrap(H, {"ids": N})
+    assert wrapped == {"ids": N, "many": [Pair(None, H), None], "one": None}
+    assert type(wrapped["many"][0]) is Pair
+    assert OutputFormat.of(Pair([H], Z), ("aux", 0)).wrap(H) == Pair([H], None)
 
 
 @pytest.mark.parametrize("output", [Z, Pair(H, Z)])
