@@ -151,7 +151,7 @@ def _try_head_output(form: OutputFormat, output: Any, target: Any, loss: Loss, *
         f"the loss reads {names} of the output, which no head gives: a head imitates the primary output "
         f"({named(form.key)!r}), and every other field is None then ({why.rstrip('.')}). Write the loss on that field "
         "alone, or leave out fields that are None; if it is a target, compute it before the step and hand it over as "
-        "one, or if weights compute it (a momentum encoder), in forward under torch.no_grad() from the inputs alone; name "
-        "another primary output with output=...; give blocks with heads an objective of their own, "
+        "one, or if weights compute it (a momentum encoder), in forward under torch.no_grad() from the inputs alone; "
+        "name another primary output with output=...; give blocks with heads an objective of their own, "
         "local_loss=sedona_fx.LocalLoss(loss, head); or take heads=False, for Backprop and Delayed."
     )
