@@ -3,6 +3,7 @@
 Files
 
 attention     Attention in plain operators, because the ONNX exporter fails on some uses of PyTorch's fused operator
+chunks        Chunks of the batch as slices, because a chunk along a free size is one that ``torch.export`` fixes
 dynamic       Which sizes of inputs an ONNX file leaves free: that of the batch, and those that a captured net
               leaves free
 flat          A graph as a function of tensors alone, each with a name: what an ONNX file holds

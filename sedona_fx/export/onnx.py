@@ -19,6 +19,7 @@ from sedona_fx.data.args import Args
 from sedona_fx.data.sizes import resized
 from sedona_fx.errors import ExportError, first_line, shape_text
 from sedona_fx.export.attention import unfuse_attention
+from sedona_fx.export.chunks import slice_batch_chunks
 from sedona_fx.export.dynamic import dynamic_shapes, fixed_text
 from sedona_fx.export.flat import Flat, flat
 from sedona_fx.export.model import compute_in_float32, rename, short_floats
@@ -75,6 +76,7 @@ def to_onnx(graph: fx.GraphModule, example: Args, path: str | Path, *, name: str
 
 def _checked(graph: fx.GraphModule, example: Args, path: Path, *, name: str, capture: Capture) -> Path:
     bake_parametrizations(graph)
+    slice_batch_chunks(graph)
     order = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = {key: pytree.tree_map_only(Tensor, torch.Tensor.cpu, example.kwargs[key]) for key in order}
     size = Args(**inputs).batch_size() if capture.free_batch else None
