@@ -178,9 +178,11 @@ def _places(graphs: Analysed, fractions: Sequence[int]) -> list[str]:
 
 
 def instruction_of(node: fx.Node) -> int | None:
-    """Say which instruction made a node: each is a module, ``steps.<k>``, called once."""
+    """Say which instruction made a node: each is a module, ``steps.<k>``, called once; later ones may return its value."""
+    if node.op == "call_module" and (whole := _STEP.match(str(node.target))):
+        return int(whole[1])
     returned = [int(found[1]) for found in map(_STEP.match, info(node).returned_by) if found]
-    written = _STEP_OF_SITE.match(f"{info(node).site}:")
+    written = _STEP_OF_SITE.match(f"{info(node).site}:")  # of a layer that several use, the first
     return min(returned, default=int(written[1]) if written else None)
 
 
