@@ -14,6 +14,7 @@ from sedona_fx.capture.blame import user_line
 from sedona_fx.capture.checkpoints import plain_checkpoints
 from sedona_fx.capture.hooks import Registrations, hooked_modules, watch_hooks
 from sedona_fx.capture.keep import keep_state
+from sedona_fx.capture.whole.own_backward import raise_for_whole, watch_own_backwards
 from sedona_fx.data.args import Args
 from sedona_fx.errors import DataError, TraceError
 from sedona_fx.ir.graph import info
@@ -219,6 +220,8 @@ def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph:
         raise TraceError(
             f"the backward of the {mode} graph of {type(runs.model).__name__} does not run: {actual}. {_ADVICE}"
         ) from actual
+    if runs.custom_functions and not same_bits(expected, actual):
+        _keep_own_backwards(runs)
     suspects = [name for name, gradient in expected.items() if not near(gradient, actual.get(name), 1e-3)]
     again = runs.outcome(runs.run_model, gradients=True, rounded=True).gradients if suspects else {}
     assert not isinstance(again, Exception)
@@ -237,6 +240,16 @@ def _check_equal_gradients(runs: _Runs, mode: str, of_model: _Outcome, of_graph:
             f"the gradients of the {mode} graph of {type(runs.model).__name__} are not the model's (first that of "
             f"{name!r}): something changes them that tracing cannot see, such as a hook.{hooks} {_ADVICE}"
         )
+
+
+def _keep_own_backwards(runs: _Runs) -> None:
+    """Raise NeedsTensors if a module that is not kept whole has a backward of its own, not derived from its forward.
+
+    The graph's may be the same but for rounding. It costs nothing to have the same bits.
+    """
+    with watch_own_backwards(runs.model) as found:
+        runs.outcome(runs.run_model)
+    raise_for_whole(found, [str(node.target) for node in runs.gm.graph.nodes if node.op == "call_module"])
 
 
 def _check_under_autocast(runs: _Runs, mode: str) -> None:

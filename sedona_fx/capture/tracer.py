@@ -19,6 +19,7 @@ from sedona_fx.capture.layer_stacks import PackingStack, enter_stacks, is_leaf
 from sedona_fx.capture.names import free_self
 from sedona_fx.capture.regions import RegionWatch, watch_regions
 from sedona_fx.capture.whole.kinds import stays_whole
+from sedona_fx.capture.whole.own_backward import own_functions_recorded
 from sedona_fx.capture.whole.reasons import BACKWARD, METHOD, NeedsTensors, Undecided, is_opaque, reason_of
 from sedona_fx.capture.whole.scripted import scripted_calls_recorded
 from sedona_fx.errors import TraceError
@@ -59,6 +60,7 @@ class Tracer(fx.Tracer):
             watch_training_flags(self.mode_reads),
             watch_regions(strict=True) as self._regions,
             enter_stacks(self._packing),
+            own_functions_recorded(),
             scripted_calls_recorded(),
         ):
             return super().trace(root, concrete_args)

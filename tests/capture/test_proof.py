@@ -148,8 +148,8 @@ class OwnBackward(nn.Module):
 def test_a_lost_backward_is_seen():
     x = torch.randn(2, 4)
     assert trace(OwnBackward(SameByHand), Args(x=x)).capture.front_end == "export"
-    with pytest.raises(TraceError, match=r"has a backward of its own \(Reversal.*leaf_modules"):
-        trace(OwnBackward(Reversal), Args(x=x))
+    calls = [str(node.target) for node in trace(OwnBackward(Reversal), Args(x=x)).train.graph.nodes]
+    assert "middle" in calls
 
 
 def test_a_module_kept_whole_keeps_its_backward():

@@ -178,7 +178,7 @@ def _places(graphs: Analysed, fractions: Sequence[int]) -> list[str]:
 
 
 def instruction_of(node: fx.Node) -> int | None:
-    """Say which instruction made a node: each is a module, ``steps.<k>``, called once; later ones may return its value."""
+    """Say which instruction made a node; each is a module, ``steps.<k>``, and later ones may return the value."""
     if node.op == "call_module" and (whole := _STEP.match(str(node.target))):
         return int(whole[1])
     returned = [int(found[1]) for found in map(_STEP.match, info(node).returned_by) if found]

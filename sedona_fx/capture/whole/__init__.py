@@ -13,6 +13,8 @@ late_buffers  Buffers that get their size in the first forward pass: observers o
               then
 operators     Modules that stay whole in a program that ``torch.export`` captures: a call of one is one operator of
               the program
+own_backward  The user's own backwards: a ``torch.autograd.Function`` whose forward is recorded would lose its
+              backward
 reasons       Why code cannot be recorded: what it is that needs tensors with numbers, and which module could be
               kept whole
 scripted      TorchScript inside a model: functions become one node each, and modules are copied with parameters of
