@@ -24,7 +24,8 @@ from sedona_fx.heads.context import HeadContext
 from sedona_fx.heads.registry import default_candidates
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.graph import cut_points, info, output_node
-from sedona_fx.ir.outputs import Key, OutputFormat, Step, fields, find_primary, has_field, pick, resolve_key
+from sedona_fx.ir.output_format import OutputFormat
+from sedona_fx.ir.outputs import Key, Step, fields, find_primary, has_field, pick, resolve_key
 from sedona_fx.passes.crossings import loss_node
 from sedona_fx.passes.cuts import cut_name, is_inside, possible, start_of
 from sedona_fx.passes.trace import Dynamic

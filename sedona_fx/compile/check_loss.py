@@ -14,7 +14,8 @@ from sedona_fx.data.sources import Pair, first_examples
 from sedona_fx.errors import DataError, shape_text
 from sedona_fx.ir.analysed import Analysed
 from sedona_fx.ir.modules import keep_modes
-from sedona_fx.ir.outputs import Loss, OutputFormat, Step, fields, named, pick
+from sedona_fx.ir.output_format import OutputFormat
+from sedona_fx.ir.outputs import Loss, Step, fields, named, pick
 
 
 def check_target(

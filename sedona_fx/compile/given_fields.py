@@ -12,7 +12,8 @@ from torch import fx
 
 from sedona_fx.ir.flow import ancestors, dependency_graph
 from sedona_fx.ir.graph import info, output_node
-from sedona_fx.ir.outputs import OutputFormat, Step, fields
+from sedona_fx.ir.output_format import OutputFormat
+from sedona_fx.ir.outputs import Step, fields
 
 
 def mark_given_fields(train: fx.GraphModule, evaluation: fx.GraphModule, form: OutputFormat) -> tuple[Step, ...]:

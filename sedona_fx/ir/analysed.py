@@ -12,7 +12,7 @@ from torch import fx
 from sedona_fx.data.args import Args
 from sedona_fx.heads.context import HeadContext
 from sedona_fx.ir.cost import Cost
-from sedona_fx.ir.outputs import OutputFormat
+from sedona_fx.ir.output_format import OutputFormat
 from sedona_fx.ir.stretches.shares import Shares
 from sedona_fx.plan_values import Capture, ExportOptions
 

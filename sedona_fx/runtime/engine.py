@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.ir.modules import runs_python
-from sedona_fx.ir.outputs import Loss, OutputFormat, map_tensors, split_local
+from sedona_fx.ir.output_format import OutputFormat
+from sedona_fx.ir.outputs import Loss, map_tensors, split_local
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
 from sedona_fx.runtime.gradients import trained_in

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from sedona_fx.errors import OutputError
-from sedona_fx.ir.outputs import OutputFormat, fields, find_primary, leaves, map_tensors, pick, without_objects
+from sedona_fx.ir.output_format import OutputFormat
+from sedona_fx.ir.outputs import fields, find_primary, leaves, map_tensors, pick, without_objects
 
 Z, H, N = torch.zeros(2, 3), torch.ones(2, 5), torch.tensor([1, 2])
 Pair = namedtuple("Pair", "aux logits")
