@@ -21,7 +21,7 @@ from sedona_fx.ir.output_format import OutputFormat
 from sedona_fx.ir.outputs import Loss, map_tensors, split_local
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
-from sedona_fx.runtime.gradients import trained_in
+from sedona_fx.runtime.gradients import can_train, trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
 from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
 from sedona_fx.runtime.precision import casting, no_autocast
@@ -217,12 +217,12 @@ class Engine:
             DataError: the loss has no graph, although the block has trainable parameters.
         """
         if not loss.requires_grad:
-            if any(p.requires_grad for p in block.parameters()):
+            if can_train(block.module):
                 raise DataError(
                     f"the loss of block {block.index} has no gradient. It is computed as loss(output, target) and must "
                     "stay a tensor with a graph: no .item(), .detach() or numpy on the way."
                 )
-            return  # a frozen block
+            return  # a frozen block, or one whose weights work under no_grad
         weighted = loss * weight if weight != 1.0 else loss
         with no_autocast(block.device):
             (scaler.scale(weighted) if scaler is not None else weighted).backward(retain_graph=retain_graph)

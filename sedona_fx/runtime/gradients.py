@@ -7,7 +7,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from sedona_fx.ir.graph import info, output_node
+from sedona_fx.ir.program import attribute
 
 
 def trained_in(module: nn.Module) -> list[nn.Parameter]:
@@ -22,6 +25,25 @@ def trained_in(module: nn.Module) -> list[nn.Parameter]:
         found += [p for p in module._parameters.values() if p is not None and p.requires_grad]
         modules += [child for child in module._modules.values() if child is not None]
     return found
+
+
+def can_train(gm: fx.GraphModule) -> bool:
+    """Whether a gradient of something that a block returns could reach one of its parameters that require one.
+
+    It could not if all of these are used under ``torch.no_grad()``, or in front of a ``detach``.
+    """
+    stack, seen = [output_node(gm.graph)], set[fx.Node]()
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in seen or not (info(node).is_live or info(node).boundary):
+                continue
+            seen.add(node)
+            stack.append(node)
+            if node.op == "call_module" and trained_in(gm.get_submodule(str(node.target))):
+                return True
+            if node.op == "get_attr" and getattr(attribute(gm, str(node.target)), "requires_grad", False):
+                return True
+    return False
 
 
 def not_finite(tensors: list[Tensor]) -> Tensor:

@@ -261,3 +261,32 @@ def test_no_grad_is_refused():
     net = make_net()
     with pytest.raises(ScheduleError, match=r"inside torch.no_grad"), torch.no_grad():
         net.backward(*batch())
+
+
+class NoGradBehind(nn.Module):
+    """Weights that require a gradient and never get one, by backprop neither."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3).requires_grad_(False)
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        with torch.no_grad():
+            g = self.b(h)
+        return self.c(g), h
+
+
+def test_a_block_whose_weights_work_under_no_grad_trains_nothing():
+    model, x, y = NoGradBehind().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+
+    def objective(output, target):
+        return F.cross_entropy(output[0], target) + (0 if output[1] is None else output[1].square().mean())
+
+    net = sedona_fx.decouple(model, (x, y), loss=objective, cuts=["a"], heads="linear", output=0)
+    head = copy.deepcopy(net.heads["0"])
+    net.backward(x, y)
+    F.cross_entropy(head(model.a(x)), y).backward()
+    torch.testing.assert_close(net.model.a.weight.grad, model.a.weight.grad, rtol=1e-12, atol=1e-15)
+    assert net.model.b.weight.grad is None

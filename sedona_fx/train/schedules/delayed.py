@@ -188,9 +188,8 @@ class Delayed(Schedule):
         held = Held(inputs, buffers=[buffer.clone() for buffer in buffers])
         updated = [buffer.clone() for buffer in buffers]
         self._run_stashed(block, flight, held, copies(self.trained_parameters(block)), updated)
-        with torch.no_grad():
-            for buffer, value in zip(buffers, updated, strict=True):
-                overwrite(buffer, value)
+        for buffer, value in zip(buffers, updated, strict=True):
+            overwrite(buffer, value)
         return held, held.exports
 
     def _run_stashed(
