@@ -147,14 +147,14 @@ def _tick(x: Tensor, level: Tensor) -> Tensor:
 
 
 def _hook(x: Tensor) -> Tensor:
+    node = x.grad_fn  # of a view that was written to: PyTorch 2.14 crashes if nobody holds it (two linear layers do)
     x.register_hook(half)
+    del node
     return x
 
 
 def _hook_if_grad(x: Tensor) -> Tensor:
-    if x.requires_grad:
-        x.register_hook(half)
-    return x
+    return _hook(x) if x.requires_grad else x
 
 
 def function_of(step: Instruction) -> Callable[..., Any]:
