@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils import _pytree as pytree
@@ -51,7 +52,7 @@ class Args:
         Raises:
             DataError: the arguments do not fit the signature of `forward`, or it takes some of them without a name.
         """
-        signature = inspect.signature(forward)
+        signature = _signature(forward)
         try:
             bound = signature.bind(*self.args, **self.kwargs)
         except TypeError as error:
@@ -112,3 +113,17 @@ def same_plain(first: Any, second: Any) -> bool:
         return True
     plain = (bool, int, float, str, bytes, torch.dtype, torch.device)
     return type(first) is type(second) and isinstance(first, plain) and bool(first == second)
+
+
+_signatures: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a method; those of one function are looked up once, as every step asks for one."""
+    function = getattr(forward, "__func__", None)
+    if function is None:
+        return inspect.signature(forward)
+    found = _signatures.get(function)
+    if found is None:
+        found = _signatures[function] = inspect.signature(forward)
+    return found

@@ -68,6 +68,9 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     Unlike ``pytree.tree_map_only``, it also looks into dataclasses and mappings that are not registered with pytree.
     """
 
+    if isinstance(value, Tensor):  # the usual case, in every block of every step
+        return function(value)
+
     def mapped(item: Any) -> Any:
         if isinstance(item, Tensor):
             return function(item)

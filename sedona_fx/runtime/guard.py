@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,14 @@ class Snapshot:
     """
 
     def __init__(self, buffers: Sequence[Tensor]) -> None:
-        self._pairs = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self._pairs = [(b, b.detach().clone() if b.requires_grad else b.clone()) for b in buffers]
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            self.restore()
 
     def part(self, buffers: Sequence[Tensor]) -> Snapshot:
         """Return the snapshot of some of the buffers; it shares the copies."""
@@ -178,15 +184,9 @@ class FiniteGuard:
         self._kept: dict[int, Snapshot] = {}  # by block, until its gradients are checked
         self._stepped: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
-    @contextmanager
-    def protecting(self, buffers: Sequence[Tensor]) -> Iterator[Snapshot]:
+    def protecting(self, buffers: Sequence[Tensor]) -> Snapshot:
         """Restore buffers to their values from before if the body raises; gives the snapshot that does it."""
-        snapshot = Snapshot(buffers)
-        try:
-            yield snapshot
-        except Exception:
-            snapshot.restore()
-            raise
+        return Snapshot(buffers)
 
     def check(self, block: int, step: int, loss: Tensor, *, defer: bool = True) -> None:
         """Check a loss before its backward pass.
@@ -200,11 +200,10 @@ class FiniteGuard:
         Raises:
             NonFiniteLossError: the loss is not finite. If the verdict is deferred, :meth:`raise_pending` raises it.
         """
-        verdict = Verdict(block, step, loss.detach())
         if defer and self._defers(loss):
-            self._pending.append(verdict)
-        else:
-            verdict.raise_if_bad()
+            self._pending.append(Verdict(block, step, loss.detach()))
+        elif not math.isfinite(value := loss.item()):
+            raise NonFiniteLossError(block, step, value, blocks=[block])
 
     def check_gradients(self, blocks: Sequence[Gradients], step: int, names: Names, *, defer: bool = True) -> None:
         """Check gradients that are complete, before an optimizer steps with them.

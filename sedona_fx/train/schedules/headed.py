@@ -131,8 +131,12 @@ class Headed(Schedule):
 
     def buffers_of(self, *blocks: Block) -> list[Tensor]:
         """Return the buffers that a local step of these blocks may change, extra losses included, each once."""
-        buffers = [b for block in blocks for b in (*block.buffers(), *self.extras[block.index].buffers())]
-        return list({id(buffer): buffer for buffer in buffers}.values())
+        found: dict[int, Tensor] = {}
+        for block in blocks:
+            found.update((id(buffer), buffer) for buffer in block.buffers())
+            for module in self._extra_modules[block.index]:
+                found.update((id(buffer), buffer) for buffer in module.buffers())
+        return list(found.values())
 
     def block_loss(self, block: Block, batch: Batch, values: Values, exports: Values, loss: Tensor) -> Tensor:
         """Return what a block's backward pass starts from: its local loss plus its extra losses.

@@ -119,6 +119,11 @@ class Updating:
 
     def zero_grad(self, index: int | None = None) -> None:
         """Set the gradients of block `index` to None; without an index, those of all blocks."""
-        for optimizer in self.optimizers if index is None else [self.optimizers[index]]:
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
+        for block in range(len(self.optimizers)) if index is None else [index]:
+            optimizer = self.optimizers[block]
+            if optimizer is not None and any(p.grad is not None for p in self.parameters[block]):
+                if type(optimizer).zero_grad is torch.optim.Optimizer.zero_grad:
+                    for parameter in self.parameters[block]:  # what it does, without its profiling
+                        parameter.grad = None
+                else:
+                    optimizer.zero_grad(set_to_none=True)
