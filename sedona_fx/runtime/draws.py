@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 from torch.nn.modules import activation, batchnorm, conv, instancenorm, linear, normalization, pooling
 
 from sedona_fx.ir.graph import operation
@@ -44,11 +44,13 @@ def _is_quiet_call(node: fx.Node) -> bool:
         return True
     name = operation(node)
     packet = getattr(torch.ops.aten, name.rstrip("_"), None) if name.isidentifier() else None
-    plain = node.op == "call_method" or getattr(torch, name, None) is target or hasattr(operator, name)
+    plain = node.op == "call_method" or target in (getattr(torch, name, None), getattr(functional, name, None))
     return plain and isinstance(packet, torch._ops.OpOverloadPacket) and _is_quiet_operator(packet)
 
 
 def _is_quiet_operator(packet: Any) -> bool:
-    """Whether PyTorch has tagged no form of an operator as one that draws."""
+    """Whether PyTorch has tagged no form of an operator as one that draws; pooling is handed what Python has drawn."""
+    if packet.__name__.startswith("fractional_max_pool"):
+        return False
     loud = torch.Tag.nondeterministic_seeded
     return not any(loud in getattr(packet, overload).tags for overload in packet.overloads())

@@ -57,6 +57,9 @@ DRAW = {
     "noise": lambda: lambda h: h + torch.randn_like(h),
     "in place": lambda: lambda h: h + torch.empty_like(h).bernoulli_(0.5),
     "rrelu": nn.RReLU,
+    "fractional pooling": lambda: (
+        lambda h: F.fractional_max_pool2d(h.view(-1, 1, 2, 4), 1, output_size=(2, 4)).view(-1, 8)
+    ),
     "a module of the user's": Drawing,
     "a hook": lambda: hooked(nn.Tanh()),
     "a parametrization": spectral,
