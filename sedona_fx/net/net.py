@@ -220,6 +220,7 @@ class Net(OneProcess, Inference):
         """
         version = self._follower.check(self.training)
         self._precision.at(version)
+        self.engine.at(version)
         return version
 
     def check_precision(self, autocast: torch.dtype | None = None) -> None:

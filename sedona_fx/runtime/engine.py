@@ -50,7 +50,7 @@ class Engine:
         self.blocks, self.output, self.loss, self.seed = list(blocks), output, loss, seed
         self.guard, self.misfit = FiniteGuard(), ""
         self._runs_python = [runs_python(block.module) for block in self.blocks]
-        self._draws = [may_draw(block.module) or may_draw(block.eval_module) for block in self.blocks]
+        self._version, self._draws = 0, dict[int, bool]()
         self._last_reader = {mode: last_readers([block.graph(mode)] for block in self.blocks) for mode in (True, False)}
 
     def local_losses(self, batch: Batch) -> list[Tensor]:
@@ -244,6 +244,12 @@ class Engine:
         """Return the names of the parameters of all blocks, for error texts."""
         return parameter_names(self.blocks)
 
+    def at(self, version: int) -> None:
+        """Note how often modules and tensors of the net were replaced so far."""
+        if version != self._version:
+            self._version = version
+            self._draws.clear()
+
     def buffers(self) -> list[Tensor]:
         """Return the buffers of all blocks, each once."""
         return buffers_of(*self.blocks)
@@ -256,6 +262,8 @@ class Engine:
         """
         if len(self.blocks) == 1:
             return turn()
+        if block.index not in self._draws:
+            self._draws[block.index] = may_draw(block.module) or may_draw(block.eval_module)
         if not self._draws[block.index]:
             return nullcontext()
         return block_random(self.seed, block.index, step, block.device, python=self._runs_python[block.index])

@@ -115,6 +115,17 @@ def test_models_of_torchvision(name, drawing):
         assert [block.index for block in net.blocks if may_draw(block.module)] == drawing
 
 
+def test_a_module_that_is_put_in_later_and_draws_is_seeded():
+    net = net_of(nn.Tanh())
+    net.losses(X, Y)
+    net.model.between = nn.Dropout(0.5)
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        results.append(torch.stack(net.losses(X, Y)).detach())
+    assert torch.equal(*results)
+
+
 def test_buffers_that_are_replaced_are_found_again():
     net = net_of(nn.BatchNorm1d(8))
     schedule = Greedy(net, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
