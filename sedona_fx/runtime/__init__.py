@@ -15,6 +15,7 @@ guard            Protect a block from a loss or a gradient that is not finite: i
 optimizer_state  Check the saved state of an optimizer before it is loaded: PyTorch itself compares the sizes of
                  groups alone
 options          What the engine is called with: one batch, and how its local steps are done
+pending          A block between its forward pass and its backward pass: what it exports can be handed on already
 precision        Mixed precision: forward under autocast, backward outside it, gradients scaled where float16 would
                  underflow
 run              Run a block's graph on named values, and pass its exports on to the blocks that read them

@@ -25,6 +25,7 @@ from sedona_fx.runtime.draws import may_draw
 from sedona_fx.runtime.gradients import can_train, trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
 from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
+from sedona_fx.runtime.pending import Pending
 from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
 
@@ -98,9 +99,11 @@ class Engine:
         values, losses, local = dict(batch.inputs), [], None
         with self.guard.protecting(options.buffers_of(*self.blocks)) if all_or_nothing else nullcontext() as snapshot:
             for block in self.blocks:
-                loss, exports, local = self.local_step(block, batch, values, options, independent=not all_or_nothing)
-                losses.append(loss)
-                self.hand_on(block, values, exports, batch.training)
+                pending = self.forward(block, batch, values, options, independent=not all_or_nothing)
+                self.hand_on(block, values, pending.exports, batch.training)
+                self.walk_back(pending, options)
+                losses.append(pending.loss)
+                local = pending.local
                 if on_block is not None:
                     on_block(block.index)
             if snapshot is not None:
@@ -113,7 +116,22 @@ class Engine:
     def local_step(
         self, block: Block, batch: Batch, values: Mapping[str, Any], options: StepOptions, *, independent: bool
     ) -> tuple[Tensor, Values, Any]:
-        """Do forward, local loss and backward of one block; its graph is freed when this returns.
+        """Do forward, local loss and backward of one block: :meth:`forward`, then :meth:`walk_back`.
+
+        Returns:
+            The local loss, the exports by name, and the local output, all detached.
+
+        Raises:
+            NonFiniteLossError: the loss or a gradient is not finite, and the verdict was not deferred.
+        """
+        pending = self.forward(block, batch, values, options, independent=independent)
+        self.walk_back(pending, options)
+        return pending.loss, pending.exports, pending.local
+
+    def forward(
+        self, block: Block, batch: Batch, values: Mapping[str, Any], options: StepOptions, *, independent: bool
+    ) -> Pending:
+        """Do forward and local loss of one block; its exports may be handed on before :meth:`walk_back`.
 
         Args:
             block: the block to run.
@@ -123,29 +141,38 @@ class Engine:
             independent: whether the block's buffers are restored here if its loss or gradient is not finite. If False,
                 the check may be deferred in any case, and the caller protects the buffers of all blocks.
 
-        Returns:
-            The local loss, the exports by name, and the local output, all detached.
-
         Raises:
-            NonFiniteLossError: the loss or a gradient is not finite, and the verdict was not deferred.
+            NonFiniteLossError: the loss is not finite, and the verdict was not deferred.
         """
         graph = options.graphs[block.index] if options.graphs is not None else block.graph(batch.training)
         with self.guard.protecting(options.buffers_of(block) if independent else []) as snapshot:
             with casting(block.device, options.autocast):
                 with self.seeded(block, batch.step):
                     exports, local = run_graph(graph, values)
-                loss = self.local_loss(block, local, batch.target, batch.inputs)
-                total = loss
+                loss = total = self.local_loss(block, local, batch.target, batch.inputs)
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, dict(values), exports, loss)
             self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
+        local = map_tensors(Tensor.detach, local)
+        return Pending(block, batch.step, total, loss.detach(), detached(exports), local, snapshot, independent)
+
+    def walk_back(self, pending: Pending, options: StepOptions) -> None:
+        """Do the backward pass of a block whose forward is done, once; it frees the block's graph.
+
+        Raises:
+            NonFiniteGradientError: a gradient is not finite, and the verdict was not deferred.
+            ScheduleError: it was done already.
+        """
+        block, total, pending.total = pending.block, pending.total, None
+        if total is None:
+            raise ScheduleError(f"the backward pass of block {block.index} in step {pending.step} was done already.")
+        with pending.snapshot as snapshot:
             self.loss_backward(block, total, options.scaler(block), options.weight)
             self.guard.settle(block.index, snapshot)
-            if independent:
+            if pending.independent:
                 checked = self._gradients(block, options)
-                self.guard.check_gradients(checked, batch.step, self.parameter_names, defer=options.defer)
+                self.guard.check_gradients(checked, pending.step, self.parameter_names, defer=options.defer)
                 self.guard.keep(snapshot, [block.index])
-        return loss.detach(), detached(exports), map_tensors(Tensor.detach, local)
 
     def local_loss(self, block: Block, local: Any, target: Any, inputs: Mapping[str, Any] | None = None) -> Tensor:
         """Return the loss on a block's local output.

@@ -14,6 +14,7 @@ import sedona_fx
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.measure import peak_bytes
 from sedona_fx.rng import block_random
+from sedona_fx.runtime.options import StepOptions
 from sedona_fx.train import Greedy, block_seed
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -290,3 +291,21 @@ def test_a_block_whose_weights_work_under_no_grad_trains_nothing():
     F.cross_entropy(head(model.a(x)), y).backward()
     torch.testing.assert_close(net.model.a.weight.grad, model.a.weight.grad, rtol=1e-12, atol=1e-15)
     assert net.model.b.weight.grad is None
+
+
+def test_exports_can_be_handed_on_before_the_backward_pass():
+    x, y = batch()
+    net, twin = make_net(), make_net()
+    twin.backward(x, y)
+    values = dict(net.batch(x, y).inputs)
+    pendings = []
+    for block in net.blocks:  # all forward passes first: no backward pass needs what a later one changes
+        pendings.append(net.engine.forward(block, net.batch(x, y), values, StepOptions(), independent=True))
+        assert not any(t.requires_grad for t in pendings[-1].exports.values())
+        net.engine.hand_on(block, values, pendings[-1].exports, True)
+    for pending in reversed(pendings):
+        net.engine.walk_back(pending, StepOptions())
+    net.engine.guard.release()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ScheduleError, match="was done already"):
+        net.engine.walk_back(pendings[0], StepOptions())
