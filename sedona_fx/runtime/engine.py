@@ -24,7 +24,7 @@ from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_nam
 from sedona_fx.runtime.draws import may_draw
 from sedona_fx.runtime.gradients import can_train, trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
-from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
+from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions, moved
 from sedona_fx.runtime.pending import Pending
 from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
@@ -65,7 +65,7 @@ class Engine:
         for block in self.blocks:
             with self.seeded(block, batch.step):
                 exports, local = block(values, batch.training)
-            losses.append(self.local_loss(block, local, batch.target, batch.inputs))
+            losses.append(self.local_loss(block, local, batch.target_on(block.device), batch.inputs))
             self.hand_on(block, values, exports, batch.training)
         return losses
 
@@ -149,7 +149,7 @@ class Engine:
             with casting(block.device, options.autocast):
                 with self.seeded(block, batch.step):
                     exports, local = run_graph(graph, values)
-                loss = total = self.local_loss(block, local, batch.target, batch.inputs)
+                loss = total = self.local_loss(block, local, batch.target_on(block.device), batch.inputs)
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, dict(values), exports, loss)
             self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
@@ -187,8 +187,8 @@ class Engine:
             DataError: the loss cannot take the target; with both shapes.
             OutputError: the loss is not a scalar tensor.
         """
-        read = _moved(dict(inputs or {}), block.device) if block.objective is not None else {}
-        target = _moved(target, block.device)
+        read = moved(dict(inputs or {}), block.device) if block.objective is not None else {}
+        target = moved(target, block.device)
         last = block is self.blocks[-1]
         if self.misfit and not last and block.objective is None:
             raise ScheduleError(self.misfit)
@@ -201,7 +201,7 @@ class Engine:
             elif last:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
-                local = _moved(local, block.device)  # what it was given
+                local = moved(local, block.device)  # what it was given
                 loss = self.output.head_loss(self.loss, local, target)
         except torch.OutOfMemoryError:
             raise  # a RuntimeError as well, but not one about the target
@@ -300,13 +300,6 @@ def require_grad_mode(who: str) -> None:
     """Raise :class:`ScheduleError` if gradients are disabled: a forward pass would make no graph for `who`."""
     if not torch.is_grad_enabled():
         raise ScheduleError(f"{who} inside torch.no_grad() (or inference mode) has no graph to walk back.")
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Return a nested value with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device)
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), value)
 
 
 def _shapes(value: Any) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.runtime.block import Block, buffers_of
@@ -29,6 +30,23 @@ class Batch:
     target: Any
     step: int
     training: bool = True
+    _there: dict[torch.device, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def target_on(self, device: torch.device) -> Any:
+        """Return the target on a device; it is moved there once, however many blocks read it there."""
+        if device not in self._there:
+            self._there[device] = moved(self.target, device)
+        return self._there[device]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a nested value with its tensors on a device.
+
+    The host does not wait for a copy to an accelerator from pinned memory, nor for one between accelerators.
+    """
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=device.type != "cpu")
+    return pytree.tree_map_only(Tensor, lambda t: moved(t, device), value)
 
 
 BlockLoss = Callable[[Block, Batch, Values, Values, Tensor], Tensor]

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import weakref
 
 import pytest
@@ -14,7 +15,7 @@ import sedona_fx
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.measure import peak_bytes
 from sedona_fx.rng import block_random
-from sedona_fx.runtime.options import StepOptions
+from sedona_fx.runtime.options import Batch, StepOptions
 from sedona_fx.train import Greedy, block_seed
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -309,3 +310,23 @@ def test_exports_can_be_handed_on_before_the_backward_pass():
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
     with pytest.raises(ScheduleError, match="was done already"):
         net.engine.walk_back(pendings[0], StepOptions())
+
+
+def test_a_target_is_moved_once_to_each_device():
+    moves = []
+
+    class Counted(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.to:
+                moves.append(args[1])
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    meta, cpu = torch.device("meta"), torch.device("cpu")
+    batch = Batch({}, {"labels": torch.ones(2).as_subclass(Counted), "count": 2}, 0)
+    first = batch.target_on(meta)
+    assert (first["labels"].device, first["count"]) == (meta, 2)
+    assert batch.target_on(meta) is first
+    assert batch.target_on(cpu)["labels"] is batch.target["labels"]
+    assert moves == [meta]
+    assert dataclasses.replace(batch, target=torch.zeros(1)).target_on(meta).shape == (1,)

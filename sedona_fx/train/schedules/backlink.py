@@ -140,7 +140,7 @@ class BackLink(Headed):
                     tail_inputs = dict(body_exports)
                     tail_leaves = _replace_by_leaves(tail_inputs, body_exports)
                     tail_exports, local = run_graph(tail, {**inputs, **tail_inputs})
-                loss = total = engine.local_loss(block, local, batch.target, batch.inputs)
+                loss = total = engine.local_loss(block, local, batch.target_on(block.device), batch.inputs)
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, inputs, {**body_exports, **tail_exports}, loss)
             engine.guard.check(block.index, batch.step, total, defer=options.defer or not independent)

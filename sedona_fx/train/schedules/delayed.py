@@ -222,7 +222,7 @@ class Delayed(Schedule):
         held = Held(self._with_leaves(last, flight, {n: values[n] for n in self._graph(last, flight).inputs}))
         with casting(last.device, self.autocast):
             _, local = self._run(last, flight, held.inputs)
-            loss = self.net.engine.local_loss(last, local, batch.target, batch.inputs)
+            loss = self.net.engine.local_loss(last, local, batch.target_on(last.device), batch.inputs)
         return loss, map_tensors(Tensor.detach, local), held
 
     def _with_leaves(self, block: Block, flight: Flight, inputs: Values) -> Values:
