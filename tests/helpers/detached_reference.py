@@ -110,7 +110,8 @@ def flow_of(model: RandomModel, inputs: Sequence[Tensor]) -> Flow:
         )
         writers.update(dict.fromkeys(seen.writes[-1], k))
         handed_on = next((a for a, t in zip(instruction.args, arguments, strict=True) if t is value), None)
-        is_node = instruction.is_node or instruction.op == "identity"
+        hooked = instruction.op == "empty" and any(hook.on_layer for hook in instruction.hooks)
+        is_node = instruction.is_node or instruction.op == "identity" or hooked
         makers[offset + k] = makers[handed_on] if handed_on in makers and not is_node else k
         objects.setdefault(id(value), k)
         return value
