@@ -6,6 +6,8 @@ the module that calls the function has to stay whole.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -32,14 +34,33 @@ class OwnFunction:
         self.__module__ = __name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
+        """Call the function; on a proxy, as when a graph that was pickled is made again, record the call."""
+        if proxies := [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]:
+            return proxies[0].tracer.create_proxy("call_function", self, args, kwargs)
         return self.kind.apply(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnFunction:
         return self  # it has no state
 
+    def __reduce__(self) -> str:
+        return _PREFIX + f"{self.kind.__module__}:{self.kind.__qualname__}".encode().hex()
+
 
 _known: WeakValueDictionary[type, OwnFunction] = WeakValueDictionary()  # one object a class: graphs can be compared
+_PREFIX = "own_function_"
+
+
+def __getattr__(name: str) -> Any:
+    """Return a function by the name that it has in a pickle, ``own_function_`` and its place in hexadecimal digits."""
+    if not name.startswith(_PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, path = bytes.fromhex(name.removeprefix(_PREFIX)).decode().split(":")
+    return own_function(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
+
+
+def own_function(kind: Any) -> OwnFunction:
+    """Return the callable that stands for a class of functions."""
+    return _known.setdefault(kind, OwnFunction(kind))
 
 
 @contextmanager
@@ -47,11 +68,8 @@ def own_functions_recorded() -> Iterator[None]:
     """Record calls of the user's functions on proxies in the body."""
 
     def on_call(kind: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        proxies = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
-        if not proxies:
-            return call(*args, **kwargs)
-        target = _known.setdefault(kind, OwnFunction(kind))
-        return proxies[0].tracer.create_proxy("call_function", target, args, kwargs)
+        recorded = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+        return own_function(kind)(*args, **kwargs) if recorded else call(*args, **kwargs)
 
     with _watching(on_call):
         yield

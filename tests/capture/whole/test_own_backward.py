@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -144,3 +145,15 @@ def test_an_onnx_file_has_the_forward(tmp_path):
     session = onnxruntime.InferenceSession(str(net.to_onnx(tmp_path / "n.onnx")), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": X.float().numpy()})
     torch.testing.assert_close(torch.from_numpy(found), net(X.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_for_inference_can_be_pickled():
+    net = sedona_fx.decouple(Model().double(), (X, Y), blocks=2, search="uniform")
+    module = net.inference_module()
+    loaded = pickle.loads(pickle.dumps(module))
+    assert torch.equal(loaded(X), module(X))
+    x = X.clone().requires_grad_()
+    loaded(x).sum().backward()
+    wanted = X.clone().requires_grad_()
+    net.model(wanted).sum().backward()
+    assert torch.equal(x.grad, wanted.grad)
