@@ -153,8 +153,16 @@ class Engine:
                 if options.block_loss is not None:
                     total = options.block_loss(block, batch, dict(values), exports, loss)
             self.guard.check(block.index, batch.step, total, defer=options.defer or not independent)
-        local = map_tensors(Tensor.detach, local)
-        return Pending(block, batch.step, total, loss.detach(), detached(exports), local, snapshot, independent)
+        return Pending(
+            block=block,
+            step=batch.step,
+            total=total,
+            loss=loss.detach(),
+            exports=detached(exports),
+            local=map_tensors(Tensor.detach, local),
+            snapshot=snapshot,
+            independent=independent,
+        )
 
     def walk_back(self, pending: Pending, options: StepOptions) -> None:
         """Do the backward pass of a block whose forward is done, once; it frees the block's graph.

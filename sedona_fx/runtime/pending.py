@@ -12,7 +12,7 @@ from sedona_fx.runtime.guard import Snapshot
 from sedona_fx.runtime.run import Values
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Pending:
     """A block whose forward pass is done, and whose backward pass is not.
 
