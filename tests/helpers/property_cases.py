@@ -189,13 +189,24 @@ def instruction_of(node: fx.Node) -> int | None:
 def _made(program: Program, cutting: Cutting, seen: Counter[str]) -> Case:
     """Cut a model; into fewer blocks where it has places for no more, which the error says."""
     try:
-        return make(program, cutting)
+        return _settled(program, cutting)
     except CutError as error:
         enough = _ENOUGH.search(str(error))
         if cutting.places is not None or enough is None:
             raise  # such places are legal
         seen[FEWER] += 1
-        return make(program, dataclasses.replace(cutting, blocks=int(enough[1])))
+        return _settled(program, dataclasses.replace(cutting, blocks=int(enough[1])))
+
+
+def _settled(program: Program, cutting: Cutting) -> Case:
+    """Make a case; modules that the compiler keeps whole by itself, for the hooks that they register, count as such."""
+    case = make(program, cutting)
+    if loses_a_hook(program):
+        nodes = case.net.graph_module.graph.nodes
+        whole = {int(found[1]) for n in nodes if n.op == "call_module" and (found := _STEP.match(str(n.target)))}
+        body = [dataclasses.replace(step, whole=step.whole or k in whole) for k, step in enumerate(program.body)]
+        case = make(dataclasses.replace(program, body=tuple(body)), cutting)
+    return case
 
 
 def for_every_program(check: Callable[[Case], None]) -> None:
