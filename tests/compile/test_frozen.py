@@ -93,6 +93,30 @@ def assert_blocks_right_frozen(model, cuts, frozen):
             torch.testing.assert_close(found, parameter.grad)
 
 
+def test_what_nobody_reads_trains_nothing():
+    class Dead(nn.Module):
+        """A weight that is used in front of an overwrite, by nothing that is returned."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.bias = nn.Parameter(torch.zeros(WIDTH))
+            self.last, self.probe = nn.Linear(WIDTH, 3).requires_grad_(False), nn.Identity()
+            self.probe.register_forward_hook(lambda module, inputs, output: None)
+
+        def forward(self, x):
+            h = self.b(self.a(x).tanh()).tanh()
+            self.probe(h + self.bias)
+            h[:, 0] = 0.5
+            return self.last(h)
+
+    net = sedona_fx.decouple(Dead(), batch(), blocks=2, search="uniform", heads="linear")
+    assert net.plan.cuts == (":tanh",)
+    with pytest.raises(CutError, match="3 blocks need 2 cuts"):
+        sedona_fx.decouple(Dead(), batch(), blocks=3, search="uniform", heads="linear")
+
+
 def test_small_parameters_train_too():
     """Of frozen weights only the norms train (LayerNorm tuning): every layer has something to train."""
     model = chain(norms=True)

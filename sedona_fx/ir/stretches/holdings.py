@@ -56,6 +56,7 @@ class Holdings:
         before_writes = readers_before_writes(graph)
         # A node that reads a value before it is overwritten belongs to the block that overwrites it.
         self._sources = {n: {*needed, *before_writes.get(n, ())} for n, needed in needed_before(graph).items()}
+        self._used = _closure(output_node(graph), needed_before(graph))
         self._bits: dict[str, int] = {}
         self._held: dict[fx.Node, Held] = {}
         for node in graph.nodes:
@@ -109,7 +110,7 @@ class Holdings:
         frozen = set(record.parameters) - set(record.trained)
         return Held(
             weights=self._bits_of(record.parameters[:1] if record.weighty else ()),
-            trained=self._bits_of(record.trained),
+            trained=self._bits_of(record.trained if node in self._used else ()),
             frozen=self._bits_of(frozen),
         )
 
@@ -118,3 +119,13 @@ class Holdings:
         for name in names:
             bits |= 1 << self._bits.setdefault(name, len(self._bits))
         return bits
+
+
+def _closure(root: fx.Node, needed: Mapping[fx.Node, Collection[fx.Node]]) -> set[fx.Node]:
+    """Return what a node needs, itself included; what only reads a value before it is overwritten is no part of it."""
+    seen, stack = {root}, [root]
+    while stack:
+        new = [source for source in needed[stack.pop()] if source not in seen]
+        seen.update(new)
+        stack += new
+    return seen
