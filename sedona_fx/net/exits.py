@@ -111,7 +111,7 @@ class EarlyExit(nn.Module):
                 done = not (blocks < 0).any()
             else:
                 rows = torch.arange(len(primary), device=output.device) if rows is None else rows
-                leaving = confident.nonzero().flatten()  # the one wait for the device: a number of rows
+                leaving = confident.nonzero().flatten()  # the host waits here for a number of rows, and once below
                 kept = confident.logical_not().nonzero().flatten() if len(leaving) < len(rows) else rows[:0]
                 output[rows[leaving]], blocks[rows[leaving]] = primary[leaving], index
                 rows = rows[kept]

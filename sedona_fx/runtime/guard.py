@@ -94,15 +94,6 @@ class Verdict:
         """Return the error that says so, if it is not; with the indices of all blocks that failed."""
         return NonFiniteLossError(self.block, self.step, self.value(), blocks=blocks)
 
-    def raise_if_bad(self) -> None:
-        """Check the loss; the host waits until the device has computed it.
-
-        Raises:
-            NonFiniteLossError: it is not finite.
-        """
-        if not self.good():
-            raise self.error([self.block])
-
 
 class GradientVerdict:
     """Whether a block's gradients are finite: known on the device at once, on the host when the copy has arrived.
