@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from sedona_fx.capture.whole.grad_calls import grad_calls, stretch
 from sedona_fx.errors import OutputError
-from sedona_fx.ir.flow import ancestors, dependency_graph
+from sedona_fx.ir.flow import ancestors, dependency_graph, readers_before_writes
 from sedona_fx.ir.graph import TensorSpec, info, operation, output_node
 from sedona_fx.ir.graph_pass import graph_pass
 from sedona_fx.ir.outputs import Key, Step, find_primary, pick
@@ -177,6 +177,7 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
             readers[source] |= bit[node]
     inseparable, weight_uses = _inseparable(graph, bit, needs), _weight_uses(graph, bit, needs)
     weighty = functools.reduce(operator.or_, weight_uses, 0)
+    before_writes = readers_before_writes(graph)
     written_opaquely = {write.storage for write in opaque_writes(graph)}
     block: dict[fx.Node, int] = {}  # node -> what it needs, itself included: the block that would end at it
     reached: dict[fx.Node, int] = {}  # node -> those nodes of the block that its gradient reaches
@@ -190,6 +191,9 @@ def _count(graph: fx.Graph, needed: set[fx.Node], primary: fx.Node, needs: nx.Di
             inside |= block[source]
             reached[node] |= reached[source] if info(node).is_live else 0
             candidates.update(dict.fromkeys(crossing[source]))
+        for reader in before_writes.get(node, ()):  # they belong to the block that overwrites what they read
+            inside |= block.get(reader, 0)
+            candidates.update(dict.fromkeys(crossing.get(reader, ())))
         block[node] = inside
         # A value that nobody outside of a block reads is read by nobody outside of a larger block.
         crossing[node] = tuple(value for value in candidates if readers[value] & ~inside)

@@ -371,3 +371,29 @@ def test_no_block_ends_where_weights_in_front_would_get_no_gradient(kind):
         assert {n for n, p in net.model.named_parameters() if p.grad is None} == {"table"}, name
     with pytest.raises(CutError, match=r"'d'.* weights in front of it would get no gradient"):
         sedona_fx.decouple(model, (x, y), loss=loss, heads="tokens-1", cuts=["d"], output=0)
+
+
+class Overwritten(nn.Module):
+    """A weight reads an activation right before it is overwritten, and what trains it goes by another way."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(16, 3)
+        self.shift = nn.Parameter(torch.zeros(3, 8))
+
+    def forward(self, x):
+        h = self.b(self.a(x).tanh())
+        shifted = h + self.shift[0]
+        h = h.relu_()
+        return self.out(torch.cat([h.detach(), shifted.sin()], 1))
+
+
+def test_what_reads_before_a_write_belongs_to_the_block_that_writes():
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    places = possible(analysed(Overwritten(), x).train.graph)
+    assert "relu_" not in " ".join(places)
+    for name in places:
+        net = sedona_fx.decouple(Overwritten(), (x, y), cuts=[name], heads="linear")
+        net.backward(x, y)
+        assert all(parameter.grad is not None for parameter in net.model.parameters()), name
