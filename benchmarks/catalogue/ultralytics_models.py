@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from catalogue import batches
 from catalogue.entry import Entry, imported
@@ -26,14 +27,18 @@ DETECTORS = {
     "yolo11n": "DetectionModel",
     "yolo12n": "DetectionModel",
 }
-CLASSIFY_AS = {"output": 1}
 
 
 def entries() -> Iterator[Entry]:
     """Yield all of them."""
     for name in CLASSIFIERS:
         yield Entry(
-            name, FAMILY, partial(_build, "ClassificationModel", name), partial(batches.images, 64), needs=(PACKAGE,)
+            name,
+            FAMILY,
+            partial(_build, "ClassificationModel", name),
+            partial(batches.images, 64),
+            loss=class_loss,
+            needs=(PACKAGE,),
         )
     for name, kind in DETECTORS.items():
         yield Entry(
@@ -46,6 +51,11 @@ def entries() -> Iterator[Entry]:
             note="without heads; its loss here is a plain function of the raw predictions",
             needs=(PACKAGE,),
         )
+
+
+def class_loss(output: Any, target: Tensor) -> Tensor:
+    """Return the cross-entropy of the logits, which stand behind the probabilities in eval mode."""
+    return functional.cross_entropy(output if isinstance(output, Tensor) else output[1], target)
 
 
 def raw_loss(output: Any, target: Tensor) -> Tensor:
