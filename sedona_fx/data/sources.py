@@ -91,8 +91,13 @@ def one_shot(data: Any) -> bool:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Return a nested value with every tensor on `device`."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
+    """Return a nested value with every tensor on `device`.
+
+    The host does not wait for a copy to an accelerator from pinned memory, nor for one between accelerators.
+    """
+    if isinstance(value, Tensor):
+        return value if value.device == device else value.to(device, non_blocking=device.type != "cpu")
+    return pytree.tree_map_only(Tensor, lambda tensor: to_device(tensor, device), value)
 
 
 def batch_count(data: Any) -> int | None:

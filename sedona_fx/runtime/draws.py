@@ -12,10 +12,12 @@ from torch.nn.modules import activation, batchnorm, conv, instancenorm, linear, 
 from sedona_fx.ir.graph import operation
 
 _QUIET_FILES = {m.__name__ for m in (batchnorm, conv, instancenorm, linear, normalization, pooling, activation)}
-_QUIET = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Flatten, nn.Unflatten, nn.Embedding)
 _QUIET_FUNCTIONS = ("_operator", "builtins", "sedona_fx.capture.inplace")
 _LOUD = (nn.MultiheadAttention, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-_QUIET_TYPES = (fx.GraphModule, nn.Identity, nn.Upsample, nn.PixelShuffle, nn.CrossEntropyLoss, nn.MSELoss, *_QUIET)
+_QUIET_TYPES = (
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Flatten, nn.Unflatten, nn.Embedding),
+    *(nn.Identity, nn.Upsample, nn.PixelShuffle, nn.CrossEntropyLoss, nn.MSELoss),
+)
 
 
 def may_draw(gm: fx.GraphModule) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sedona_fx.data.sources import to_device
 from sedona_fx.errors import DataError, OutputError, ScheduleError
 from sedona_fx.ir.modules import runs_python
 from sedona_fx.ir.output_format import OutputFormat
@@ -24,7 +25,7 @@ from sedona_fx.runtime.block import Block, StepResult, buffers_of, parameter_nam
 from sedona_fx.runtime.draws import may_draw
 from sedona_fx.runtime.gradients import can_train, trained_in
 from sedona_fx.runtime.guard import FiniteGuard, Gradients
-from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions, moved
+from sedona_fx.runtime.options import DEFAULT_OPTIONS, Batch, StepOptions
 from sedona_fx.runtime.pending import Pending
 from sedona_fx.runtime.precision import casting, no_autocast
 from sedona_fx.runtime.run import Values, detached, hand_on, last_readers, run_graph
@@ -195,8 +196,8 @@ class Engine:
             DataError: the loss cannot take the target; with both shapes.
             OutputError: the loss is not a scalar tensor.
         """
-        read = moved(dict(inputs or {}), block.device) if block.objective is not None else {}
-        target = moved(target, block.device)
+        read = to_device(dict(inputs or {}), block.device) if block.objective is not None else {}
+        target = to_device(target, block.device)
         last = block is self.blocks[-1]
         if self.misfit and not last and block.objective is None:
             raise ScheduleError(self.misfit)
@@ -209,7 +210,7 @@ class Engine:
             elif last:
                 loss = self.output.final_loss(self.loss, local, target)
             else:
-                local = moved(local, block.device)  # what it was given
+                local = to_device(local, block.device)  # what it was given
                 loss = self.output.head_loss(self.loss, local, target)
         except torch.OutOfMemoryError:
             raise  # a RuntimeError as well, but not one about the target

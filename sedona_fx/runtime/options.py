@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from sedona_fx.data.sources import to_device
 from sedona_fx.ir.graph import BlockGraph
 from sedona_fx.runtime.block import Block, buffers_of
 from sedona_fx.runtime.run import Values
@@ -35,18 +35,8 @@ class Batch:
     def target_on(self, device: torch.device) -> Any:
         """Return the target on a device; it is moved there once, however many blocks read it there."""
         if device not in self._there:
-            self._there[device] = moved(self.target, device)
+            self._there[device] = to_device(self.target, device)
         return self._there[device]
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Return a nested value with its tensors on a device.
-
-    The host does not wait for a copy to an accelerator from pinned memory, nor for one between accelerators.
-    """
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=device.type != "cpu")
-    return pytree.tree_map_only(Tensor, lambda t: moved(t, device), value)
 
 
 BlockLoss = Callable[[Block, Batch, Values, Values, Tensor], Tensor]

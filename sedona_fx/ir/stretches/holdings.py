@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from sedona_fx.ir.flow import needed_before, readers_before_writes
+from sedona_fx.ir.flow import ancestors, dependency_graph, readers_before_writes
 from sedona_fx.ir.graph import info, output_node
 
 
@@ -55,8 +55,9 @@ class Holdings:
     def __init__(self, graph: fx.Graph) -> None:
         before_writes = readers_before_writes(graph)
         # A node that reads a value before it is overwritten belongs to the block that overwrites it.
-        self._sources = {n: {*needed, *before_writes.get(n, ())} for n, needed in needed_before(graph).items()}
-        self._used = _closure(output_node(graph), needed_before(graph))
+        needs = dependency_graph(graph)
+        self._sources = {n: {*needs.pred[n], *before_writes.get(n, ())} for n in graph.nodes}
+        self._used = ancestors(output_node(graph), needs)
         self._bits: dict[str, int] = {}
         self._held: dict[fx.Node, Held] = {}
         for node in graph.nodes:
@@ -119,13 +120,3 @@ class Holdings:
         for name in names:
             bits |= 1 << self._bits.setdefault(name, len(self._bits))
         return bits
-
-
-def _closure(root: fx.Node, needed: Mapping[fx.Node, Collection[fx.Node]]) -> set[fx.Node]:
-    """Return what a node needs, itself included; what only reads a value before it is overwritten is no part of it."""
-    seen, stack = {root}, [root]
-    while stack:
-        new = [source for source in needed[stack.pop()] if source not in seen]
-        seen.update(new)
-        stack += new
-    return seen
